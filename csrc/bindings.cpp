@@ -1,0 +1,300 @@
+// Python bindings, the only file that knows pybind11. Pointers arrive as integers (tensor.data_ptr()); native.py has
+// checked every size and keeps the tensors alive. The GIL is released while a kernel runs.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if defined(__linux__) && defined(_OPENMP)
+#include <dlfcn.h>
+#endif
+
+#include <array>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "chacha20.h"
+#include "gaussian.h"
+#include "kernels.h"
+
+namespace py = pybind11;
+using namespace privimage;
+using py::literals::operator""_a;
+
+namespace {
+
+using Address = uintptr_t;
+using Pair = std::array<int64_t, 2>;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+template <size_t N>
+void copy(const std::array<int64_t, N>& from, int64_t (&to)[N]) {
+  for (size_t i = 0; i < N; ++i) to[i] = from[i];
+}
+
+NoiseKey noise_key(const py::bytes& key, uint32_t stream, uint32_t rank, uint32_t step, int64_t offset) {
+  const std::string bytes = key;
+  if (bytes.size() != 32) throw py::value_error("key: expected 32 bytes, got " + std::to_string(bytes.size()));
+  NoiseKey noise;
+  for (size_t i = 0; i < 32; ++i) noise.key[i / 4] |= uint32_t{static_cast<uint8_t>(bytes[i])} << (8 * (i % 4));
+  noise.stream = stream;
+  noise.rank = rank;
+  noise.step = step;
+  noise.offset = offset;
+  return noise;
+}
+
+void conv_weight_grad(Address x, Address g, int x_dtype, int g_dtype, int64_t samples, int64_t multiplicity,
+                      int64_t groups, int64_t in_channels, int64_t out_channels, Pair in_size, Pair out_size,
+                      Pair kernel, Pair stride, Pair padding, Pair dilation, std::array<int64_t, 4> x_stride,
+                      std::array<int64_t, 4> g_stride, Address out, std::array<int64_t, 5> out_stride, bool accumulate,
+                      Address sq_norms, int num_threads) {
+  ConvWeightGradParams p;
+  p.x = pointer<void>(x);
+  p.g = pointer<void>(g);
+  p.x_dtype = static_cast<DType>(x_dtype);
+  p.g_dtype = static_cast<DType>(g_dtype);
+  p.samples = samples;
+  p.multiplicity = multiplicity;
+  p.groups = groups;
+  p.in_channels = in_channels;
+  p.out_channels = out_channels;
+  copy(in_size, p.in_size);
+  copy(out_size, p.out_size);
+  copy(kernel, p.kernel);
+  copy(stride, p.stride);
+  copy(padding, p.padding);
+  copy(dilation, p.dilation);
+  copy(x_stride, p.x_stride);
+  copy(g_stride, p.g_stride);
+  p.out = pointer<float>(out);
+  copy(out_stride, p.out_stride);
+  p.accumulate = accumulate;
+  p.sq_norms = pointer<double>(sq_norms);
+  p.num_threads = num_threads;
+  py::gil_scoped_release release;
+  cpu_kernels().conv_weight_grad(p);
+}
+
+void affine_grad(Address x, Address g, int x_dtype, int g_dtype, bool channels_last, bool per_position, Address mean,
+                 Address rstd, int64_t samples, int64_t multiplicity, int64_t channels, int64_t positions,
+                 int64_t groups, Address weight, Address bias, bool accumulate_weight, bool accumulate_bias,
+                 Address sq_norms_weight, Address sq_norms_bias, int num_threads) {
+  AffineGradParams p;
+  p.x = pointer<void>(x);
+  p.g = pointer<void>(g);
+  p.x_dtype = static_cast<DType>(x_dtype);
+  p.g_dtype = static_cast<DType>(g_dtype);
+  p.layout = channels_last ? AffineGradParams::Layout::channels_last : AffineGradParams::Layout::channels_first;
+  p.stats = per_position ? AffineGradParams::Stats::per_position : AffineGradParams::Stats::per_group;
+  p.mean = pointer<float>(mean);
+  p.rstd = pointer<float>(rstd);
+  p.samples = samples;
+  p.multiplicity = multiplicity;
+  p.channels = channels;
+  p.positions = positions;
+  p.groups = groups;
+  p.weight = pointer<float>(weight);
+  p.bias = pointer<float>(bias);
+  p.accumulate_weight = accumulate_weight;
+  p.accumulate_bias = accumulate_bias;
+  p.sq_norms_weight = pointer<double>(sq_norms_weight);
+  p.sq_norms_bias = pointer<double>(sq_norms_bias);
+  p.num_threads = num_threads;
+  py::gil_scoped_release release;
+  cpu_kernels().affine_grad(p);
+}
+
+void embedding_grad(Address ids, Address g, int g_dtype, int64_t samples, int64_t positions, int64_t dim,
+                    int64_t num_embeddings, int64_t padding_idx, Address out, bool accumulate, Address sq_norms,
+                    int num_threads) {
+  EmbeddingGradParams p;
+  p.ids = pointer<int64_t>(ids);
+  p.g = pointer<void>(g);
+  p.g_dtype = static_cast<DType>(g_dtype);
+  p.samples = samples;
+  p.positions = positions;
+  p.dim = dim;
+  p.num_embeddings = num_embeddings;
+  p.padding_idx = padding_idx;
+  p.out = pointer<float>(out);
+  p.accumulate = accumulate;
+  p.sq_norms = pointer<double>(sq_norms);
+  p.num_threads = num_threads;
+  py::gil_scoped_release release;
+  cpu_kernels().embedding_grad(p);
+}
+
+void clip_factors_(Address sq_norms, Address sample_weight, double max_grad_norm, int64_t samples, Address factors) {
+  ClipFactorsParams p;
+  p.sq_norms = pointer<double>(sq_norms);
+  p.sample_weight = pointer<double>(sample_weight);
+  p.max_grad_norm = max_grad_norm;
+  p.samples = samples;
+  p.factors = pointer<float>(factors);
+  py::gil_scoped_release release;
+  clip_factors(p);
+}
+
+enum class Backend { cpu, cuda, emulated };
+
+template <class Params, class Cpu>
+void run_on(Backend backend, const Params& p, Cpu cpu, void (*emulated_op)(const Params&, void*),
+            void (*cuda_op)(const Params&, void*), Address stream) {
+  py::gil_scoped_release release;
+  if (backend == Backend::cpu) return cpu(p);
+  if (backend == Backend::emulated) return emulated_op(p, nullptr);
+  cuda_op(p, pointer<void>(stream));
+}
+
+#ifdef PRIVIMAGE_WITH_CUDA
+#define CUDA_OP(op) cuda::op
+#else
+#define CUDA_OP(op) nullptr
+#endif
+
+Backend backend_of(const std::string& device) {
+  if (device == "cpu") return Backend::cpu;
+  if (device == "emulated") return Backend::emulated;
+#ifdef PRIVIMAGE_WITH_CUDA
+  if (device == "cuda") return Backend::cuda;
+#endif
+  throw py::value_error("device: this build has no kernels for " + device);
+}
+
+// (out, stored, stored_stride, outer, offsets, channels) of one layer.
+using SumItem = std::tuple<Address, Address, int64_t, int64_t, int64_t, int64_t>;
+
+void weighted_sum(const std::string& device, const std::vector<SumItem>& items, Address coef, int64_t samples,
+                  int num_threads, Address stream) {
+  std::vector<WeightedSumParams::Item> list;
+  list.reserve(items.size());
+  for (const auto& [out, stored, stored_stride, outer, offsets, channels] : items)
+    list.push_back({pointer<float>(out), pointer<float>(stored), stored_stride, outer, offsets, channels});
+  WeightedSumParams p;
+  p.items = list.data();
+  p.num_items = static_cast<int64_t>(list.size());
+  p.coef = pointer<float>(coef);
+  p.samples = samples;
+  p.num_threads = num_threads;
+  run_on(backend_of(device), p, cpu_kernels().weighted_sum, emulated::weighted_sum, CUDA_OP(weighted_sum), stream);
+}
+
+void gaussian_noise(const py::bytes& key, uint32_t step, uint32_t rank, uint32_t stream, int64_t offset, int64_t size,
+                    Address out, int num_threads) {
+  GaussianNoiseParams p;
+  p.noise = noise_key(key, stream, rank, step, offset);
+  p.size = size;
+  p.out = pointer<double>(out);
+  p.num_threads = num_threads;
+  py::gil_scoped_release release;
+  cpu_kernels().gaussian_noise(p);
+}
+
+py::bytes chacha20_block_(const py::bytes& key, uint32_t counter, std::array<uint32_t, 3> nonce) {
+  const NoiseKey noise = noise_key(key, 0, 0, 0, 0);
+  uint32_t words[16];
+  chacha20_block<uint32_t>(noise.key, counter, nonce.data(), 0u, words);
+  std::string bytes;
+  for (uint32_t word : words)
+    for (int shift = 0; shift < 32; shift += 8) bytes.push_back(static_cast<char>(word >> shift));
+  return py::bytes(bytes);
+}
+
+void private_step(const std::string& device, Address param, Address grad_sum, Address exp_avg, Address exp_avg_sq,
+                  Address ema, Address grad_out, int64_t size, const py::bytes& key, uint32_t step, uint32_t rank,
+                  uint32_t stream, int64_t offset, double noise_std, double denominator, int optimizer, double lr,
+                  double beta1, double beta2, double eps, double weight_decay, double momentum, double ema_decay,
+                  int64_t optimizer_step, int num_threads, Address cuda_stream) {
+  PrivateStepParams p;
+  p.param = pointer<float>(param);
+  p.grad_sum = pointer<float>(grad_sum);
+  p.exp_avg = pointer<float>(exp_avg);
+  p.exp_avg_sq = pointer<float>(exp_avg_sq);
+  p.ema = pointer<float>(ema);
+  p.grad_out = pointer<float>(grad_out);
+  p.size = size;
+  p.noise = noise_key(key, stream, rank, step, offset);
+  p.noise_std = noise_std;
+  p.denominator = denominator;
+  p.optimizer = static_cast<Optimizer>(optimizer);
+  p.lr = lr;
+  p.beta1 = beta1;
+  p.beta2 = beta2;
+  p.eps = eps;
+  p.weight_decay = weight_decay;
+  p.momentum = momentum;
+  p.ema_decay = ema_decay;
+  p.optimizer_step = optimizer_step;
+  p.num_threads = num_threads;
+  run_on(backend_of(device), p, cpu_kernels().private_step, emulated::private_step, CUDA_OP(private_step), cuda_stream);
+}
+
+py::dict build_info() {
+  std::vector<std::string> compiled, usable;
+  const std::string in_use = cpu_kernels().isa;
+  for (int level = 0; level < kIsaLevels; ++level) {
+    const CpuKernels* table = cpu_kernels_compiled(level);
+    if (!table) continue;
+    compiled.emplace_back(table->isa);
+    if (set_cpu_isa(table->isa)) usable.emplace_back(table->isa);
+  }
+  set_cpu_isa(in_use.c_str());
+  py::dict info("isa"_a = in_use, "isa_compiled"_a = compiled, "isa_usable"_a = usable);
+#ifdef _OPENMP
+  info["openmp"] = true;
+  std::string runtime;
+#if defined(__linux__)
+  // torch's wheel brings an OpenMP runtime of the same name; this says which one this module's calls reach.
+  Dl_info where;
+  if (dladdr(reinterpret_cast<void*>(&omp_get_max_threads), &where) && where.dli_fname) runtime = where.dli_fname;
+#endif
+  info["openmp_runtime"] = runtime;
+#else
+  info["openmp"] = false;
+  info["openmp_runtime"] = "";
+#endif
+#ifdef PRIVIMAGE_WITH_CUDA
+  info["cuda"] = true;
+#else
+  info["cuda"] = false;
+#endif
+  info["cuda_status"] = PRIVIMAGE_CUDA_STATUS;
+  info["cuda_archs"] = PRIVIMAGE_CUDA_ARCHS;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of privimage_fast; call them through privimage_fast.ops.";
+  m.def("conv_weight_grad", &conv_weight_grad, py::kw_only(), "x"_a, "g"_a, "x_dtype"_a, "g_dtype"_a, "samples"_a,
+        "multiplicity"_a, "groups"_a, "in_channels"_a, "out_channels"_a, "in_size"_a, "out_size"_a, "kernel"_a,
+        "stride"_a, "padding"_a, "dilation"_a, "x_stride"_a, "g_stride"_a, "out"_a, "out_stride"_a, "accumulate"_a,
+        "sq_norms"_a, "num_threads"_a);
+  m.def("affine_grad", &affine_grad, py::kw_only(), "x"_a, "g"_a, "x_dtype"_a, "g_dtype"_a, "channels_last"_a,
+        "per_position"_a, "mean"_a, "rstd"_a, "samples"_a, "multiplicity"_a, "channels"_a, "positions"_a, "groups"_a,
+        "weight"_a, "bias"_a, "accumulate_weight"_a, "accumulate_bias"_a, "sq_norms_weight"_a, "sq_norms_bias"_a,
+        "num_threads"_a);
+  m.def("embedding_grad", &embedding_grad, py::kw_only(), "ids"_a, "g"_a, "g_dtype"_a, "samples"_a, "positions"_a,
+        "dim"_a, "num_embeddings"_a, "padding_idx"_a, "out"_a, "accumulate"_a, "sq_norms"_a, "num_threads"_a);
+  m.def("clip_factors", &clip_factors_, py::kw_only(), "sq_norms"_a, "sample_weight"_a, "max_grad_norm"_a, "samples"_a,
+        "factors"_a);
+  m.def("weighted_sum", &weighted_sum, py::kw_only(), "device"_a, "items"_a, "coef"_a, "samples"_a, "num_threads"_a,
+        "stream"_a);
+  m.def("gaussian_noise", &gaussian_noise, py::kw_only(), "key"_a, "step"_a, "rank"_a, "stream"_a, "offset"_a, "size"_a,
+        "out"_a, "num_threads"_a);
+  m.def("chacha20_block", &chacha20_block_, "key"_a, "counter"_a, "nonce"_a);
+  m.def("private_step", &private_step, py::kw_only(), "device"_a, "param"_a, "grad_sum"_a, "exp_avg"_a, "exp_avg_sq"_a,
+        "ema"_a, "grad_out"_a, "size"_a, "key"_a, "step"_a, "rank"_a, "stream"_a, "offset"_a, "noise_std"_a,
+        "denominator"_a, "optimizer"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "momentum"_a,
+        "ema_decay"_a, "optimizer_step"_a, "num_threads"_a, "cuda_stream"_a);
+  m.def("build_info", &build_info);
+  m.def("set_cpu_isa", [](const std::string& name) { return set_cpu_isa(name.c_str()); }, "name"_a);
+}

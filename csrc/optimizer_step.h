@@ -1,0 +1,71 @@
+// One element of the private step, shared by CPU and CUDA. Follows torch.optim's SGD, Adam and AdamW (no amsgrad, no
+// nesterov, dampening 0). Compiled without contraction, so every backend gives the same bits.
+#pragma once
+
+#include <cmath>
+
+#include "gaussian.h"
+#include "kernels.h"
+
+namespace privimage {
+
+// What the update needs per element, computed once per call in double and rounded once.
+struct StepConstants {
+  double noise_std, inv_denominator;
+  float lr, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, momentum, one_minus_ema;
+  float step_size, inv_sqrt_bias2, shrink;
+};
+
+static inline StepConstants step_constants(const PrivateStepParams& p) {
+  StepConstants c{};
+  c.noise_std = p.noise_std;
+  c.inv_denominator = 1.0 / p.denominator;
+  c.lr = static_cast<float>(p.lr);
+  c.one_minus_beta1 = static_cast<float>(1.0 - p.beta1);
+  c.beta2 = static_cast<float>(p.beta2);
+  c.one_minus_beta2 = static_cast<float>(1.0 - p.beta2);
+  c.eps = static_cast<float>(p.eps);
+  c.weight_decay = static_cast<float>(p.weight_decay);
+  c.momentum = static_cast<float>(p.momentum);
+  c.one_minus_ema = static_cast<float>(1.0 - p.ema_decay);
+  const double t = static_cast<double>(p.optimizer_step);
+  c.step_size = static_cast<float>(p.lr / (1.0 - std::pow(p.beta1, t)));
+  c.inv_sqrt_bias2 = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(p.beta2, t)));
+  c.shrink = static_cast<float>(1.0 - p.lr * p.weight_decay);
+  return c;
+}
+
+static HOST_DEVICE float float_sqrt(float v) {
+#if defined(__CUDA_ARCH__)
+  return __fsqrt_rn(v);
+#else
+  return __builtin_sqrtf(v);
+#endif
+}
+
+// The noisy mean gradient. The sum of signal and noise is formed in double and rounded once (DESIGN section 2).
+static HOST_DEVICE float noisy_gradient(const StepConstants& c, float grad_sum, double normal) {
+  return static_cast<float>((static_cast<double>(grad_sum) + c.noise_std * normal) * c.inv_denominator);
+}
+
+template <Optimizer kOptimizer, bool kMomentum>
+static HOST_DEVICE float update_element(const StepConstants& c, float param, float grad, float& exp_avg,
+                                        float& exp_avg_sq) {
+  if (kOptimizer == Optimizer::adamw) {
+    param = param * c.shrink;
+  } else {
+    grad = grad + c.weight_decay * param;
+  }
+  if (kOptimizer == Optimizer::sgd) {
+    if (kMomentum) {
+      exp_avg = c.momentum * exp_avg + grad;
+      grad = exp_avg;
+    }
+    return param - c.lr * grad;
+  }
+  exp_avg = exp_avg + c.one_minus_beta1 * (grad - exp_avg);
+  exp_avg_sq = c.beta2 * exp_avg_sq + c.one_minus_beta2 * grad * grad;
+  return param - c.step_size * (exp_avg / (float_sqrt(exp_avg_sq) * c.inv_sqrt_bias2 + c.eps));
+}
+
+}  // namespace privimage

@@ -1,0 +1,43 @@
+"""Differentially private synthetic images by the PrivImage method, on fused C++/CUDA kernels.
+
+The public names are imported on first use, so that ``privimage budget`` and ``privimage --help`` do not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "clipped_grad": "privimage_fast.dp.engine",
+    "check_per_sample": "privimage_fast.dp.engine",
+    "ClippedGrad": "privimage_fast.dp.engine",
+    "UncoveredParameterError": "privimage_fast.dp.rules",
+    "PrivateOptimizer": "privimage_fast.dp.optimizer",
+    "PrivImage": "privimage_fast.pipeline",
+    "RunConfig": "privimage_fast.config",
+    "ImageSet": "privimage_fast.data",
+    "open_image_set": "privimage_fast.data",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+if TYPE_CHECKING:
+    from privimage_fast.config import RunConfig
+    from privimage_fast.data import ImageSet, open_image_set
+    from privimage_fast.dp.engine import ClippedGrad, check_per_sample, clipped_grad
+    from privimage_fast.dp.optimizer import PrivateOptimizer
+    from privimage_fast.dp.rules import UncoveredParameterError
+    from privimage_fast.pipeline import PrivImage
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,241 @@
+"""The configuration of a run: one dataclass a stage, composed here; YAML in, YAML out, unknown keys refused by name."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from privimage_fast.models.edm import EDMConfig
+from privimage_fast.models.unet import PRESETS, UNetConfig
+from privimage_fast.stages.evaluate import EvaluateConfig
+from privimage_fast.stages.finetune import FinetuneConfig
+from privimage_fast.stages.pretrain import PretrainConfig
+from privimage_fast.stages.query import QueryConfig
+from privimage_fast.stages.sample import SampleConfig
+from privimage_fast.stages.select import SelectConfig
+
+
+class ConfigError(ValueError):
+    """A key that does not exist, or a value that cannot be meant."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images are: a folder of class folders, a zip, an npz, IDX files, or "embedded:NAME".
+
+    Args:
+        public: the public set, with labels of its own.
+        private: the sensitive set; its labels are the classes of the synthetic one.
+        test: real images for the evaluation, or null.
+        holdout: share of `private` that is never trained on but kept for the evaluation, when `test` is null; 0 keeps none.
+        format: auto, folder, zip, npz or idx.
+        resolution: images are brought to resolution × resolution, 8 to 64.
+        channels: 1 (grey) or 3 (RGB).
+        skip_bad: list and skip unreadable files instead of stopping at the first.
+    """
+
+    public: str = ""
+    private: str = ""
+    test: str | None = None
+    holdout: float = 0.0
+    format: str = "auto"
+    resolution: int = 32
+    channels: int = 3
+    skip_bad: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.holdout < 1:
+            raise ValueError(f"data.holdout must be in [0, 1), found {self.holdout}")
+
+
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """The budget.
+
+    Args:
+        epsilon: target ε; .inf trains without noise (a non-private upper bound).
+        delta: δ; null takes 1/(N ln N).
+        population: N, the stated public size of the sensitive set; null takes its size, and states it.
+        secure: true takes all privacy randomness from the operating system; false derives it from `seed`, for tests only,
+            and marks the run as not private.
+    """
+
+    epsilon: float = 10.0
+    delta: float | None = None
+    population: int | None = None
+    secure: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.epsilon > 0:
+            raise ValueError(f"privacy.epsilon must be positive, found {self.epsilon}")
+        if self.delta is not None and not 0 < self.delta < 1:
+            raise ValueError(f"privacy.delta must be between 0 and 1, or null for 1/(N ln N), found {self.delta}")
+        if self.population is not None and self.population < 2:
+            raise ValueError(f"privacy.population must be ≥ 2 or null, found {self.population}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network.
+
+    Args:
+        preset: small, base or large; "custom" takes `unet` as it stands.
+        unet: sizes of the custom U-Net.
+        edm: preconditioning and training noise.
+    """
+
+    preset: str = "base"
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    edm: EDMConfig = field(default_factory=EDMConfig)
+
+    def __post_init__(self) -> None:
+        if self.preset not in (*PRESETS, "custom"):
+            raise ValueError(f"model.preset must be one of {', '.join(PRESETS)}, custom; found {self.preset!r}")
+
+    def resolved_unet(self) -> UNetConfig:
+        return self.unet if self.preset == "custom" else PRESETS[self.preset]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a run needs.
+
+    Args:
+        out: the run folder.
+        seed: of public randomness: initial weights, public training, sampling. Privacy noise never uses it.
+        device: "auto", "cpu" or "cuda".
+    """
+
+    out: str = "runs/run"
+    seed: int = 0
+    device: str = "auto"
+    data: DataConfig = field(default_factory=DataConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    query: QueryConfig = field(default_factory=QueryConfig)
+    select: SelectConfig = field(default_factory=SelectConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def to_yaml(self) -> str:
+        """YAML that :func:`load_yaml` reads back to an equal configuration."""
+        return yaml.safe_dump(_plain(asdict(self)), sort_keys=False, allow_unicode=True)
+
+
+def load_yaml(text: str, source: str = "configuration") -> dict[str, Any]:
+    """Parses YAML into a nested dict with known keys only.
+
+    Raises:
+        ConfigError: not YAML, not a mapping, or an unknown key (with the nearest valid one).
+    """
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not valid YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source} must hold keys such as `data:` and `privacy:`, found {type(values).__name__}")
+    check_keys(_flatten(values), source)
+    return values
+
+
+def valid_keys(config: type = RunConfig, prefix: str = "") -> list[str]:
+    """Every dotted key of the configuration, sections included."""
+    keys = []
+    for f in fields(config):
+        keys.append(prefix + f.name)
+        default = f.default_factory() if callable(f.default_factory) else f.default  # type: ignore[misc]
+        if is_dataclass(default):
+            keys += valid_keys(type(default), f"{prefix}{f.name}.")
+    return keys
+
+
+def check_keys(keys: list[str], source: str) -> None:
+    """Refuses unknown dotted keys, naming the nearest valid ones."""
+    valid = valid_keys()
+    for key in keys:
+        if key not in valid:
+            near = difflib.get_close_matches(key, valid, n=3, cutoff=0.5)
+            near += [v for v in valid if v.rpartition(".")[2] == key.rpartition(".")[2] and v not in near]
+            hint = f"; did you mean {' or '.join(near[:3])}?" if near else ""
+            raise ConfigError(f"{source}: unknown key {key!r}{hint}")
+
+
+def differing_keys(a: RunConfig, b: RunConfig) -> list[str]:
+    """Dotted keys whose values differ between two configurations."""
+    left, right = (_leaves(_plain(asdict(c))) for c in (a, b))
+    return [key for key in left if left[key] != right[key]]
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        out |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
+
+
+def _flatten(values: dict[Any, Any], prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in values.items():
+        keys.append(f"{prefix}{key}")
+        if isinstance(value, dict):
+            keys += _flatten(value, f"{prefix}{key}.")
+    return keys
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, so that safe YAML can hold them."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return float(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def config_parser() -> ArgumentParser:
+    """The one parser of configurations: ``--config FILE`` and every dotted key."""
+    parser = ArgumentParser(exit_on_error=False, add_help=False)
+    parser.add_class_arguments(RunConfig, as_group=False)
+    return parser
+
+
+def build_config(values: dict[str, Any], base: RunConfig | None = None) -> RunConfig:
+    """A configuration from a nested dict, over the defaults or over ``base``.
+
+    Raises:
+        ConfigError: unknown keys (with the nearest valid ones) or values of the wrong type or range.
+    """
+    check_keys(_flatten(values), "configuration")
+    merged = _merge(_plain(asdict(base or RunConfig())), values)
+    parser = config_parser()
+    try:
+        return RunConfig(**vars(parser.instantiate_classes(parser.parse_object(merged))))
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in over.items():
+        out[key] = _merge(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+    return out
+
+
+def nest(dotted: dict[str, Any]) -> dict[str, Any]:
+    """{"a.b": 1} → {"a": {"b": 1}}."""
+    out: dict[str, Any] = {}
+    for key, value in dotted.items():
+        *sections, last = key.split(".")
+        inner = out
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[last] = value
+    return out

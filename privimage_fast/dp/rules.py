@@ -1,0 +1,353 @@
+"""Per-sample gradient rules, one for each torch function that takes parameters.
+
+A rule knows four things about one call ``y = f(x, parameters)``: how to compute y, how to compute the gradient of x,
+how to compute each sample's gradient of each parameter (with its norm), and how to compute a weighted sum of those
+without keeping them. Rules are tied to *functions* (``F.conv2d``), not to modules: a weight used through its module
+and again through ``torch.nn.functional``, circular padding, or the order in which layers were registered are then
+no special cases.
+
+Rows of a batch: sample b owns the K adjacent rows b·K … b·K+K−1; a call may see a whole multiple n of them (tokens or
+patches flattened into the batch), and then uses K·n rows a sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from privimage_fast import ops
+
+
+class UncoveredParameterError(RuntimeError):
+    """A trainable parameter takes part in the loss in a way for which no per-sample gradient is known."""
+
+
+@dataclass
+class Term:
+    """One parameter's per-sample gradients from one call: squared norms (B,) float64 and values (B, *parameter)."""
+
+    name: str
+    sq_norms: Tensor
+    stored: Tensor
+
+
+@dataclass
+class Rule:
+    """One call of a function with trainable parameters. Tensors are the detached parameters; None where absent.
+
+    ``names`` maps the role ("weight", "bias") to the parameter's qualified name, for trainable parameters only.
+    """
+
+    function: str
+    names: dict[str, str]
+    weight: Tensor | None
+    bias: Tensor | None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Returns y and what the backward pass needs beside x."""
+        raise NotImplementedError
+
+    def input_grad(self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...]) -> Tensor | None:
+        raise NotImplementedError
+
+    def per_sample(
+        self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...], multiplicity: int, out: dict[str, Tensor]
+    ) -> list[Term]:
+        """Per-sample gradients of every trainable parameter of the call; ``out[name]`` is accumulated into."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        return f"{self.function}({', '.join(sorted(self.names.values()))})"
+
+
+class MatrixRule(Rule):
+    """A rule whose weight gradient is a contraction over positions, so that norms can be had without storing it."""
+
+    def weight_norms(self, x: Tensor, g: Tensor, multiplicity: int, strategy: str) -> Tensor:
+        """(B,) float64 squared norms of the weight's per-sample gradients; ``strategy`` is "gram" or "norm-only"."""
+        raise NotImplementedError
+
+    def weighted_weight_grad(self, x: Tensor, g: Tensor) -> Tensor:
+        """The ordinary weight gradient for output gradients g that already carry the clip factors."""
+        raise NotImplementedError
+
+    def weight_numel(self) -> int:
+        assert self.weight is not None
+        return self.weight.numel()
+
+    def bias_terms(self, g: Tensor, multiplicity: int, out: dict[str, Tensor]) -> list[Term]:
+        name = self.names.get("bias")
+        if name is None:
+            return []
+        sq, stored = ops.bias_grad(g, channel_dim=self.options["channel_dim"], multiplicity=multiplicity, out=out.get(name))
+        return [Term(name, sq, stored)]
+
+
+class LinearRule(MatrixRule):
+    """y = x Wᵀ + b on the last dimension; every dimension between the rows and the last is a position."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return F.linear(x, self.weight, self.bias), ()
+
+    def input_grad(self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
+        return g @ self.weight
+
+    def _positions(self, t: Tensor) -> Tensor:
+        return t.reshape(t.shape[0], math.prod(t.shape[1:-1]), t.shape[-1])
+
+    def per_sample(
+        self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...], multiplicity: int, out: dict[str, Tensor]
+    ) -> list[Term]:
+        terms = self.bias_terms(g, multiplicity, out)
+        name = self.names.get("weight")
+        if name is not None:
+            sq, stored = ops.linear_weight_grad(
+                self._positions(x), self._positions(g), multiplicity=multiplicity, out=out.get(name)
+            )
+            terms.append(Term(name, sq, stored))
+        return terms
+
+    def weight_norms(self, x: Tensor, g: Tensor, multiplicity: int, strategy: str) -> Tensor:
+        x, g = self._positions(x), self._positions(g)
+        if strategy == "norm-only":
+            return ops.linear_weight_grad(x, g, multiplicity=multiplicity, store=False)[0]
+        return _gram_norms(x, g, multiplicity)
+
+    def weighted_weight_grad(self, x: Tensor, g: Tensor) -> Tensor:
+        return g.flatten(0, -2).T @ x.flatten(0, -2)
+
+
+class ConvRule(MatrixRule):
+    """1-d and 2-d convolution with zero padding (any other padding is applied by ``F.pad`` before the call)."""
+
+    def _arguments(self) -> dict[str, Any]:
+        return {key: self.options[key] for key in ("stride", "padding", "dilation", "groups")}
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        convolution = F.conv1d if x.dim() == 3 else F.conv2d
+        return convolution(x, self.weight, self.bias, **self._arguments()), ()
+
+    def _backward(self, x: Tensor, g: Tensor, mask: list[bool]) -> Tensor:
+        a = self._arguments()
+        spatial = x.dim() - 2
+        out = torch.ops.aten.convolution_backward(
+            g, x, self.weight, None, a["stride"], a["padding"], a["dilation"], False, [0] * spatial, a["groups"], mask
+        )
+        return out[mask.index(True)]
+
+    def input_grad(self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
+        return self._backward(x, g, [True, False, False])
+
+    def _kernel(self) -> dict[str, Any]:
+        assert self.weight is not None
+        return {"kernel_size": tuple(self.weight.shape[2:]), **self._arguments()}
+
+    def per_sample(
+        self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...], multiplicity: int, out: dict[str, Tensor]
+    ) -> list[Term]:
+        terms = self.bias_terms(g, multiplicity, out)
+        name = self.names.get("weight")
+        if name is not None:
+            sq, stored = ops.conv_weight_grad(x, g, multiplicity=multiplicity, out=out.get(name), **self._kernel())
+            terms.append(Term(name, sq, stored))
+        return terms
+
+    def weight_norms(self, x: Tensor, g: Tensor, multiplicity: int, strategy: str) -> Tensor:
+        if strategy == "norm-only":
+            return ops.conv_weight_grad(x, g, multiplicity=multiplicity, store=False, **self._kernel())[0]
+        a, kernel = self._arguments(), self._kernel()["kernel_size"]
+        if x.dim() == 3:  # F.unfold knows images only
+            x, g = x.unsqueeze(2), g.unsqueeze(2)
+            kernel, a = (1, *kernel), {k: v if k == "groups" else ((0 if k == "padding" else 1), *v) for k, v in a.items()}
+        samples = x.shape[0] // multiplicity
+        norms = torch.zeros(samples, dtype=torch.float64, device=x.device)
+        # One group and one sample at a time: only that sample's unfolded input ever exists.
+        for b in range(samples):
+            rows = slice(b * multiplicity, (b + 1) * multiplicity)
+            for xs, gs in zip(x[rows].chunk(a["groups"], 1), g[rows].chunk(a["groups"], 1), strict=True):
+                columns = F.unfold(xs, kernel, dilation=a["dilation"], padding=a["padding"], stride=a["stride"])
+                norms[b] += _gram_norms(columns.transpose(1, 2), gs.flatten(2).transpose(1, 2), multiplicity)[0]
+        return norms
+
+    def weighted_weight_grad(self, x: Tensor, g: Tensor) -> Tensor:
+        return self._backward(x, g, [False, True, False])
+
+
+class GroupNormRule(Rule):
+    """Affine terms of group normalisation; statistics are per row, so samples never mix."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        rows, channels = x.shape[:2]
+        y, mean, rstd = torch.native_group_norm(
+            x, self.weight, self.bias, rows, channels, math.prod(x.shape[2:]), self.options["num_groups"], self.options["eps"]
+        )
+        return y, (mean, rstd)
+
+    def input_grad(self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
+        rows, channels = x.shape[:2]
+        return torch.ops.aten.native_group_norm_backward(
+            g.contiguous(), x.contiguous(), *saved, self.weight, rows, channels, math.prod(x.shape[2:]),
+            self.options["num_groups"], [True, False, False],
+        )[0]  # fmt: skip
+
+    def per_sample(
+        self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...], multiplicity: int, out: dict[str, Tensor]
+    ) -> list[Term]:
+        return _affine_terms(
+            self.names,
+            ops.group_norm_affine_grad(
+                x, g, *saved, num_groups=self.options["num_groups"], multiplicity=multiplicity, **_affine_out(self.names, out)
+            ),
+        )
+
+
+class LayerNormRule(Rule):
+    """Affine terms of layer normalisation over the trailing ``normalized_shape``."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        y, mean, rstd = torch.native_layer_norm(
+            x, self.options["normalized_shape"], self.weight, self.bias, self.options["eps"]
+        )
+        return y, (mean, rstd)
+
+    def input_grad(self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
+        return torch.ops.aten.native_layer_norm_backward(
+            g.contiguous(), x.contiguous(), self.options["normalized_shape"], *saved, self.weight, self.bias,
+            [True, False, False],
+        )[0]  # fmt: skip
+
+    def per_sample(
+        self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...], multiplicity: int, out: dict[str, Tensor]
+    ) -> list[Term]:
+        width, rows = math.prod(self.options["normalized_shape"]), x.shape[0]
+        positions = math.prod(x.shape[1:]) // width
+        mean, rstd = (s.reshape(rows, positions) for s in saved)
+        x, g = x.reshape(rows, positions, width), g.reshape(rows, positions, width)
+        flat_out = {name: t.flatten(1) for name, t in out.items() if name in self.names.values()}
+        terms = _affine_terms(
+            self.names,
+            ops.layer_norm_affine_grad(x, g, mean, rstd, multiplicity=multiplicity, **_affine_out(self.names, flat_out)),
+        )
+        return [Term(t.name, t.sq_norms, t.stored.unflatten(1, self.options["normalized_shape"])) for t in terms]
+
+
+class EmbeddingRule(Rule):
+    """Rows of a table looked up by integer ids of shape (rows, …)."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return F.embedding(x, self.weight), ()
+
+    def input_grad(self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...]) -> None:
+        return None
+
+    def per_sample(
+        self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...], multiplicity: int, out: dict[str, Tensor]
+    ) -> list[Term]:
+        assert self.weight is not None
+        name = self.names["weight"]
+        sq, stored = ops.embedding_grad(
+            x.flatten(1) if x.dim() > 1 else x.unsqueeze(1), g.reshape(g.shape[0], -1, g.shape[-1]),
+            num_embeddings=self.weight.shape[0], padding_idx=self.options["padding_idx"], multiplicity=multiplicity,
+        )  # fmt: skip
+        if name in out:
+            out[name] += stored
+            stored = out[name]
+            sq = stored.flatten(1).double().square().sum(1)
+        return [Term(name, sq, stored)]
+
+
+def _gram_norms(x: Tensor, g: Tensor, multiplicity: int) -> Tensor:
+    """‖Σ_t g_t a_tᵀ‖² = ⟨A Aᵀ, G Gᵀ⟩ for positions of one sample. x (R, T, d), g (R, T, p) → (B,) float64."""
+    samples = x.shape[0] // multiplicity
+    x, g = x.reshape(samples, -1, x.shape[-1]).double(), g.reshape(samples, -1, g.shape[-1]).double()
+    return ((x @ x.transpose(1, 2)) * (g @ g.transpose(1, 2))).sum((1, 2)).clamp_min(0)
+
+
+def _affine_out(names: dict[str, str], out: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    return {f"out_{role}": out.get(names[role]) if role in names else None for role in ("weight", "bias")}
+
+
+def _affine_terms(names: dict[str, str], grads: tuple[Tensor, Tensor, Tensor, Tensor]) -> list[Term]:
+    sq_weight, weight, sq_bias, bias = grads
+    found = {"weight": (sq_weight, weight), "bias": (sq_bias, bias)}
+    return [Term(name, *found[role]) for role, name in names.items()]
+
+
+def _expand(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
+    return (value,) * dims if isinstance(value, int) else tuple(value) * (dims if len(value) == 1 else 1)
+
+
+def _conv_call(dims: int) -> Callable[..., tuple[Tensor, Rule]]:
+    def parse(
+        names: dict[str, str], input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
+        padding: Any = 0, dilation: Any = 1, groups: int = 1,
+    ) -> tuple[Tensor, Rule]:  # fmt: skip
+        dilation = _expand(dilation, dims)
+        if padding == "valid":
+            padding = 0
+        elif padding == "same":
+            total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+            if any(t % 2 for t in total):  # torch puts the odd column behind; the kernels pad symmetrically
+                input = F.pad(input, [side for t in reversed(total) for side in (t // 2, t - t // 2)])
+                padding = 0
+            else:
+                padding = [t // 2 for t in total]
+        options = {
+            "stride": _expand(stride, dims), "padding": _expand(padding, dims), "dilation": dilation, "groups": groups,
+            "channel_dim": 1,
+        }  # fmt: skip
+        return input, ConvRule(f"conv{dims}d", names, weight, bias, options)
+
+    return parse
+
+
+def _linear_call(
+    names: dict[str, str], input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Rule]:
+    return input, LinearRule("linear", names, weight, bias, {"channel_dim": -1})
+
+
+def _group_norm_call(
+    names: dict[str, str], input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Rule]:  # fmt: skip
+    return input, GroupNormRule("group_norm", names, weight, bias, {"num_groups": num_groups, "eps": eps})
+
+
+def _layer_norm_call(
+    names: dict[str, str], input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None,
+    bias: Tensor | None = None, eps: float = 1e-5,
+) -> tuple[Tensor, Rule]:  # fmt: skip
+    return input, LayerNormRule("layer_norm", names, weight, bias, {"normalized_shape": tuple(normalized_shape), "eps": eps})
+
+
+def _embedding_call(
+    names: dict[str, str], input: Tensor, weight: Tensor, padding_idx: int | None = None, max_norm: float | None = None,
+    norm_type: float = 2.0, scale_grad_by_freq: bool = False, sparse: bool = False,
+) -> tuple[Tensor, Rule]:  # fmt: skip
+    if max_norm is not None or scale_grad_by_freq:
+        raise UncoveredParameterError(
+            f"embedding with max_norm={max_norm}, scale_grad_by_freq={scale_grad_by_freq} (parameter {names['weight']!r}) "
+            "makes one sample's gradient depend on the other samples of the batch; leave both options off"
+        )
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += weight.shape[0]
+    return input, EmbeddingRule("embedding", names, weight, None, {"padding_idx": padding_idx})
+
+
+# Function → parser of its call. The keys are the objects a TorchFunctionMode is handed.
+RULES: dict[Callable[..., Any], Callable[..., tuple[Tensor, Rule]]] = {
+    F.conv1d: _conv_call(1),
+    F.conv2d: _conv_call(2),
+    F.linear: _linear_call,
+    F.group_norm: _group_norm_call,
+    F.layer_norm: _layer_norm_call,
+    F.embedding: _embedding_call,
+}

@@ -1,0 +1,154 @@
+"""EDM (Karras et al. 2022): preconditioning, training loss with K noise levels a sample, deterministic samplers.
+
+Images are float in [−1, 1]. Equation numbers are those of "Elucidating the Design Space of Diffusion-Based Generative Models".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from privimage_fast.models.unet import UNet, UNetConfig
+
+
+@dataclass(frozen=True)
+class EDMConfig:
+    """Noise distribution of training and data scale; the published values."""
+
+    p_mean: float = -1.2
+    p_std: float = 1.2
+    sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not (self.p_std > 0 and self.sigma_data > 0):
+            raise ValueError(f"p_std and sigma_data must be positive, found {self.p_std} and {self.sigma_data}")
+
+
+class Denoiser(nn.Module):
+    """D(x; σ, label), eq. 7: c_skip·x + c_out·F(c_in·x, c_noise, label)."""
+
+    def __init__(self, unet: UNetConfig, edm: EDMConfig, *, resolution: int, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.edm, self.resolution, self.channels, self.num_classes = edm, resolution, channels, num_classes
+        if resolution < 2 ** (len(unet.channel_mult) - 1) * 2:
+            raise ValueError(f"{len(unet.channel_mult)} levels halve {resolution} px below 2 px; use fewer channel_mult")
+        self.unet = UNet(unet, channels=channels, num_classes=num_classes)
+
+    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
+        """x (R, C, H, W), sigma (R,), labels (R,) int64 → denoised images (R, C, H, W)."""
+        s, data = sigma.view(-1, 1, 1, 1), self.edm.sigma_data
+        scale = (s**2 + data**2).rsqrt()
+        predicted = self.unet(x * scale, sigma.log() / 4, labels)
+        return data**2 * scale**2 * x + s * data * scale * predicted.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class DenoisingBatch:
+    """K rows a sample, sample-major: clean images (R, C, H, W), noise (R, C, H, W), sigma (R,), labels (R,)."""
+
+    images: Tensor
+    noise: Tensor
+    sigma: Tensor
+    labels: Tensor
+
+    def args(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.images, self.noise, self.sigma, self.labels
+
+
+def denoising_batch(
+    images: Tensor, labels: Tensor, *, edm: EDMConfig, num_classes: int, multiplicity: int, label_dropout: float,
+    generator: torch.Generator | None,
+) -> DenoisingBatch:  # fmt: skip
+    """Draws K noise levels, noises and label drops for each of B samples: images (B, C, H, W), labels (B,) → R = B·K rows.
+
+    These draws are part of the loss, not of the privacy mechanism, so an ordinary generator serves.
+    """
+    images, labels = images.repeat_interleave(multiplicity, 0), labels.repeat_interleave(multiplicity, 0)
+    rows = images.shape[0]
+    random = {"generator": generator, "device": images.device}
+    sigma = (edm.p_mean + edm.p_std * torch.randn(rows, **random)).exp()
+    dropped = torch.rand(rows, **random) < label_dropout
+    return DenoisingBatch(images, torch.randn(images.shape, **random), sigma, torch.where(dropped, num_classes, labels))
+
+
+class DenoisingLoss:
+    """eq. 8 with λ(σ) = (σ² + σ_data²)/(σ·σ_data)², the mean over pixels: one loss a row, already divided by K."""
+
+    def __init__(self, multiplicity: int = 1) -> None:
+        self.multiplicity = multiplicity
+
+    def __call__(self, model: Denoiser, images: Tensor, noise: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
+        data = model.edm.sigma_data
+        weight = (sigma**2 + data**2) / (sigma * data) ** 2
+        denoised = model(images + sigma.view(-1, 1, 1, 1) * noise, sigma, labels)
+        return weight * (denoised - images).square().flatten(1).mean(1) / self.multiplicity
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """Deterministic samplers on the schedule of eq. 5.
+
+    Args:
+        method: "heun" (Algorithm 1, two evaluations a step) or "ddim" (its first-order part, one evaluation).
+        steps: noise levels.
+        guidance: classifier-free guidance; 1 is none, w extrapolates by w from the unconditional prediction.
+    """
+
+    method: str = "heun"
+    steps: int = 18
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.method not in ("heun", "ddim"):
+            raise ValueError(f"method must be heun or ddim, found {self.method!r}")
+        if self.steps < 2:
+            raise ValueError(f"steps must be ≥ 2, found {self.steps}")
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise ValueError(f"expected 0 < sigma_min < sigma_max, found {self.sigma_min} and {self.sigma_max}")
+
+
+def noise_levels(config: SamplerConfig) -> list[float]:
+    """eq. 5: σ_0 = σ_max … σ_{N−1} = σ_min, then 0."""
+    low, high = config.sigma_min ** (1 / config.rho), config.sigma_max ** (1 / config.rho)
+    return [(high + i / (config.steps - 1) * (low - high)) ** config.rho for i in range(config.steps)] + [0.0]
+
+
+@torch.inference_mode()
+def sample(model: Denoiser, labels: Tensor, config: SamplerConfig, generator: torch.Generator) -> Tensor:
+    """labels (n,) int64 → images (n, C, H, W) float in about [−1, 1]; the generator's draws fix the result."""
+    levels = noise_levels(config)
+    shape = (labels.shape[0], model.channels, model.resolution, model.resolution)
+    x = torch.randn(shape, generator=generator, device=generator.device).to(labels.device) * levels[0]
+    for now, then in zip(levels, levels[1:], strict=False):
+        slope = (x - _guided(model, x, now, labels, config.guidance)) / now
+        euler = x + (then - now) * slope
+        if config.method == "heun" and then > 0:
+            ahead = (euler - _guided(model, euler, then, labels, config.guidance)) / then
+            x = x + (then - now) * (slope + ahead) / 2
+        else:
+            x = euler
+    return x
+
+
+def _guided(model: Denoiser, x: Tensor, sigma: float, labels: Tensor, guidance: float) -> Tensor:
+    level = torch.full((x.shape[0],), sigma, device=x.device)
+    denoised = model(x, level, labels)
+    if guidance == 1:
+        return denoised
+    free = model(x, level, torch.full_like(labels, model.num_classes))
+    return free + guidance * (denoised - free)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 NHWC → float NCHW in [−1, 1]."""
+    return images.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """float NCHW in [−1, 1] → uint8 NHWC, rounded and clamped."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()

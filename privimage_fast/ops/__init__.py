@@ -1,0 +1,104 @@
+"""The ops of the DP step, dispatched: the native kernel where there is one for these tensors, else plain torch.
+
+Contracts are the docstrings of :mod:`privimage_fast.ops.reference`; :mod:`privimage_fast.ops.native` calls the kernels.
+No op records gradients.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from privimage_fast.ops import native, reference
+
+__all__ = [
+    "BuildInfo", "bias_grad", "build_info", "chacha20_block", "clip_factors", "conv_weight_grad", "embedding_grad",
+    "gaussian_noise", "group_norm_affine_grad", "layer_norm_affine_grad", "linear_weight_grad", "private_step_",
+    "weighted_sum_",
+]  # fmt: skip
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _tensors(values: tuple[object, ...]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from (v for v in value if isinstance(v, Tensor))
+
+
+def _dispatch(plain: Callable[P, R]) -> Callable[P, R]:
+    name = plain.__name__
+    kernel = getattr(native, name)
+
+    @functools.wraps(plain)
+    def op(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.no_grad():
+            if native.supports(name, list(_tensors((*args, *kwargs.values())))):
+                return kernel(*args, **kwargs)
+            return plain(*args, **kwargs)
+
+    return op
+
+
+conv_weight_grad = _dispatch(reference.conv_weight_grad)
+linear_weight_grad = _dispatch(reference.linear_weight_grad)
+bias_grad = _dispatch(reference.bias_grad)
+group_norm_affine_grad = _dispatch(reference.group_norm_affine_grad)
+layer_norm_affine_grad = _dispatch(reference.layer_norm_affine_grad)
+embedding_grad = _dispatch(reference.embedding_grad)
+clip_factors = _dispatch(reference.clip_factors)
+weighted_sum_ = _dispatch(reference.weighted_sum_)
+gaussian_noise = _dispatch(reference.gaussian_noise)
+chacha20_block = _dispatch(reference.chacha20_block)
+private_step_ = _dispatch(reference.private_step_)
+
+
+@dataclass(frozen=True)
+class BuildInfo:
+    """What was built and what runs; shown by ``privimage doctor``."""
+
+    native: bool
+    native_reason: str  # why there is no extension; empty if there is
+    isa: str  # instruction set in use
+    isa_compiled: tuple[str, ...] = ()
+    isa_usable: tuple[str, ...] = ()  # compiled, and this CPU has it
+    openmp: bool = False
+    openmp_runtime: str = ""  # path of the library that runs the threads; torch's own, where its wheel brings one
+    threads: int = 1
+    cuda_built: bool = False
+    cuda_status: str = ""  # the compiler, or why there are no CUDA kernels
+    cuda_archs: tuple[str, ...] = ()
+    cuda_device: str = ""  # what torch finds now; empty if nothing
+    reference_ops: dict[str, str] = field(default_factory=dict)  # op → where it runs on plain torch
+
+
+_CUDA_OPS = ("weighted_sum_", "private_step_")
+_OP_NAMES = tuple(name for name in __all__ if name not in ("BuildInfo", "build_info"))
+
+
+def build_info() -> BuildInfo:
+    """What was built, what runs, and why not the rest."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    if native._C is None:
+        return BuildInfo(
+            native=False, native_reason=native.IMPORT_ERROR or "", isa="torch", threads=torch.get_num_threads(),
+            cuda_status="no extension", cuda_device=device, reference_ops=dict.fromkeys(_OP_NAMES, "everywhere"),
+        )  # fmt: skip
+    built = native._C.build_info()
+    elsewhere = (*_CUDA_OPS, "gaussian_noise", "chacha20_block")
+    on_torch = {name: "cuda, float64, float16" for name in _OP_NAMES if name not in elsewhere}
+    on_torch |= {name: "float64" if built["cuda"] else "cuda, float64" for name in _CUDA_OPS}
+    return BuildInfo(
+        native=True, native_reason="", isa=built["isa"], isa_compiled=tuple(built["isa_compiled"]),
+        isa_usable=tuple(built["isa_usable"]), openmp=built["openmp"], openmp_runtime=built["openmp_runtime"],
+        threads=torch.get_num_threads(), cuda_built=built["cuda"], cuda_status=built["cuda_status"],
+        cuda_archs=tuple(a for a in built["cuda_archs"].split(",") if a), cuda_device=device, reference_ops=on_torch,
+    )  # fmt: skip

@@ -1,0 +1,356 @@
+"""The ops on the extension ``privimage_fast._C``: checks, pointers and strides, nothing else.
+
+Same names and signatures as :mod:`privimage_fast.ops.reference`, whose docstrings hold the contract. Importing this
+module never fails; ``IMPORT_ERROR`` says why the extension is absent.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from privimage_fast.ops import checks, reference
+
+_C: Any = None
+IMPORT_ERROR: str | None = None
+try:
+    from privimage_fast import _C  # type: ignore[no-redef,attr-defined]
+except ImportError as error:
+    IMPORT_ERROR = str(error)
+    logging.getLogger("privimage_fast").info("native kernels are not available (%s): ops run on plain torch", error)
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_HAS_CUDA = bool(_C and _C.build_info()["cuda"])
+_OPTIMIZERS = {"sgd": 0, "adam": 1, "adamw": 2}
+_FLOATS = frozenset(_DTYPES)
+_FLOAT32 = frozenset({torch.float32})
+_STATS = frozenset({torch.float32, torch.bfloat16})
+
+# What each op has kernels for; anything else runs on the reference.
+_SUPPORTED: dict[str, frozenset[torch.dtype]] = {
+    "conv_weight_grad": _FLOATS,
+    "linear_weight_grad": _FLOATS,
+    "bias_grad": _FLOATS,
+    "group_norm_affine_grad": _STATS,
+    "layer_norm_affine_grad": _STATS,
+    "embedding_grad": _FLOATS | {torch.int64, torch.int32},
+    "clip_factors": frozenset({torch.float64, torch.float32}),
+    "weighted_sum_": _FLOAT32,
+    "gaussian_noise": frozenset(),
+    "chacha20_block": frozenset(),
+    "private_step_": frozenset({torch.float32, torch.float64}),
+}
+_ON_CUDA = frozenset({"weighted_sum_"})
+
+
+def supports(op: str, tensors: Sequence[Tensor]) -> bool:
+    """Whether ``op`` has a native kernel for these tensors: strided CPU memory (or CUDA, for some) of a known dtype."""
+    if _C is None:
+        return False
+    if op == "private_step_":  # the noise is always native; the arithmetic falls back inside
+        return True
+    devices = ("cpu", "cuda") if _HAS_CUDA and op in _ON_CUDA else ("cpu",)
+    if any(t.layout != torch.strided or t.device.type not in devices or t.dtype not in _SUPPORTED[op] for t in tensors):
+        return False
+    return len({t.device for t in tensors}) <= 1
+
+
+def _pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _norms(samples: int) -> Tensor:
+    return torch.empty(samples, dtype=torch.float64)
+
+
+def _conv(
+    x: Tensor, g: Tensor, shape: checks.ConvShape, groups: int, multiplicity: int, x_stride: Sequence[int],
+    g_stride: Sequence[int], weights: Tensor | None, weight_stride: Sequence[int], accumulate: bool,
+) -> Tensor:  # fmt: skip
+    sq_norms = _norms(shape.samples)
+    _C.conv_weight_grad(
+        x=_pointer(x), g=_pointer(g), x_dtype=_DTYPES[x.dtype], g_dtype=_DTYPES[g.dtype], samples=shape.samples,
+        multiplicity=multiplicity, groups=groups, in_channels=shape.in_channels, out_channels=shape.out_channels,
+        in_size=shape.in_size, out_size=shape.out_size, kernel=shape.kernel, stride=shape.stride,
+        padding=shape.padding, dilation=shape.dilation, x_stride=x_stride, g_stride=g_stride, out=_pointer(weights),
+        out_stride=weight_stride, accumulate=accumulate, sq_norms=_pointer(sq_norms),
+        num_threads=torch.get_num_threads(),
+    )  # fmt: skip
+    return sq_norms
+
+
+def conv_weight_grad(
+    x: Tensor, g: Tensor, *, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int, multiplicity: int, store: bool = True, out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    op = "conv_weight_grad"
+    shape = checks.conv_shape(op, x, g, kernel_size, stride, padding, dilation, groups, multiplicity)
+    checks.accumulator(op, "out", out, shape.weight_shape, x)
+    checks.require(store or out is None, op, "out", "given", "None with store=False")
+    if x.numel() == 0 or g.numel() == 0:
+        return reference.conv_weight_grad(
+            x, g, kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation, groups=groups,
+            multiplicity=multiplicity, store=store, out=out,
+        )  # fmt: skip
+
+    def plane(t: Tensor) -> tuple[int, ...]:  # row, channel, height, width
+        return t.stride() if t.dim() == 4 else (t.stride(0), t.stride(1), 0, t.stride(2))
+
+    weights = out
+    if store and weights is None:
+        # Channels innermost, the order in which the kernel produces them; weighted_sum_ puts the sum in torch's order.
+        b, outputs, inputs, *kernel = shape.weight_shape
+        weights = torch.empty(b, outputs, *kernel, inputs).movedim(-1, 2)
+    weight_stride: tuple[int, ...] = (0,) * 5
+    if weights is not None:
+        s = weights.stride()
+        weight_stride = s if len(s) == 5 else (*s[:3], 0, s[3])
+    sq_norms = _conv(x, g, shape, groups, multiplicity, plane(x), plane(g), weights, weight_stride, out is not None)
+    return sq_norms, weights
+
+
+def linear_weight_grad(
+    x: Tensor, g: Tensor, *, multiplicity: int, store: bool = True, out: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    op = "linear_weight_grad"
+    samples, outputs, inputs = checks.linear_shape(op, x, g, multiplicity)
+    checks.accumulator(op, "out", out, (samples, outputs, inputs), x)
+    checks.require(store or out is None, op, "out", "given", "None with store=False")
+    if x.numel() == 0 or g.numel() == 0:
+        return reference.linear_weight_grad(x, g, multiplicity=multiplicity, store=store, out=out)
+    # A 1×1 convolution over T positions, told by strides alone.
+    positions, one = x.shape[1], (1, 1)
+    shape = checks.ConvShape(
+        samples, inputs, outputs, (1, positions), (1, positions), one, one, (0, 0), one, (samples, outputs, inputs)
+    )
+    weights = torch.empty(samples, outputs, inputs) if store and out is None else out
+    weight_stride = (0,) * 5 if weights is None else (*weights.stride(), 0, 0)
+    strides = [(t.stride(0), t.stride(2), 0, t.stride(1)) for t in (x, g)]
+    return _conv(x, g, shape, 1, multiplicity, *strides, weights, weight_stride, out is not None), weights
+
+
+def _affine(
+    x: Tensor | None, g: Tensor, mean: Tensor | None, rstd: Tensor | None, *, channels_last: bool, per_position: bool,
+    samples: int, multiplicity: int, channels: int, positions: int, groups: int, out_weight: Tensor | None,
+    out_bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """x, g: contiguous (R, C, S), or (R, S, C) with channels_last. x None: bias only."""
+    if g.numel():
+        mean, rstd = (t if t is None else t.float().contiguous() for t in (mean, rstd))
+        weight = torch.empty(samples if x is not None else 0, channels) if out_weight is None else _dense(out_weight)
+        bias = torch.empty(samples, channels) if out_bias is None else _dense(out_bias)
+        sq_weight, sq_bias = _norms(weight.shape[0]), _norms(samples)
+        _C.affine_grad(
+            x=_pointer(x), g=_pointer(g), x_dtype=0 if x is None else _DTYPES[x.dtype], g_dtype=_DTYPES[g.dtype],
+            channels_last=channels_last, per_position=per_position, mean=_pointer(mean), rstd=_pointer(rstd),
+            samples=samples, multiplicity=multiplicity, channels=channels, positions=positions, groups=groups,
+            weight=_pointer(weight), bias=_pointer(bias), accumulate_weight=out_weight is not None,
+            accumulate_bias=out_bias is not None, sq_norms_weight=_pointer(sq_weight), sq_norms_bias=_pointer(sq_bias),
+            num_threads=torch.get_num_threads(),
+        )  # fmt: skip
+        weight, bias = _undense(out_weight, weight), _undense(out_bias, bias)
+        return sq_weight, weight, sq_bias, bias
+    weight = torch.zeros(samples if x is not None else 0, channels) if out_weight is None else out_weight
+    bias = torch.zeros(samples, channels) if out_bias is None else out_bias
+    return reference._sq_norms(weight), weight, reference._sq_norms(bias), bias
+
+
+def _dense(out: Tensor) -> Tensor:
+    return out.contiguous()
+
+
+def _undense(out: Tensor | None, dense: Tensor) -> Tensor:
+    """What was accumulated, in the caller's own tensor."""
+    if out is None:
+        return dense
+    return out if out.data_ptr() == dense.data_ptr() else out.copy_(dense)
+
+
+def bias_grad(
+    g: Tensor, *, channel_dim: int, multiplicity: int, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    op = "bias_grad"
+    samples, channels, dim = checks.bias_shape(op, g, channel_dim, multiplicity)
+    checks.accumulator(op, "out", out, (samples, channels), g)
+    last = g.movedim(dim, -1)
+    channels_last = last.is_contiguous()
+    g = last if channels_last else g.movedim(dim, 1).contiguous()
+    positions = g.numel() // max(1, g.shape[0] * channels)
+    _, _, sq_norms, bias = _affine(
+        None, g, None, None, channels_last=channels_last, per_position=False, samples=samples,
+        multiplicity=multiplicity, channels=channels, positions=positions, groups=1, out_weight=None, out_bias=out,
+    )  # fmt: skip
+    return sq_norms, bias
+
+
+def group_norm_affine_grad(
+    x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor, *, num_groups: int, multiplicity: int,
+    out_weight: Tensor | None = None, out_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    op = "group_norm_affine_grad"
+    checks.require_tensor(op, x=x)
+    checks.require(x.dim() >= 2, op, "x.dim()", x.dim(), "at least 2: (rows, channels, *spatial)")
+    rows, channels = x.shape[:2]
+    divides = num_groups >= 1 and channels % num_groups == 0
+    checks.require(divides, op, "num_groups", num_groups, f"a divisor of {channels}")
+    samples = checks.norm_shape(op, x, g, mean, rstd, (rows, num_groups), multiplicity)
+    checks.accumulator(op, "out_weight", out_weight, (samples, channels), x)
+    checks.accumulator(op, "out_bias", out_bias, (samples, channels), x)
+    x_last, g_last = x.movedim(1, -1), g.movedim(1, -1)
+    channels_last = x_last.is_contiguous() and g_last.is_contiguous()
+    x, g = (x_last, g_last) if channels_last else (x.contiguous(), g.contiguous())
+    return _affine(
+        x, g, mean, rstd, channels_last=channels_last, per_position=False, samples=samples, multiplicity=multiplicity,
+        channels=channels, positions=x.numel() // max(1, rows * channels), groups=num_groups, out_weight=out_weight,
+        out_bias=out_bias,
+    )  # fmt: skip
+
+
+def layer_norm_affine_grad(
+    x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor, *, multiplicity: int,
+    out_weight: Tensor | None = None, out_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    op = "layer_norm_affine_grad"
+    checks.require_tensor(op, x=x)
+    checks.require(x.dim() == 3, op, "x.dim()", x.dim(), "3: (rows, positions, features)")
+    _, positions, width = x.shape
+    samples = checks.norm_shape(op, x, g, mean, rstd, tuple(x.shape[:2]), multiplicity)
+    checks.accumulator(op, "out_weight", out_weight, (samples, width), x)
+    checks.accumulator(op, "out_bias", out_bias, (samples, width), x)
+    return _affine(
+        x.contiguous(), g.contiguous(), mean, rstd, channels_last=True, per_position=True, samples=samples,
+        multiplicity=multiplicity, channels=width, positions=positions, groups=1, out_weight=out_weight,
+        out_bias=out_bias,
+    )  # fmt: skip
+
+
+def embedding_grad(
+    ids: Tensor, g: Tensor, *, num_embeddings: int, padding_idx: int | None, multiplicity: int,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    op = "embedding_grad"
+    samples, width = checks.embedding_shape(op, ids, g, num_embeddings, padding_idx, multiplicity)
+    checks.accumulator(op, "out", out, (samples, num_embeddings, width), g)
+    ids, g = ids.long().contiguous(), g.contiguous()
+    table = torch.empty(samples, num_embeddings, width) if out is None else _dense(out)
+    sq_norms = _norms(samples)
+    _C.embedding_grad(
+        ids=_pointer(ids), g=_pointer(g), g_dtype=_DTYPES[g.dtype], samples=samples,
+        positions=multiplicity * ids.shape[1], dim=width, num_embeddings=num_embeddings,
+        padding_idx=-1 if padding_idx is None else padding_idx, out=_pointer(table), accumulate=out is not None,
+        sq_norms=_pointer(sq_norms), num_threads=torch.get_num_threads(),
+    )  # fmt: skip
+    return sq_norms, _undense(out, table)
+
+
+def clip_factors(sq_norms: Tensor, max_grad_norm: float, sample_weight: Tensor | None = None) -> Tensor:
+    checks.clip_arguments("clip_factors", sq_norms, max_grad_norm, sample_weight)
+    sq_norms = sq_norms.double().contiguous()
+    weight = None if sample_weight is None else sample_weight.double().contiguous()
+    factors = torch.empty(sq_norms.shape[0])
+    _C.clip_factors(
+        sq_norms=_pointer(sq_norms), sample_weight=_pointer(weight), max_grad_norm=max_grad_norm,
+        samples=sq_norms.shape[0], factors=_pointer(factors),
+    )  # fmt: skip
+    return factors
+
+
+def _sum_item(out: Tensor, stored: Tensor) -> tuple[tuple[int, ...], Tensor]:
+    """The kernel's view of one layer, and the stored tensor it points into."""
+    size = out.numel()
+    sample = stored[0]
+    if sample.is_contiguous():
+        return (_pointer(out), _pointer(stored), stored.stride(0), 1, 1, size), stored
+    if sample.dim() >= 3 and sample.movedim(1, -1).is_contiguous():  # as conv_weight_grad stores it
+        outer, channels = sample.shape[:2]
+        return (_pointer(out), _pointer(stored), stored.stride(0), outer, size // (outer * channels), channels), stored
+    stored = stored.contiguous()
+    return (_pointer(out), _pointer(stored), size, 1, 1, size), stored
+
+
+def weighted_sum_(
+    out: Tensor | Sequence[Tensor], stored: Tensor | Sequence[Tensor], coef: Tensor, *, _device: str | None = None
+) -> None:
+    outs, stores = checks.sum_arguments("weighted_sum_", out, stored, coef)
+    if coef.shape[0] == 0 or not outs:
+        return
+    coef = coef.contiguous()
+    dense = [_dense(o) for o in outs]
+    items, alive = [], []
+    for o, s in zip(dense, stores, strict=True):
+        if o.numel():
+            item, kept = _sum_item(o, s)
+            items.append(item)
+            alive.append(kept)
+    device = _device or coef.device.type
+    with torch.cuda.device(coef.device) if device == "cuda" else _Nothing():
+        _C.weighted_sum(
+            device=device, items=items, coef=_pointer(coef), samples=coef.shape[0], num_threads=torch.get_num_threads(),
+            stream=torch.cuda.current_stream().cuda_stream if device == "cuda" else 0,
+        )  # fmt: skip
+    for o, d in zip(outs, dense, strict=True):
+        _undense(o, d)
+
+
+class _Nothing:
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
+
+
+def chacha20_block(key: bytes, counter: int, nonce: Sequence[int]) -> bytes:
+    checks.noise_arguments("chacha20_block", key, 0, 0, 0, 0, 0)
+    return _C.chacha20_block(key, counter, tuple(nonce))
+
+
+def gaussian_noise(key: bytes, *, step: int, rank: int, stream: int, n: int, offset: int = 0) -> np.ndarray:
+    checks.noise_arguments("gaussian_noise", key, step, rank, stream, n, offset)
+    normals = np.empty(n)
+    _C.gaussian_noise(
+        key=key, step=step, rank=rank, stream=stream, offset=offset, size=n, out=normals.ctypes.data,
+        num_threads=torch.get_num_threads(),
+    )  # fmt: skip
+    return normals
+
+
+def private_step_(
+    param: Tensor, grad_sum: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor | None, ema: Tensor | None, *,
+    noise_std: float, denominator: float, key: bytes, step: int, rank: int, stream: int, optimizer: str, lr: float,
+    betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0, momentum: float = 0.0,
+    optimizer_step: int = 1, ema_decay: float = 0.0, offset: int = 0, grad_out: Tensor | None = None,
+    _device: str | None = None,
+) -> None:  # fmt: skip
+    tensors = {
+        "param": param, "grad_sum": grad_sum, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema,
+        "grad_out": grad_out,
+    }  # fmt: skip
+    checks.step_arguments("private_step_", tensors, optimizer, momentum, noise_std, denominator, optimizer_step)
+    checks.noise_arguments("private_step_", key, step, rank, stream, param.numel(), offset)
+    device = _device or param.device.type
+    devices = ("cpu", "emulated", "cuda") if _HAS_CUDA else ("cpu", "emulated")
+    if param.dtype != torch.float32 or device not in devices:
+        noise = None
+        if noise_std:
+            noise = gaussian_noise(key, step=step, rank=rank, stream=stream, n=param.numel(), offset=offset)
+        reference.step_with_noise_(
+            param, grad_sum, exp_avg, exp_avg_sq, ema, noise, noise_std=noise_std, denominator=denominator,
+            optimizer=optimizer, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, momentum=momentum,
+            optimizer_step=optimizer_step, ema_decay=ema_decay, grad_out=grad_out,
+        )  # fmt: skip
+        return
+    if optimizer == "sgd":
+        exp_avg, exp_avg_sq = (exp_avg if momentum else None), None
+    with torch.cuda.device(param.device) if device == "cuda" else _Nothing():
+        _C.private_step(
+            device=device, param=_pointer(param), grad_sum=_pointer(grad_sum), exp_avg=_pointer(exp_avg),
+            exp_avg_sq=_pointer(exp_avg_sq), ema=_pointer(ema), grad_out=_pointer(grad_out), size=param.numel(),
+            key=key, step=step, rank=rank, stream=stream, offset=offset, noise_std=noise_std, denominator=denominator,
+            optimizer=_OPTIMIZERS[optimizer], lr=lr, beta1=betas[0], beta2=betas[1], eps=eps,
+            weight_decay=weight_decay, momentum=momentum, ema_decay=ema_decay, optimizer_step=optimizer_step,
+            num_threads=torch.get_num_threads(),
+            cuda_stream=torch.cuda.current_stream().cuda_stream if device == "cuda" else 0,
+        )  # fmt: skip

@@ -1,0 +1,573 @@
+"""The whole method over one run folder: :class:`Run` for configured runs, :class:`PrivImage` for Python."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import brentq
+from scipy.stats import norm
+
+from privimage_fast import report
+from privimage_fast.config import ConfigError, RunConfig, build_config, differing_keys, load_yaml
+from privimage_fast.data import ImageSet, open_image_set, train_test_split
+from privimage_fast.data.atomic import atomic_write_text
+from privimage_fast.dp.accounting import DPSGDEvent, GaussianEvent, default_delta, epsilon, solve_noise_multiplier
+from privimage_fast.dp.engine import accumulate_clipped
+from privimage_fast.dp.ledger import Ledger
+from privimage_fast.dp.noise import NoiseKey
+from privimage_fast.dp.sampling import OSRandom, SeededRandom
+from privimage_fast.models.edm import Denoiser, DenoisingLoss, EDMConfig, denoising_batch
+from privimage_fast.models.unet import UNetConfig
+from privimage_fast.stages.evaluate import run_evaluate
+from privimage_fast.stages.finetune import activation_bytes, budget_record, physical_batch_size, run_finetune
+from privimage_fast.stages.folder import RunError, RunFolder, fingerprint
+from privimage_fast.stages.pretrain import run_pretrain
+from privimage_fast.stages.query import SemanticFunction, public_classifier, run_query
+from privimage_fast.stages.sample import draw, run_sample, save_sheet
+from privimage_fast.stages.select import labels_per_class, run_select, selected_subset
+
+logger = logging.getLogger(__name__)
+
+# Keys that may change when a run folder is opened again: nothing that was trained or charged depends on them.
+_REOPENABLE = ("out", "device", "sample.", "evaluate.")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will cost, from public numbers and a timed step on random images."""
+
+    epsilon: float
+    delta: float
+    population: int
+    sample_rate: float
+    steps: int
+    noise_multiplier: float
+    query_noise_multiplier: float | None
+    epsilon_without_query: float
+    labels_per_class: int
+    parameters: int
+    physical_batch_size: int
+    memory_mib: float
+    pretrain_seconds: float
+    finetune_seconds: float
+    sample_seconds: float
+
+    def table(self) -> str:
+        """The plan as aligned lines of text."""
+        query = f"σ₁ = {self.query_noise_multiplier:.4g}" if self.query_noise_multiplier is not None else "none"
+        total = self.pretrain_seconds + self.finetune_seconds + self.sample_seconds
+        rows = [
+            ("budget", f"ε = {self.epsilon:g}, δ = {self.delta:.3g}, N = {self.population} (public)"),
+            ("query", f"{query}; without it the same σ would cost ε = {self.epsilon_without_query:.3f}"),
+            ("selection", f"{self.labels_per_class} public labels a class"),
+            ("DP-SGD", f"σ = {self.noise_multiplier:.4f}, q = {self.sample_rate:.4g}, {self.steps} steps"),
+            ("network", f"{self.parameters:,} parameters"),
+            ("micro-batch", f"{self.physical_batch_size} images, about {self.memory_mib:.0f} MiB at peak in fine-tuning"),
+            ("rough time", f"{_minutes(total)}: pre-train {_minutes(self.pretrain_seconds)}, fine-tune "
+                           f"{_minutes(self.finetune_seconds)}, sample {_minutes(self.sample_seconds)} (classifiers apart)"),
+        ]  # fmt: skip
+        return "\n".join(f"{name:<12} {value}" for name, value in rows)
+
+
+class Run:
+    """One run folder, its configuration and its data.
+
+    Args:
+        config: as given; `self.config` is the resolved one once the folder is open.
+        public, private, test: image sets in place of the configured sources.
+        semantic_function: scores of public labels in place of the configured classifier.
+    """
+
+    def __init__(
+        self, config: RunConfig, *, public: ImageSet | None = None, private: ImageSet | None = None,
+        test: ImageSet | None = None, semantic_function: SemanticFunction | None = None,
+    ) -> None:  # fmt: skip
+        self.config = config
+        self.folder = RunFolder(config.out)
+        self._given = {"public": public, "private": private, "test": test}
+        self._semantic_function = semantic_function
+        self.device = _device(config.device)
+
+    # ---- data
+
+    def _open(self, name: str, source: str | None) -> ImageSet:
+        given = self._given[name]
+        data = self.config.data
+        if given is not None:
+            if (given.resolution, given.channels) != (data.resolution, data.channels):
+                return given.with_resolution(data.resolution, data.channels)
+            return given
+        if not source:
+            raise ConfigError(f"data.{name} is not set; give a folder, a file or embedded:NAME")
+        images = open_image_set(
+            source, resolution=data.resolution, channels=data.channels, format=data.format, skip_bad=data.skip_bad
+        )
+        for skipped in images.skipped:
+            logger.warning("skipped %s: %s", skipped.path, skipped.reason)
+        return images
+
+    @cached_property
+    def public(self) -> ImageSet:
+        return self._open("public", self.config.data.public)
+
+    @cached_property
+    def _private_and_test(self) -> tuple[ImageSet, ImageSet | None]:
+        data = self.config.data
+        private = self._open("private", data.private)
+        if self._given["test"] is not None or data.test:
+            return private, self._open("test", data.test)
+        if data.holdout:
+            train, test = train_test_split(private, data.holdout, self.config.seed)
+            return train, test
+        return private, None
+
+    @property
+    def private(self) -> ImageSet:
+        """The sensitive images that are trained on."""
+        return self._private_and_test[0]
+
+    @property
+    def test(self) -> ImageSet | None:
+        return self._private_and_test[1]
+
+    # ---- opening
+
+    @contextmanager
+    def opened(self, *, resume: bool) -> Iterator[Run]:
+        """Locks the folder, resolves the configuration against what is there, and saves it.
+
+        Raises:
+            RunError: the folder holds a run and ``resume`` is off, or holds one with other settings.
+        """
+        if self.folder.config.exists() and not resume:
+            raise RunError(f"{self.folder.path} already holds a run; go on with --resume, or choose another --out")
+        with self.folder.locked():
+            saved = load_config(self.folder.config) if self.folder.config.exists() else None
+            self.config = self._resolved(saved)
+            if saved is not None:
+                changed = [k for k in differing_keys(saved, self.config) if not k.startswith(_REOPENABLE)]
+                if changed:
+                    raise RunError(
+                        f"{self.folder.path} was started with other settings ({', '.join(changed)}); "
+                        "restore them, or choose another --out"
+                    )
+            atomic_write_text(self.folder.config, self.config.to_yaml())
+            yield self
+
+    def _resolved(self, saved: RunConfig | None) -> RunConfig:
+        """Fills every null from the saved run, or from the data, so that the saved configuration says what was done."""
+        c = self.config
+        filled = saved or c
+        population = c.privacy.population or filled.privacy.population or len(self.private)
+        delta = c.privacy.delta or filled.privacy.delta or default_delta(population)
+        each = c.select.labels_per_class or filled.select.labels_per_class
+        if each is None:
+            each = labels_per_class(c.select, n_labels=self.public.n_classes, n_classes=self.private.n_classes)
+        query_noise = c.query.noise_multiplier or filled.query.noise_multiplier
+        if query_noise is None:
+            query_noise = query_noise_multiplier(c.privacy.epsilon, delta, c.query.share)
+        steps = c.finetune.steps or filled.finetune.steps or c.finetune.total_steps(population)
+        return replace(
+            c,
+            privacy=replace(c.privacy, population=population, delta=delta),
+            query=replace(c.query, noise_multiplier=query_noise, votes_per_image=c.query.votes_per_image or each),
+            select=replace(c.select, labels_per_class=each),
+            finetune=replace(c.finetune, steps=steps),
+        )
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        privacy = self.config.privacy
+        assert privacy.delta is not None and privacy.population is not None
+        return Ledger(
+            self.folder.ledger, target_epsilon=privacy.epsilon, delta=privacy.delta, population=privacy.population,
+            seeded=not privacy.secure,
+        )  # fmt: skip
+
+    @cached_property
+    def noise_key(self) -> NoiseKey:
+        return NoiseKey.from_os() if self.config.privacy.secure else NoiseKey.from_seed(self.config.seed)
+
+    # ---- stages
+
+    def model(self) -> Denoiser:
+        """A denoiser with its initial weights."""
+        c = self.config
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(c.seed)
+            return Denoiser(
+                c.model.resolved_unet(), c.model.edm, resolution=c.data.resolution, channels=c.data.channels,
+                num_classes=self.private.n_classes,
+            )  # fmt: skip
+
+    def query(self) -> dict[str, Any] | None:
+        """Only a semantic selection asks; every other mode spends nothing."""
+        c = self.config
+        if c.select.mode != "semantic":
+            return None
+        assert c.query.votes_per_image is not None and c.query.noise_multiplier is not None
+        return run_query(
+            self.folder, c.query, public=self.public, private=self.private, votes_per_image=c.query.votes_per_image,
+            noise_multiplier=c.query.noise_multiplier, ledger=self.ledger, noise_key=self.noise_key, seed=c.seed,
+            device=self.device, semantic_function=self._semantic_function,
+        )  # fmt: skip
+
+    def select(self) -> dict[str, Any]:
+        c = self.config
+        assert c.select.labels_per_class is not None
+        query = self.folder.read_json(self.folder.query, "query") if c.select.mode == "semantic" else None
+        return run_select(
+            self.folder, c.select, public=self.public, class_names=self.private.label_names, query=query,
+            labels_each=c.select.labels_per_class, seed=c.seed,
+        )  # fmt: skip
+
+    def pretrain(self) -> Denoiser:
+        c, model = self.config, self.model()
+        selection = self.folder.read_json(self.folder.selection, "select")
+        indices, labels = selected_subset(selection, self.public, self.private.label_names)
+        run_pretrain(
+            self.folder, c.pretrain, model=model, public=self.public, indices=indices, labels=labels, seed=c.seed,
+            device=self.device,
+        )  # fmt: skip
+        if not (self.folder.samples / "before.png").exists():
+            self._sheets_before(model, indices, labels)
+        return model
+
+    def _sheets_before(self, model: Denoiser, indices: np.ndarray, labels: np.ndarray) -> None:
+        """What the model draws, and what it was shown, before it has seen a sensitive image."""
+        names = self.private.label_names
+        columns = 12
+        wanted = np.repeat(np.arange(min(20, len(names))), columns)
+        before = draw(model, wanted, self.config.sample.sampler, seed=self.config.seed, device=self.device)
+        save_sheet(self.folder, "before", ImageSet(before, wanted, names, name="before"), columns=columns)
+        if len(indices) and labels.max() < len(names):
+            order = np.random.default_rng(self.config.seed).permutation(len(indices))
+            chosen = ImageSet(self.public.images[indices[order]], labels[order], names, name="public")
+            save_sheet(self.folder, "public", chosen, columns=columns)
+
+    def finetune(self) -> Denoiser:
+        c, model = self.config, self.model()
+        model.load_state_dict(self.folder.load_tensors(self.folder.checkpoint("pretrain"), "pretrain")[0])
+        assert c.privacy.population is not None and c.privacy.delta is not None
+        run_finetune(
+            self.folder, c.finetune, model=model, private=self.private, population=c.privacy.population,
+            target_epsilon=c.privacy.epsilon, delta=c.privacy.delta, ledger=self.ledger, noise_key=self.noise_key,
+            randomness=OSRandom() if c.privacy.secure else SeededRandom(c.seed), seed=c.seed, device=self.device,
+        )  # fmt: skip
+        save_pretrained(model, self.folder.model, class_names=self.private.label_names, run=self)
+        return model
+
+    def sample(self) -> ImageSet:
+        if not self.folder.model.exists():
+            raise RunError(f"{self.folder.model} is missing; run `privimage finetune` first")
+        model, names, weights = load_pretrained(self.folder.model)
+        return run_sample(
+            self.folder, self.config.sample, model=model, class_names=names, weights=weights, seed=self.config.seed,
+            device=self.device,
+        )  # fmt: skip
+
+    def evaluate(self) -> dict[str, Any] | None:
+        """Against the test set, where there is one."""
+        if self.test is None:
+            return None
+        c = self.config
+        network = public_classifier(self.folder, c.query.classifier, self.public, seed=c.seed, device=self.device)
+        return run_evaluate(
+            self.folder, c.evaluate, synthetic=self.sample(), test=self.test, feature_network=network,
+            weights=load_pretrained(self.folder.model)[2], seed=c.seed, device=self.device,
+            private=self.private if c.evaluate.neighbours else None,
+        )  # fmt: skip
+
+    def report(self) -> Path:
+        report.build_card(self.folder.path)
+        return report.build_report(self.folder.path)
+
+    def all(self) -> Path:
+        """Every stage in order; those that are done already return at once."""
+        for stage in (self.query, self.select, self.pretrain, self.finetune, self.sample, self.evaluate):
+            logger.info("%s", stage.__name__)
+            stage()
+        return self.report()
+
+    # ---- planning
+
+    def plan(self) -> Plan:
+        """Needs the sizes of both sets, and spends nothing."""
+        c = self._resolved(None)
+        assert c.privacy.population and c.privacy.delta and c.finetune.steps and c.select.labels_per_class
+        rate = c.finetune.sample_rate(c.privacy.population)
+        queried = c.select.mode == "semantic"
+        prior = [GaussianEvent(c.query.noise_multiplier)] if queried and c.query.noise_multiplier else []
+        sigma = 0.0
+        if math.isfinite(c.privacy.epsilon):
+            sigma = solve_noise_multiplier(
+                target_epsilon=c.privacy.epsilon, delta=c.privacy.delta, sample_rate=rate, steps=c.finetune.steps,
+                prior_events=prior,
+            )  # fmt: skip
+        model = self.model().to(self.device)
+        physical = physical_batch_size(model, c.finetune)
+        parameters = sum(p.numel() for p in model.parameters())
+        rows = physical * c.finetune.multiplicity
+        memory = activation_bytes(model) * rows + 4 * parameters * (physical + 8)
+        per_row = _seconds_per_row(model, c.finetune.multiplicity, self.device)
+        evaluations = c.sample.sampler.steps * (2 if c.sample.sampler.method == "heun" else 1)
+        evaluations *= 1 if c.sample.sampler.guidance == 1 else 2
+        images = c.sample.per_class * self.private.n_classes
+        return Plan(
+            epsilon=c.privacy.epsilon, delta=c.privacy.delta, population=c.privacy.population, sample_rate=rate,
+            steps=c.finetune.steps, noise_multiplier=sigma,
+            query_noise_multiplier=c.query.noise_multiplier if queried else None,
+            epsilon_without_query=epsilon([DPSGDEvent(sigma, rate, c.finetune.steps)], c.privacy.delta),
+            labels_per_class=c.select.labels_per_class, parameters=parameters, physical_batch_size=physical,
+            memory_mib=memory / 2**20,
+            pretrain_seconds=0.0 if c.select.mode == "none" else per_row.plain * c.pretrain.batch_size * c.pretrain.steps,
+            finetune_seconds=per_row.private * c.finetune.steps * (c.finetune.batch_size + physical / 2) * c.finetune.multiplicity,
+            sample_seconds=per_row.forward * images * evaluations,
+        )  # fmt: skip
+
+    def write_plan(self, plan: Plan) -> None:
+        """budget.json as planned; fine-tuning replaces it by what it uses."""
+        c = self.config
+        record = budget_record(
+            c.finetune, plan.population, plan.epsilon, plan.delta, plan.noise_multiplier, plan.steps,
+            query_noise_multiplier=plan.query_noise_multiplier,
+        )  # fmt: skip
+        self.folder.write_json(self.folder.budget, record)
+
+
+@dataclass(frozen=True)
+class _RowTimes:
+    forward: float
+    plain: float
+    private: float
+
+
+def _seconds_per_row(model: Denoiser, multiplicity: int, device: str, rows: int = 64) -> _RowTimes:
+    """Times a forward pass, a plain and a private step on random images (best of two)."""
+    rows = max(multiplicity, rows // multiplicity * multiplicity)
+    samples = rows // multiplicity
+    shape = (samples, model.channels, model.resolution, model.resolution)
+    batch = denoising_batch(
+        torch.rand(shape) * 2 - 1, torch.zeros(samples, dtype=torch.int64), edm=model.edm, num_classes=model.num_classes,
+        multiplicity=multiplicity, label_dropout=0.0, generator=None,
+    )  # fmt: skip
+    args, loss_fn = [t.to(device) for t in batch.args()], DenoisingLoss(multiplicity)
+    sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+
+    def forward() -> None:
+        with torch.inference_mode():
+            loss_fn(model, *args).sum().item()
+
+    def plain() -> None:
+        loss_fn(model, *args).sum().backward()
+        model.zero_grad(set_to_none=True)
+
+    def private() -> None:
+        accumulate_clipped(model, loss_fn, args, sums, max_grad_norm=1.0, multiplicity=multiplicity)[0].sum().item()
+
+    return _RowTimes(*(_best_of_two(work) / rows for work in (forward, plain, private)))
+
+
+def _best_of_two(work: Callable[[], None]) -> float:
+    times = []
+    for _ in range(3):  # the first warms up
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def query_noise_multiplier(target_epsilon: float, delta: float, share: float) -> float:
+    """σ₁ such that the query takes ``share`` of μ², where μ-GDP (Dong et al. 2022, corollary 1) is what (ε, δ) allows."""
+    if math.isinf(target_epsilon):
+        return 0.0
+
+    def excess(mu: float) -> float:
+        left, right = norm.logcdf(-target_epsilon / mu + mu / 2), target_epsilon + norm.logcdf(-target_epsilon / mu - mu / 2)
+        return math.exp(left) - math.exp(right) - delta
+
+    mu = brentq(excess, 1e-4, 10 + 2 * math.sqrt(2 * target_epsilon) + target_epsilon)
+    return 1 / (mu * math.sqrt(share))
+
+
+def load_config(path: Path) -> RunConfig:
+    return build_config(load_yaml(path.read_text(), str(path)))
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda") and not name.startswith("cuda:"):
+        raise ConfigError(f"device must be auto, cpu or cuda, found {name!r}")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError("device is cuda, but torch finds no CUDA device; use --device cpu, or see `privimage doctor`")
+    return name
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+# ---------------------------------------------------------------------------------------------------- saved models
+
+
+def save_pretrained(model: Denoiser, path: str | Path, *, class_names: tuple[str, ...], run: Run | None = None) -> None:
+    """Writes model.safetensors and config.json (and, of a run, its ledger) to a folder."""
+    folder = RunFolder(path)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.save_tensors(folder.path / "model.safetensors", model.state_dict(), {})
+    described: dict[str, Any] = {
+        "format": 1, "unet": asdict(model.unet.config), "edm": asdict(model.edm), "resolution": model.resolution,
+        "channels": model.channels, "class_names": list(class_names),
+    }  # fmt: skip
+    if run is not None:
+        privacy = run.config.privacy
+        described["privacy"] = {"epsilon": _json_number(run.ledger.epsilon()), "delta": privacy.delta, "secure": privacy.secure}
+        described["sampler"] = asdict(run.config.sample.sampler)
+        atomic_write_text(folder.ledger, run.folder.ledger.read_text())
+    folder.write_json(folder.path / "config.json", described)
+
+
+def _json_number(value: float) -> float | str:
+    return value if math.isfinite(value) else "inf"
+
+
+def load_pretrained(path: str | Path) -> tuple[Denoiser, tuple[str, ...], str]:
+    """(model, class names, fingerprint of the weights) of a folder written by :func:`save_pretrained`."""
+    folder = RunFolder(path)
+    described = folder.read_json(folder.path / "config.json", "finetune")
+    try:
+        if described["format"] != 1:
+            raise ValueError(f"format {described['format']}, expected 1")
+        names = tuple(str(name) for name in described["class_names"])
+        model = Denoiser(
+            UNetConfig(**described["unet"]), EDMConfig(**described["edm"]), resolution=int(described["resolution"]),
+            channels=int(described["channels"]), num_classes=len(names),
+        )  # fmt: skip
+        tensors, _ = folder.load_tensors(folder.path / "model.safetensors", "finetune")
+        model.load_state_dict(tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise RunError(f"{folder.path} does not hold a model of this version: {error}") from error
+    return model.eval(), names, fingerprint([(n, t.numpy().tobytes()) for n, t in sorted(tensors.items())])
+
+
+class PrivImage:
+    """The method in Python.
+
+    Args:
+        config: a :class:`RunConfig`, or None for the defaults.
+        sections: whole sections or single values over it, e.g. ``PrivImage(privacy={"epsilon": 3}, model={"preset": "small"})``.
+
+    Example:
+        >>> model = pf.PrivImage(privacy={"epsilon": 10})                             # doctest: +SKIP
+        >>> print(model.plan("public/", "sensitive/").table())                        # doctest: +SKIP
+        >>> model.fit("public/", "sensitive/", out="runs/a")                          # doctest: +SKIP
+        >>> images = model.sample(100)                                                # doctest: +SKIP
+    """
+
+    def __init__(self, config: RunConfig | None = None, **sections: Any) -> None:
+        self.config = build_config(sections, config)
+        self._run: Run | None = None
+        self._model: Denoiser | None = None
+        self._class_names: tuple[str, ...] = ()
+        self._pretrained: dict[str, Any] = {}
+
+    def plan(self, public: ImageSet | str, private: ImageSet | str) -> Plan:
+        """σ, steps, memory and rough time, before anything is spent."""
+        return self._bind(public, private, None, None).plan()
+
+    def fit(
+        self, public: ImageSet | str, private: ImageSet | str, *, out: str | Path | None = None, resume: bool = False,
+        semantic_function: SemanticFunction | None = None,
+    ) -> PrivImage:  # fmt: skip
+        """query → select → pretrain → finetune. ``resume`` goes on with an interrupted run in the same folder."""
+        run = self._bind(public, private, out, semantic_function)
+        with run.opened(resume=resume):
+            run.query()
+            run.select()
+            run.pretrain()
+            self._model = run.finetune().eval()
+            run.report()
+        self._run, self._class_names, self.config = run, run.private.label_names, run.config
+        return self
+
+    def sample(self, n: int, labels: np.ndarray | None = None, *, seed: int | None = None) -> ImageSet:
+        """n synthetic images, as many of each class as n allows, or of the given labels (n,)."""
+        model = self._fitted()
+        if labels is None:
+            labels = np.arange(n) % len(self._class_names)
+        elif len(labels) != n or labels.min() < 0 or labels.max() >= len(self._class_names):
+            raise ValueError(f"labels must be {n} whole numbers in [0, {len(self._class_names)}), found {labels!r}")
+        seed = self.config.seed if seed is None else seed
+        size, device = self.config.sample.batch_size, _device(self.config.device)
+        parts = [
+            draw(model, labels[start : start + size], self.config.sample.sampler, seed=seed, batch=i, device=device)
+            for i, start in enumerate(range(0, n, size))
+        ]
+        return ImageSet(np.concatenate(parts), labels.astype(np.int64), self._class_names, name="synthetic")
+
+    def evaluate(self, test: ImageSet | str) -> dict[str, Any]:
+        """Metrics against real test images; not private."""
+        if self._run is None:
+            raise RunError("evaluate needs the run it was fitted in; call fit first")
+        self._run._given["test"] = test if isinstance(test, ImageSet) else self._run._open("test", test)
+        self._run.__dict__.pop("_private_and_test", None)
+        with self._run.opened(resume=True):
+            result = self._run.evaluate()
+            self._run.report()
+        assert result is not None
+        return result
+
+    def privacy_spent(self) -> dict[str, Any]:
+        """ε as composed from the ledger, δ, and what they refer to."""
+        if self._run is not None:
+            ledger = self._run.ledger
+            return {"epsilon": ledger.epsilon(), "delta": self.config.privacy.delta, "secure": self.config.privacy.secure}
+        self._fitted()
+        return dict(self._pretrained)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Weights as safetensors, configuration, ledger and card."""
+        save_pretrained(self._fitted(), path, class_names=self._class_names, run=self._run)
+        if self._run is not None:
+            card = self._run.folder.path / "README.md"
+            atomic_write_text(Path(path) / "README.md", card.read_text())
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> PrivImage:
+        """A model that can be sampled from. Reads safetensors and JSON only."""
+        model, names, _ = load_pretrained(path)
+        described = json.loads((Path(path) / "config.json").read_text())
+        self = cls(sample={"sampler": described["sampler"]} if "sampler" in described else {})
+        self._model, self._class_names = model, names
+        self._pretrained = described.get("privacy", {})
+        return self
+
+    def _fitted(self) -> Denoiser:
+        if self._model is None:
+            raise RunError("there is no model yet; call fit, or PrivImage.from_pretrained")
+        return self._model
+
+    def _bind(
+        self, public: ImageSet | str, private: ImageSet | str, out: str | Path | None, semantic_function: SemanticFunction | None
+    ) -> Run:
+        sources = {"public": public, "private": private}
+        sets = {name: s for name, s in sources.items() if isinstance(s, ImageSet)}
+        data = replace(self.config.data, **{name: str(s) for name, s in sources.items() if name not in sets})
+        if sets:  # in-memory images bring their own size
+            first = next(iter(sets.values()))
+            data = replace(data, resolution=first.resolution, channels=first.channels)
+        config = replace(self.config, data=data, out=str(out or tempfile.mkdtemp(prefix="privimage-")))
+        return Run(config, semantic_function=semantic_function, **sets)

@@ -1,0 +1,180 @@
+"""Semantic query (PrivImage §4.1): which public labels do the sensitive images of each class look like?
+
+Formal guarantee: each sensitive image adds 1 to the cells of its k top labels in the row of its class, so adding or
+removing one image changes the class × label table by √k in L2. Gaussian noise of standard deviation σ₁·√k is added to
+every cell: one Gaussian mechanism with noise multiplier σ₁. The event is in the ledger before the first sensitive image
+is looked at, and the noisy table is drawn once and kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from privimage_fast.data import ImageSet, train_test_split
+from privimage_fast.dp.accounting import GaussianEvent
+from privimage_fast.dp.ledger import Ledger
+from privimage_fast.dp.noise import NoiseKey, Stream
+from privimage_fast.models.classifier import Classifier, ClassifierConfig, batched, train_classifier
+from privimage_fast.models.edm import to_float
+from privimage_fast.stages.folder import RunError, RunFolder, fingerprint, set_fingerprint, timed
+
+# Scores of a batch: float images (R, C, H, W) in [−1, 1] → (R, labels).
+SemanticFunction = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class QueryConfig:
+    """The query.
+
+    Args:
+        noise_multiplier: σ₁; null lets `share` decide.
+        share: part of the budget the query takes, as its share of the squared Gaussian-DP parameter μ² of the target.
+        votes_per_image: labels each sensitive image votes for; null takes as many as `select` gives each class.
+        onnx: path of an ONNX classifier of public labels (input float NCHW in [−1, 1]); null trains one on the public set.
+        classifier: the one that is trained.
+    """
+
+    noise_multiplier: float | None = None
+    share: float = 0.02
+    votes_per_image: int | None = None
+    onnx: str | None = None
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+
+    def __post_init__(self) -> None:
+        if self.noise_multiplier is not None and not self.noise_multiplier > 0:
+            raise ValueError(f"query.noise_multiplier must be positive or null, found {self.noise_multiplier}")
+        if not 0 < self.share < 1:
+            raise ValueError(f"query.share must be between 0 and 1, found {self.share}")
+        if self.votes_per_image is not None and self.votes_per_image < 1:
+            raise ValueError(f"query.votes_per_image must be ≥ 1 or null, found {self.votes_per_image}")
+
+
+def run_query(
+    folder: RunFolder, config: QueryConfig, *, public: ImageSet, private: ImageSet, votes_per_image: int,
+    noise_multiplier: float, ledger: Ledger, noise_key: NoiseKey, seed: int, device: str = "cpu",
+    semantic_function: SemanticFunction | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Draws the noisy class × label table once, or returns the one that was drawn; the content of query.json.
+
+    Raises:
+        RunError: an earlier query of this folder was made with other settings (its cost is spent).
+    """
+    stamp = fingerprint(config, votes_per_image, noise_multiplier, public.label_names, private.label_names)
+    if folder.query.exists():
+        kept = folder.read_json(folder.query, "query")
+        if kept["fingerprint"] != stamp:
+            raise RunError(
+                f"{folder.query} holds a query with other settings; its privacy is spent, so it is not repeated here. "
+                "Restore the settings, or start over with another --out"
+            )
+        return kept
+    if not 1 <= votes_per_image <= public.n_classes:
+        raise RunError(f"votes_per_image is {votes_per_image}, expected 1 … {public.n_classes} (the public labels)")
+    with timed(folder, "query", stamp):
+        if semantic_function is None:
+            semantic_function, described = _semantic_function(folder, config, public, seed, device)
+        else:
+            described = "given by the user"
+        _check_scores(semantic_function, public, device)
+        event = GaussianEvent(noise_multiplier)
+        ledger.charge(event, stage="query")  # before the data is touched
+        counts = vote(semantic_function, private, n_labels=public.n_classes, votes_per_image=votes_per_image, device=device)
+        std = event.noise_multiplier * math.sqrt(votes_per_image)
+        noisy = counts + std * noise_key.gaussian(counts.shape, step=0, stream=Stream.QUERY)
+        result = {
+            "fingerprint": stamp, "labels": list(public.label_names), "classes": list(private.label_names),
+            "counts": noisy.tolist(), "votes_per_image": votes_per_image, "noise_std": std,
+            "noise_multiplier": event.noise_multiplier, "semantic_function": described,
+        }  # fmt: skip
+        folder.write_json(folder.query, result)
+    return result
+
+
+def vote(
+    semantic_function: SemanticFunction, images: ImageSet, *, n_labels: int, votes_per_image: int, device: str = "cpu"
+) -> np.ndarray:
+    """The exact table (classes, labels) float64: one vote for each of an image's ``votes_per_image`` best labels.
+
+    An image whose scores are not finite votes for nothing, which is within the sensitivity.
+    """
+    table = np.zeros((images.n_classes, n_labels))
+    for start in tqdm(range(0, len(images), 512), desc="query", unit="batch", leave=False):
+        part = slice(start, start + 512)
+        scores = batched(semantic_function, images.images[part], device=device)
+        finite = np.isfinite(scores).all(1)
+        best = np.argpartition(-scores[finite], votes_per_image - 1, axis=1)[:, :votes_per_image]
+        np.add.at(table, (images.labels[part][finite][:, None], best), 1)
+    return table
+
+
+def _semantic_function(
+    folder: RunFolder, config: QueryConfig, public: ImageSet, seed: int, device: str
+) -> tuple[SemanticFunction, str]:
+    if config.onnx is not None:
+        return load_onnx(Path(config.onnx)), f"ONNX model {Path(config.onnx).name}"
+    model = public_classifier(folder, config.classifier, public, seed=seed, device=device)
+    return model, f"CNN of width {config.classifier.width} trained on the public set's {public.n_classes} labels"
+
+
+def public_classifier(folder: RunFolder, config: ClassifierConfig, public: ImageSet, *, seed: int, device: str) -> Classifier:
+    """The classifier of public labels, trained once a folder; also the feature network of the evaluation."""
+    path, stamp = folder.checkpoint("classifier"), fingerprint(config, seed, set_fingerprint(public))
+    if path.exists():
+        tensors, metadata = folder.load_tensors(path, "query")
+        if metadata.get("fingerprint") == stamp:
+            model = Classifier(config.width, channels=public.channels, num_classes=public.n_classes)
+            model.load_state_dict(tensors)
+            return model.to(device).eval()
+    train, held_out = train_test_split(public, 0.1, seed)
+    model, accuracy = train_classifier(
+        train.images, train.labels, num_classes=public.n_classes, config=config, seed=seed,
+        validation=(held_out.images, held_out.labels), device=device, description="public classifier",
+    )  # fmt: skip
+    folder.save_tensors(path, model.state_dict(), {"fingerprint": stamp, "public_accuracy": accuracy})
+    return model
+
+
+def load_onnx(path: Path) -> SemanticFunction:
+    """A user's classifier from an ONNX file: one input float NCHW in [−1, 1], first output scores (R, labels)."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise RunError("an ONNX classifier needs onnxruntime: pip install 'privimage-fast[onnx]'") from error
+    if not path.is_file():
+        raise RunError(f"query.onnx: no file {path}")
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise RunError(f"query.onnx: {path} cannot be loaded as an ONNX model ({str(error).splitlines()[0]})") from error
+    name = session.get_inputs()[0].name
+
+    def scores(x: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {name: x.cpu().numpy()})[0])
+
+    return scores
+
+
+def _check_scores(semantic_function: SemanticFunction, public: ImageSet, device: str) -> None:
+    """Tries the function on two public images, so that a wrong one fails before anything is charged."""
+    if isinstance(semantic_function, nn.Module):
+        semantic_function.eval()
+    x = to_float(torch.from_numpy(public.images[:2])).to(device)
+    try:
+        with torch.inference_mode():
+            found = tuple(semantic_function(x).shape)
+    except Exception as error:
+        raise RunError(f"the semantic function fails on images of shape {tuple(x.shape)}: {error}") from error
+    if found != (len(x), public.n_classes):
+        raise RunError(
+            f"the semantic function gives shape {found} for {len(x)} images, expected ({len(x)}, {public.n_classes}): one score "
+            "for each label of the public set"
+        )

@@ -1,0 +1,107 @@
+"""Sampling: synthetic images from a trained denoiser, as many for each class. Post-processing, at no privacy cost."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from privimage_fast.data import ImageSet
+from privimage_fast.data.atomic import atomic_path
+from privimage_fast.data.export import save_folder, save_npz, save_zip
+from privimage_fast.data.sheet import image_sheet
+from privimage_fast.models.edm import Denoiser, SamplerConfig, sample, to_uint8
+from privimage_fast.stages.folder import RunFolder, fingerprint, timed
+
+FORMATS = ("npz", "zip", "folder")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """What is sampled and how it is written.
+
+    Args:
+        per_class: images of each class; equal counts, so that the sizes of the sensitive classes stay unsaid.
+        batch_size: images sampled at a time.
+        formats: any of npz, zip (EDM layout) and folder (class per sub-folder); npz is always written.
+        sampler: method, steps, noise levels, guidance.
+    """
+
+    per_class: int = 1000
+    batch_size: int = 500
+    formats: tuple[str, ...] = ("npz",)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "formats", tuple(self.formats))
+        if self.per_class < 1 or self.batch_size < 1:
+            raise ValueError(f"sample.per_class and batch_size must be ≥ 1, found {self.per_class} and {self.batch_size}")
+        unknown = set(self.formats) - set(FORMATS)
+        if unknown:
+            raise ValueError(f"sample.formats may hold {', '.join(FORMATS)}; found {', '.join(sorted(unknown))}")
+
+
+def run_sample(
+    folder: RunFolder, config: SampleConfig, *, model: Denoiser, class_names: Sequence[str], weights: str, seed: int,
+    device: str = "cpu",
+) -> ImageSet:  # fmt: skip
+    """Samples synthetic.npz (and the other formats) batch by batch; an interrupted run goes on with the next batch.
+
+    ``weights`` names the state of the model (its fingerprint), so that samples of other weights are not taken for its own.
+    """
+    stamp = fingerprint(config, tuple(class_names), weights, seed)
+    if folder.synthetic.exists() and folder.finished("sample", stamp):
+        return _load(folder, class_names)
+    with timed(folder, "sample", stamp):
+        labels = np.repeat(np.arange(len(class_names)), config.per_class)
+        parts = folder.path / "checkpoints" / f"sample-{stamp}"
+        parts.mkdir(exist_ok=True)
+        starts = range(0, len(labels), config.batch_size)
+        images = []
+        for i, start in enumerate(tqdm(starts, desc="sample", unit="batch", leave=False)):
+            path = parts / f"{i}.npy"
+            if not path.exists():
+                part = draw(model, labels[start : start + config.batch_size], config.sampler, seed=seed, batch=i, device=device)
+                with atomic_path(path) as temporary, open(temporary, "wb") as handle:
+                    np.save(handle, part)
+            images.append(np.load(path))
+        synthetic = ImageSet(np.concatenate(images), labels, tuple(class_names), name="synthetic")
+        save_npz(synthetic, folder.synthetic)
+        if "zip" in config.formats:
+            save_zip(synthetic, folder.path / "synthetic.zip")
+        if "folder" in config.formats:
+            save_folder(synthetic, folder.path / "synthetic", overwrite=True)
+        shutil.rmtree(parts)
+        save_sheet(folder, "after", synthetic)
+    return synthetic
+
+
+def draw(model: Denoiser, labels: np.ndarray, config: SamplerConfig, *, seed: int, batch: int = 0, device: str = "cpu") -> np.ndarray:
+    """uint8 NHWC images for labels (n,); (seed, batch) fixes them."""
+    model.eval().to(device)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + batch)
+    return to_uint8(sample(model, torch.from_numpy(labels).to(device), config, generator)).cpu().numpy()
+
+
+def save_sheet(folder: RunFolder, name: str, images: ImageSet, *, columns: int = 12) -> None:
+    """samples/<name>.png: one row a class (at most 20), with the class name beside it."""
+    folder.samples.mkdir(exist_ok=True)
+    shown = [np.flatnonzero(images.labels == c)[:columns] for c in range(min(20, images.n_classes))]
+    rows = [(c, picks) for c, picks in enumerate(shown) if len(picks)]
+    blank = np.zeros((1, *images.images.shape[1:]), np.uint8)
+    cells = [np.concatenate([images.images[picks], np.repeat(blank, columns - len(picks), 0)]) for _, picks in rows]
+    sheet = image_sheet(
+        np.concatenate(cells), len(rows), columns, scale=max(1, 48 // images.resolution),
+        row_labels=[images.label_names[c] for c, _ in rows],
+    )  # fmt: skip
+    with atomic_path(folder.samples / f"{name}.png") as temporary:
+        sheet.save(temporary, format="PNG")
+
+
+def _load(folder: RunFolder, class_names: Sequence[str]) -> ImageSet:
+    with np.load(folder.synthetic, allow_pickle=False) as arrays:
+        return ImageSet(arrays["images"], arrays["labels"], tuple(class_names), name="synthetic")
