@@ -27,8 +27,9 @@ FACES = (
 )  # fmt: skip
 
 _CANVAS = 144  # pixels a side of the large rendering
-_EM = 88  # type size in those pixels: the widest letter still fits when turned and stretched
+_EM = 72  # type size in those pixels: the widest letter, a bold W, still fits when turned and stretched
 _BOX = 20 / 28  # part of the image that a glyph fills
+_MARGIN = 2 / 28  # of the image, kept free all around, but for the faint fringe of a hairline
 _MAX_STROKE = 5  # thickening on each side, in pixels of the large rendering
 _CHUNK = 256  # letters averaged down at a time
 
@@ -114,21 +115,24 @@ def _glyph(face: str, letter: str, stroke_width: int) -> Image.Image:
 
 
 def _fit(large: np.ndarray, resolution: int, size: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """uint8 (n, canvas, canvas) → uint8 (n, resolution, resolution): the longer side of each glyph fills `size` of
-    the image, its centre of mass is in the middle plus `shift` (n, 2; fractions of the image), area-averaged."""
+    """uint8 (n, canvas, canvas) → uint8 (n, resolution, resolution), area-averaged: the longer side of each glyph
+    fills `size` of the image, its centre of mass is in the middle plus `shift` (n, 2; fractions of the image)."""
     ink = large.astype(np.float32)
     position = np.arange(_CANVAS, dtype=np.float32) + 0.5
     mass = ink.sum(axis=(1, 2))
-    weights = []
+    spans = []
     for axis in (1, 2):
         profile = ink.max(axis=3 - axis) > 127
-        extent = _CANVAS - profile.argmax(axis=1) - profile[:, ::-1].argmax(axis=1)
-        weights.append((extent, ink.sum(axis=3 - axis) @ position / mass))
-    pixel = np.maximum(weights[0][0], weights[1][0]) / (size * resolution)  # large pixels per output pixel
-    down, across = (
-        _overlap(centre + (np.arange(resolution + 1)[:, None] - resolution * (0.5 + shift[:, axis])) * pixel)
-        for axis, (_, centre) in enumerate(weights)
-    )
+        first, last = profile.argmax(axis=1), _CANVAS - profile[:, ::-1].argmax(axis=1)
+        spans.append((first, last, ink.sum(axis=3 - axis) @ position / mass))
+    frame = np.maximum(*(last - first for first, last, _ in spans)) / size  # large pixels that the image spans
+    weights = []
+    for axis, (first, last, centre) in enumerate(spans):
+        # Where the mass of an F or a j lies far to one side, centring must not push the other side out of the image.
+        place = np.clip(0.5 + shift[:, axis], _MARGIN + (centre - first) / frame, 1 - _MARGIN - (last - centre) / frame)
+        edges = np.linspace(0, 1, resolution + 1)[:, None]
+        weights.append(_overlap(centre + (edges - place) * frame))
+    down, across = weights
     averaged = down @ ink @ across.transpose(0, 2, 1)
     return np.clip(np.floor(averaged + np.float32(0.501)), 0, 255).astype(np.uint8)
 

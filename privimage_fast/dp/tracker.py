@@ -129,7 +129,7 @@ class Tracker(TorchFunctionMode):
             )
         self.calls.update(names.values())
         detached = {role: call[role].detach() for role in ("weight", "bias") if isinstance(call.get(role), Tensor)}
-        x, rule = parse(names, **{**call, **detached, "names": names})
+        x, rule = parse(**{**call, **detached, "names": names})
         if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
             x, rule = _autocast(x, rule)
         return _Call.apply(self.anchor.to(x.device), x, rule, self._sink)

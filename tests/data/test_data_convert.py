@@ -143,6 +143,7 @@ def test_unbounded_pixel_types_are_refused():
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow remarks on some damage
 def test_damage_anywhere_is_a_data_error_or_an_image(data):
     kind = data.draw(st.sampled_from(["PNG", "GIF", "BMP", "PPM", "JPEG", "TIFF"]))
     raw = bytearray(encode(Image.new("RGB", (9, 8), (1, 2, 3)), kind))

@@ -1,0 +1,386 @@
+"""The engine against a double-precision per-sample loop, and its refusals."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import privimage_fast as pf
+from privimage_fast.models.edm import Denoiser, DenoisingLoss, EDMConfig, denoising_batch
+from privimage_fast.models.unet import PRESETS, UNetConfig
+from tests.dp.oracle import assert_matches_loop, per_sample_loop
+
+STRATEGIES = ("store", "gram", "norm-only")
+
+
+def row_loss(module: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    out = module(x)
+    return (out - target[(...,) + (None,) * (out.dim() - target.dim())].to(out.dtype)).square().flatten(1).mean(1)
+
+
+def random_layer(seed: int) -> tuple[nn.Module, Tensor, int]:
+    """A layer (between others, so that it has an input gradient to get right), rows for it, and a multiplicity."""
+    r = random.Random(seed)
+    torch.manual_seed(seed)
+    rows_per_sample, samples = r.choice([1, 1, 2, 3, 8]), r.choice([1, 2, 3, 5])
+    rows = rows_per_sample * samples
+    kind = r.choice(["conv2d", "conv2d", "conv2d", "conv1d", "linear", "linear", "group_norm", "layer_norm", "embedding", "attention"])
+    bias = r.random() < 0.8
+    if kind in ("conv1d", "conv2d"):
+        groups = r.choice([1, 1, 2, 3, 4])
+        c_in, c_out = groups * r.choice([1, 2, 5, 8]), groups * r.choice([1, 3, 4, 17])
+        dims = int(kind[4])
+        kernel = [r.choice([1, 2, 3, 5]) for _ in range(dims)]
+        mode = r.choice(["zeros", "zeros", "zeros", "circular", "reflect", "replicate"])
+        padding: object = r.choice(["same", "valid"]) if r.random() < 0.2 else [r.randint(0, 2) for _ in range(dims)]
+        stride = 1 if padding == "same" else [r.choice([1, 1, 2, 3]) for _ in range(dims)]
+        make = nn.Conv1d if dims == 1 else nn.Conv2d
+        layer = make(c_in, c_out, kernel, stride, padding, r.choice([1, 1, 2]), groups, bias, mode)
+        x = torch.randn(rows, c_in, *(r.choice([9, 10, 12]) for _ in range(dims)))
+        if dims == 2 and r.random() < 0.5:
+            x = x.to(memory_format=torch.channels_last)
+        return nn.Sequential(make(c_in, c_in, 1, groups=groups), layer, nn.SiLU(), make(c_out, 2, 1)), x, rows_per_sample
+    if kind == "linear":
+        lead = [r.choice([1, 2, 5]) for _ in range(r.choice([0, 1, 2]))]
+        d, p = r.choice([1, 3, 16, 33]), r.choice([1, 4, 20])
+        return nn.Sequential(nn.Linear(d, p, bias), nn.Tanh(), nn.Linear(p, 3, bias)), torch.randn(rows, *lead, d), rows_per_sample
+    if kind == "group_norm":
+        groups = r.choice([1, 2, 3])
+        c = groups * r.choice([2, 3, 4])
+        x = torch.randn(rows, c, *([r.choice([3, 5])] * r.choice([1, 2])))
+        return nn.Sequential(nn.GroupNorm(groups, c), nn.SiLU(), nn.GroupNorm(1, c)), x, rows_per_sample
+    if kind == "layer_norm":
+        shape = [r.choice([3, 4, 7]) for _ in range(r.choice([1, 2]))]
+        x = torch.randn(rows, *([4] * r.choice([0, 1])), *shape)
+        return nn.Sequential(nn.LayerNorm(shape, bias=bias), nn.Tanh(), nn.LayerNorm(shape)), x, rows_per_sample
+    if kind == "embedding":
+        padding_idx = r.choice([None, 0, -1])
+        x = torch.randint(7, (rows, r.choice([1, 6])))
+        return nn.Sequential(nn.Embedding(7, 5, padding_idx=padding_idx), nn.Linear(5, 2)), x, rows_per_sample
+    return Attention(8), torch.randn(rows, r.choice([1, 5]), 8), rows_per_sample
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.out(F.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize("seed", range(240))
+def test_random_layer_equals_the_per_sample_loop(seed: int) -> None:
+    module, x, multiplicity = random_layer(seed)
+    target = torch.randn(x.shape[0])
+    for p in module.parameters():  # affine parameters away from 1 and 0
+        nn.init.normal_(p, std=0.5)
+    assert_matches_loop(module, row_loss, (x, target), multiplicity=multiplicity, strategy=(*STRATEGIES, "auto")[seed % 4])
+
+
+def unet_case(multiplicity: int, *, preset: str = "small", resolution: int = 9, channels: int = 1) -> tuple[nn.Module, list[Tensor]]:
+    torch.manual_seed(multiplicity)
+    model = Denoiser(PRESETS[preset], EDMConfig(), resolution=resolution, channels=channels, num_classes=4)
+    for name, p in model.named_parameters():  # as after some training: the zero-initialised ends pass gradients
+        if p.dim() > 1 and "label_in" not in name:
+            nn.init.normal_(p, std=(2 / p[0].numel()) ** 0.5)
+    batch = denoising_batch(
+        torch.rand(3, channels, resolution, resolution) * 2 - 1, torch.tensor([0, 3, 1]), edm=model.edm, num_classes=4,
+        multiplicity=multiplicity, label_dropout=0.3, generator=None,
+    )  # fmt: skip
+    return model, list(batch.args())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("multiplicity", [1, 3, 8])
+def test_whole_unet_equals_the_per_sample_loop(multiplicity: int, strategy: str) -> None:
+    model, args = unet_case(multiplicity)
+    assert_matches_loop(model, DenoisingLoss(multiplicity), args, multiplicity=multiplicity, strategy=strategy)
+
+
+@pytest.mark.parametrize("memory_budget", [0, 20_000, None])
+def test_published_unet_and_memory_budget(memory_budget: int | None) -> None:
+    model, args = unet_case(2, preset="base", resolution=16, channels=3)
+    assert_matches_loop(model, DenoisingLoss(2), args, multiplicity=2, memory_budget=memory_budget)
+
+
+class Reused(nn.Module):
+    """Through the module, again by F.conv2d, tied, and registered in an order that is not that of the calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Conv2d(3, 2, 1)
+        self.conv = nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular")
+        self.twin = nn.Conv2d(3, 3, 3, padding=1)
+        self.twin.weight = self.conv.weight
+        self.unused = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.conv(x))
+        h = torch.tanh(F.conv2d(h, self.conv.weight, padding=1))
+        return self.last(self.twin(h))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_weight_used_three_times_is_one_gradient(strategy: str) -> None:
+    torch.manual_seed(0)
+    args = (torch.randn(4, 3, 6, 6), torch.randn(4))
+    assert_matches_loop(Reused(), row_loss, args, multiplicity=2, strategy=strategy)
+
+
+def test_embedding_used_twice_and_frozen_parts() -> None:
+    torch.manual_seed(0)
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.frozen, self.head = nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 1)
+            self.frozen.weight.requires_grad_(False)  # its bias still trains
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.frozen(self.table(ids[:, :2])).tanh() * self.table(ids[:, 2:]))
+
+    assert_matches_loop(Twice(), row_loss, (torch.randint(5, (6, 4)), torch.randn(6)), multiplicity=3)
+
+
+def test_tokens_flattened_into_the_batch() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows, tokens, width = x.shape
+            return self.b(self.a(x.reshape(rows * tokens, width)).tanh()).reshape(rows, tokens)
+
+    torch.manual_seed(0)
+    assert_matches_loop(Flat(), row_loss, (torch.randn(6, 3, 4), torch.randn(6)), multiplicity=2)
+
+
+# ------------------------------------------------------------------------------------------------------- guarantees
+
+
+def contribution(module: nn.Module, args: tuple[Tensor, ...], c: float, strategy: str, multiplicity: int = 1) -> Tensor:
+    """Norm of what one sample adds, from the returned sum itself and not from the reported norm."""
+    grads = pf.clipped_grad(module, row_loss, args, max_grad_norm=c, strategy=strategy, multiplicity=multiplicity).grads
+    return torch.sqrt(sum(g.double().square().sum() for g in grads.values()))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+def test_contribution_is_at_most_c_and_not_less(strategy: str, scale: float, padding_mode: str) -> None:
+    torch.manual_seed(3)
+    module = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, padding_mode=padding_mode), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 2, 3))
+    for c in (1e-3, 0.1):
+        for row in range(5):
+            x = torch.randn(1, 3, 12, 12, generator=torch.Generator().manual_seed(row)) * scale
+            found = float(contribution(module, (x, torch.full((1,), 50.0)), c, strategy))
+            assert found <= c * (1 + 1e-6)
+            assert found >= c * (1 - 2e-5)  # clipping more than needed would be noise for nothing
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_a_sample_that_is_not_finite_adds_nothing_and_harms_no_other(strategy: str, bad: float) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    x, target = torch.randn(3, 1, 4, 4), torch.randn(3)
+    poisoned = x.clone()
+    poisoned[1, 0, 2, 2] = bad
+    target_poisoned = target.clone()
+    target_poisoned[1] = bad
+    good = pf.clipped_grad(module, row_loss, (x[[0, 2]], target[[0, 2]]), max_grad_norm=0.1, strategy=strategy)
+    found = pf.clipped_grad(module, row_loss, (poisoned, target_poisoned), max_grad_norm=0.1, strategy=strategy)
+    for name, g in found.grads.items():
+        assert g.isfinite().all()
+        if bad != 1e30:
+            torch.testing.assert_close(g, good.grads[name], rtol=1e-5, atol=1e-7)
+    assert sum(float(g.double().square().sum()) for g in found.grads.values()) ** 0.5 <= 0.3 * (1 + 1e-6)
+
+
+def test_padding_samples_contribute_nothing() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+    x, target = torch.randn(8, 1, 4, 4), torch.randn(8)
+    whole = pf.clipped_grad(
+        module, row_loss, (x, target), max_grad_norm=0.5, multiplicity=2, sample_weight=torch.tensor([1.0, 1.0, 1.0, 0.0])
+    )
+    part = pf.clipped_grad(module, row_loss, (x[:6], target[:6]), max_grad_norm=0.5, multiplicity=2)
+    for name in part.grads:
+        torch.testing.assert_close(whole.grads[name], part.grads[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_micro_batch_size_changes_rounding_only(strategy: str) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(2, 6, 3, stride=2, padding=1), nn.SiLU(), nn.Flatten(), nn.Linear(54, 3))
+    x, target = torch.randn(12, 2, 5, 5), torch.randn(12)
+    whole = pf.clipped_grad(module, row_loss, (x, target), max_grad_norm=0.2, strategy=strategy).grads
+    parts = [pf.clipped_grad(module, row_loss, (x[i : i + 3], target[i : i + 3]), max_grad_norm=0.2).grads for i in range(0, 12, 3)]
+    for name, g in whole.items():
+        torch.testing.assert_close(g, sum(p[name] for p in parts), rtol=1e-4, atol=1e-6)
+
+
+def test_no_rows_is_an_empty_sum() -> None:
+    module = nn.Linear(3, 2)
+    found = pf.clipped_grad(module, row_loss, (torch.zeros(0, 3), torch.zeros(0)), max_grad_norm=1.0)
+    assert all(not g.any() for g in found.grads.values()) and found.norms.shape == (0,)
+
+
+def test_bf16_autocast_keeps_the_bound() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.SiLU(), nn.Linear(16, 2))
+
+    def loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = m(x)
+        return (out.float() - y[:, None]).square().mean(1)
+
+    for row in range(8):
+        x = torch.randn(1, 8, generator=torch.Generator().manual_seed(row))
+        grads = pf.clipped_grad(module, loss, (x, torch.full((1,), 9.0)), max_grad_norm=0.1).grads
+        assert sum(float(g.double().square().sum()) for g in grads.values()) ** 0.5 <= 0.1 * (1 + 1e-6)
+
+
+def test_nothing_is_left_on_the_module() -> None:
+    module = nn.Linear(3, 2)
+    pf.clipped_grad(module, row_loss, (torch.randn(4, 3), torch.randn(4)), max_grad_norm=1.0)
+    assert all(p.grad is None for p in module.parameters())
+
+
+# --------------------------------------------------------------------------------------------------------- refusals
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.scale = nn.Linear(3, 3), nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin(x) * self.scale
+
+
+class Positions(nn.Module):
+    """Embeds positions without the batch: the output gradient reaches the table already summed over samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pos, self.out = nn.Embedding(4, 3), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x + self.pos(torch.arange(4)))
+
+
+class _Hidden(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w):  # noqa: ANN001, ANN205
+        ctx.save_for_backward(x, w)
+        return x @ w
+
+    @staticmethod
+    def backward(ctx, g):  # noqa: ANN001, ANN205
+        x, w = ctx.saved_tensors
+        return g @ w.T, x.T @ g
+
+
+class Unseen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.lin = nn.Parameter(torch.ones(3, 3)), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin(_Hidden.apply(x, self.hidden))
+
+
+class TimeFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin(x.transpose(0, 1).contiguous()).transpose(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "message"),
+    [
+        (Scaled(), (4, 3), "'scale' is used by mul"),
+        (Positions(), (4, 4, 3), "'pos.weight' is applied by embedding to a tensor that does not come from the batch"),
+        (Unseen(), (4, 3), "'hidden' reached the loss by a way"),
+        (nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), (4, 3), "'1.weight'.* batch.*use GroupNorm"),
+        (nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, affine=False)), (4, 3), "use GroupNorm"),
+        (nn.Sequential(nn.ConvTranspose1d(3, 3, 1)), (4, 3, 5), "'0.weight' is used by conv_transpose1d"),
+        (nn.Sequential(nn.PReLU(), nn.Linear(3, 1)), (4, 3), "'0.weight' is used by prelu"),
+        (TimeFirst(), (4, 5, 3), "rows must stay the first dimension"),
+    ],
+)
+def test_an_uncovered_parameter_is_refused_by_name(module: nn.Module, shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(pf.UncoveredParameterError, match=message):
+        pf.clipped_grad(module, row_loss, (torch.randn(shape), torch.randn(shape[0])), max_grad_norm=1.0)
+
+
+def test_frozen_uncovered_parameters_are_no_obstacle() -> None:
+    module = Scaled()
+    module.scale.requires_grad_(False)
+    assert_matches_loop(module, row_loss, (torch.randn(4, 3), torch.randn(4)))
+
+
+def test_embedding_options_that_mix_samples_are_refused() -> None:
+    for options in ({"max_norm": 1.0}, {"scale_grad_by_freq": True}):
+        module = nn.Sequential(nn.Embedding(5, 3, **options), nn.Linear(3, 1))
+        with pytest.raises(pf.UncoveredParameterError, match=r"0\.weight"):
+            pf.clipped_grad(module, row_loss, (torch.randint(5, (4, 2)), torch.randn(4)), max_grad_norm=1.0)
+
+
+def test_check_per_sample_finds_what_rules_cannot() -> None:
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            return self.b(h - h.mean(0))
+
+    torch.manual_seed(0)
+    square = torch.randn(4, 4, 3)  # as many tokens as rows: the shapes alone look right
+    for module, x in ((Mixing(), torch.randn(4, 3)), (TimeFirst(), square)):
+        with pytest.raises(pf.UncoveredParameterError, match="mixes samples"):
+            pf.check_per_sample(module, row_loss, (x, torch.randn(4)))
+    pf.check_per_sample(nn.Linear(3, 1), row_loss, (torch.randn(4, 3), torch.randn(4)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"multiplicity": 3}, "4 rows cannot be grouped into samples of multiplicity 3"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm must be a positive number"),
+        ({"strategy": "fast"}, "strategy must be one of"),
+        ({"loss_fn": lambda m, x, y: row_loss(m, x, y).mean()}, "one loss a row"),
+        ({"loss_fn": lambda m, x, y: row_loss(m, x, y)[:2]}, "2 losses for 4 rows"),
+        ({"loss_fn": lambda m, x, y: row_loss(m, x, y).detach()}, "do not depend on any trainable"),
+        ({"module": nn.Linear(3, 2).requires_grad_(False)}, "no trainable parameter"),
+    ],
+)
+def test_bad_use_is_answered(change: dict, message: str) -> None:
+    call = {"module": nn.Linear(3, 2), "loss_fn": row_loss, "args": (torch.randn(4, 3), torch.randn(4)), "max_grad_norm": 1.0}
+    with pytest.raises((ValueError, pf.UncoveredParameterError), match=message):
+        pf.clipped_grad(**{**call, **change})
+
+
+def test_the_oracle_clips() -> None:
+    """The loop itself: a 1 % looser clip would be seen."""
+    module, x, y = nn.Linear(3, 1), torch.randn(1, 3), torch.full((1,), 10.0)
+    sums, _ = per_sample_loop(module, row_loss, (x, y), max_grad_norm=0.5)
+    assert float(torch.sqrt(sum(s.square().sum() for s in sums.values()))) == pytest.approx(0.5, rel=1e-9)
+
+
+def test_config_bounds() -> None:
+    with pytest.raises(ValueError, match="attention_levels"):
+        UNetConfig(channel_mult=(1, 2), attention_levels=(2,))
