@@ -49,54 +49,61 @@ struct ScalarMath {
   }
 };
 
-constexpr uint64_t kTwo52Bits = 0x4330000000000000ull;  // 2^52: its low bits hold an integer exactly
-constexpr double kTwo52 = 4503599627370496.0;
+// An integer put into the mantissa of a power of two is that power plus the integer times its last place: exact, and
+// one subtraction away from the scaled integer.
+constexpr uint64_t kTwo52Bits = 0x4330000000000000ull;   // last place 1
+constexpr uint64_t kTwo20Bits = 0x4130000000000000ull;   // last place 2^-32
+constexpr uint64_t kHalfBits = 0x3fe0000000000000ull;    // last place 2^-53
+constexpr uint64_t kSignBit = 0x8000000000000000ull;
 
-// (m + 0.5) * 2^-53 for the 53-bit m made of hi (32 bits) and lo (21 bits). In (0, 1]: log never sees 0.
+// A uniform is u = (m + 0.5) * 2^-53 for a 53-bit m, of which hi is the upper 32 bits and lo the lower 21.
+// This is lo's share of it, half a step included.
 template <class M>
-static HOST_DEVICE typename M::D uniform53(typename M::U64 hi, typename M::U64 lo) {
-  const typename M::D h = M::from_bits(hi | kTwo52Bits) - kTwo52;
-  const typename M::D l = M::from_bits(lo | kTwo52Bits) - (kTwo52 - 0.5);
-  return (h * 2097152.0 + l) * 0x1p-53;
+static HOST_DEVICE typename M::D low_part(typename M::U64 lo) {
+  return M::from_bits(lo | kHalfBits) - 0x1.fffffffffffffp-2;
 }
 
-// Natural logarithm of u in [2^-54, 1]: u = 2^e * m with m in [sqrt(1/2), sqrt(2)), log m = 2 atanh((m-1)/(m+1)).
+// -2 log u: u = 2^e * m with m in [sqrt(1/2), sqrt(2)), log m = 2 atanh((m-1)/(m+1)). u is in (0, 1], so log never sees 0.
 template <class M>
-static HOST_DEVICE typename M::D log_unit(typename M::D u) {
+static HOST_DEVICE typename M::D minus_two_log(typename M::U64 hi, typename M::U64 lo) {
   using D = typename M::D;
   using U64 = typename M::U64;
+  const D u = (M::from_bits(hi | kTwo20Bits) - 0x1p20) + low_part<M>(lo);
   const U64 shifted = M::bits(u) + 0x00095f619980c433ull;  // moves sqrt(1/2) to a power of two
-  const D e = M::from_bits((shifted >> 52) | kTwo52Bits) - (kTwo52 + 1023.0);
+  const D e = M::from_bits((shifted >> 52) | kTwo52Bits) - (0x1p52 + 1023.0);
   const D m = M::from_bits((shifted & 0x000fffffffffffffull) + 0x3fe6a09e667f3bcdull);
   const D s = (m - 1.0) / (m + 1.0);
   const D z = s * s;
   const D z2 = z * z;
-  const D low = (0x1.5555555555558p-1 + z * 0x1.99999999952d7p-2) + z2 * (0x1.2492492df281ap-2 + z * 0x1.c71c62e3f11e6p-3);
-  const D high = (0x1.7462b51cb66b1p-3 + z * 0x1.39fe51a7c18f9p-3) + z2 * 0x1.2b5900de53b32p-3;
+  const D low = (-0x1.5555555555558p+0 + z * -0x1.99999999952d7p-1) +
+                z2 * (-0x1.2492492df281ap-1 + z * -0x1.c71c62e3f11e6p-2);
+  const D high = (-0x1.7462b51cb66b1p-2 + z * -0x1.39fe51a7c18f9p-2) + z2 * -0x1.2b5900de53b32p-2;
   const D tail = s * z * (low + (z2 * z2) * high);
-  return e * 0x1.62e42fee00000p-1 + (2.0 * s + (tail + e * 0x1.a39ef35793c76p-33));
+  // log 2 in two parts, the first short enough for an exact product with e.
+  return e * -0x1.62e42fee00000p+0 + (-4.0 * s + (tail + e * -0x1.a39ef35793c76p-32));
 }
 
-// cos and sin of 2*pi*u for u in [0, 1]: nearest quarter turn removed exactly, the rest within an eighth of a turn.
+// cos and sin of 2*pi*u: the nearest quarter turn is taken off the integer, the rest is within an eighth of a turn.
 template <class M>
-static HOST_DEVICE void cos_sin_turn(typename M::D u, typename M::D& cosine, typename M::D& sine) {
+static HOST_DEVICE void cos_sin_turn(typename M::U64 hi, typename M::U64 lo, typename M::D& cosine, typename M::D& sine) {
   using D = typename M::D;
   using U64 = typename M::U64;
-  const D magic = u * 4.0 + 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer in the low bits
-  const U64 quadrant = M::bits(magic);
-  const D d = u - (magic - 6755399441055744.0) * 0.25;
+  const U64 t = hi + (1ull << 29);  // bits 30 and 31: the quarter turn; below: the rest, an eighth too large
+  const D d = (M::from_bits((t & 0x3fffffffull) | kTwo20Bits) - (0x1p20 + 0.125)) + low_part<M>(lo);
   const D z = d * d;
   const D z2 = z * z;
   const D z4 = z2 * z2;
-  const D sp = ((-0x1.4abbce625be52p+5 + z * 0x1.466bc6775a476p+6) + z2 * (-0x1.32d2cce50019dp+6 + z * 0x1.50783208533c5p+5)) +
+  const D sp = ((-0x1.4abbce625be52p+5 + z * 0x1.466bc6775a476p+6) +
+                z2 * (-0x1.32d2cce50019dp+6 + z * 0x1.50783208533c5p+5)) +
                z4 * (-0x1.e3027dab81c1dp+3 + z * 0x1.e4a9bd16ce9f7p+1);
-  const D cp = ((-0x1.3bd3cc9be45dep+4 + z * 0x1.03c1f081b5ac0p+6) + z2 * (-0x1.55d3c7e3cb23fp+6 + z * 0x1.e1f5068688925p+5)) +
+  const D cp = ((-0x1.3bd3cc9be45dep+4 + z * 0x1.03c1f081b5ac0p+6) +
+                z2 * (-0x1.55d3c7e3cb23fp+6 + z * 0x1.e1f5068688925p+5)) +
                z4 * ((-0x1.a6d1eef43193ep+4 + z * 0x1.f9ce24161feb0p+2) + z2 * -0x1.b2f3d15e072b2p+0);
   const U64 s_bits = M::bits(d * 0x1.921fb54442d18p+2 + d * z * sp);
   const U64 c_bits = M::bits(1.0 + z * cp);
-  const U64 swap = (s_bits ^ c_bits) & (U64{} - (quadrant & 1));  // odd quarter turns exchange the two
-  const U64 s_sign = (quadrant & 2) << 62;
-  const U64 c_sign = ((quadrant + 1) & 2) << 62;
+  const U64 swap = (s_bits ^ c_bits) & (U64{} - ((t >> 30) & 1));  // odd quarter turns exchange the two
+  const U64 s_sign = (t << 32) & kSignBit;
+  const U64 c_sign = ((t << 33) & kSignBit) ^ s_sign;
   sine = M::from_bits((s_bits ^ swap) ^ s_sign);
   cosine = M::from_bits((c_bits ^ swap) ^ c_sign);
 }
@@ -106,9 +113,9 @@ template <class M>
 static HOST_DEVICE void box_muller(typename M::U64 w0, typename M::U64 w1, typename M::U64 w2, typename M::U64 w3,
                                    typename M::D& n0, typename M::D& n1) {
   using D = typename M::D;
-  const D radius = M::sqrt(log_unit<M>(uniform53<M>(w1, w0 >> 11)) * -2.0);
+  const D radius = M::sqrt(minus_two_log<M>(w1, w0 >> 11));
   D cosine, sine;
-  cos_sin_turn<M>(uniform53<M>(w3, w2 >> 11), cosine, sine);
+  cos_sin_turn<M>(w3, w2 >> 11, cosine, sine);
   n0 = radius * cosine;
   n1 = radius * sine;
 }

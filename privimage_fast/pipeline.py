@@ -23,7 +23,7 @@ from privimage_fast import report
 from privimage_fast.config import ConfigError, RunConfig, build_config, differing_keys, load_yaml
 from privimage_fast.data import ImageSet, open_image_set, train_test_split
 from privimage_fast.data.atomic import atomic_write_text
-from privimage_fast.dp.accounting import DPSGDEvent, GaussianEvent, default_delta, epsilon, solve_noise_multiplier
+from privimage_fast.dp.accounting import ADJACENCY, UNIT, DPSGDEvent, GaussianEvent, default_delta, epsilon, solve_noise_multiplier
 from privimage_fast.dp.engine import accumulate_clipped
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.dp.noise import NoiseKey
@@ -164,7 +164,11 @@ class Run:
                         "restore them, or choose another --out"
                     )
             atomic_write_text(self.folder.config, self.config.to_yaml())
-            yield self
+            try:
+                yield self
+            finally:
+                if "ledger" in self.__dict__:
+                    self.__dict__.pop("ledger").close()
 
     def _resolved(self, saved: RunConfig | None) -> RunConfig:
         """Fills every null from the saved run, or from the data, so that the saved configuration says what was done."""
@@ -189,12 +193,21 @@ class Run:
 
     @cached_property
     def ledger(self) -> Ledger:
+        """Open for writing while the folder is; closed with it."""
         privacy = self.config.privacy
         assert privacy.delta is not None and privacy.population is not None
         return Ledger(
-            self.folder.ledger, target_epsilon=privacy.epsilon, delta=privacy.delta, population=privacy.population,
-            seeded=not privacy.secure,
+            self.folder.ledger, target_epsilon=privacy.epsilon if math.isfinite(privacy.epsilon) else None,
+            delta=privacy.delta, population=privacy.population, seeded=not privacy.secure,
         )  # fmt: skip
+
+    def spent(self) -> dict[str, Any]:
+        """ε composed from the ledger file, and what it refers to."""
+        ledger = Ledger.read(self.folder.ledger)
+        return {
+            "epsilon": _json_number(ledger.epsilon()), "delta": self.config.privacy.delta, "adjacency": ADJACENCY, "unit": UNIT,
+            "accountant": "PLD (pessimistic)", "secure": not ledger.seeded,
+        }  # fmt: skip
 
     @cached_property
     def noise_key(self) -> NoiseKey:
@@ -433,8 +446,7 @@ def save_pretrained(model: Denoiser, path: str | Path, *, class_names: tuple[str
         "channels": model.channels, "class_names": list(class_names),
     }  # fmt: skip
     if run is not None:
-        privacy = run.config.privacy
-        described["privacy"] = {"epsilon": _json_number(run.ledger.epsilon()), "delta": privacy.delta, "secure": privacy.secure}
+        described["privacy"] = run.spent()
         described["sampler"] = asdict(run.config.sample.sampler)
         atomic_write_text(folder.ledger, run.folder.ledger.read_text())
     folder.write_json(folder.path / "config.json", described)
@@ -533,8 +545,7 @@ class PrivImage:
     def privacy_spent(self) -> dict[str, Any]:
         """ε as composed from the ledger, δ, and what they refer to."""
         if self._run is not None:
-            ledger = self._run.ledger
-            return {"epsilon": ledger.epsilon(), "delta": self.config.privacy.delta, "secure": self.config.privacy.secure}
+            return self._run.spent()
         self._fitted()
         return dict(self._pretrained)
 

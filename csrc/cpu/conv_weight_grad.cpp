@@ -58,56 +58,98 @@ struct Source {
   int64_t height, width, channel_stride, h_stride, w_stride;
 };
 
-// Writes channels c0 .. c0+n-1 of one position. Vector blocks get the lanes past the last channel as zeros.
-HOST_DEVICE void put(const Packing& k, float* dst, int64_t c0, int64_t position, vf v, int64_t n) {
-  const int64_t block = c0 / k.lanes, lanes = k.lanes_of(block);
-  if (k.lanes % kLanes == 0) {
-    store(dst + block * k.block_stride + position * lanes + c0 % k.lanes, v);
-    return;
+// Where channels c0 .. c0+kLanes-1 of a packing go: one vector, or several scalar blocks, or `count` loose floats.
+struct Target {
+  float* base;
+  int64_t position_stride;
+  int64_t parts, part_stride;  // scalar blocks
+  int64_t count;               // loose floats
+
+  Target(const Packing& k, float* dst, int64_t c0) {
+    const int64_t block = c0 / k.lanes;
+    position_stride = k.lanes_of(block);
+    base = dst + block * k.block_stride + c0 % k.lanes;
+    parts = count = 0;
+    part_stride = k.block_stride;
+    if (k.lanes % kLanes == 0) return;
+    if (kLanes % kBroadcasts == 0 && k.lanes == kBroadcasts) {
+      parts = min64(kLanes / kBroadcasts, k.blocks - block);
+    } else {
+      count = min64(kLanes, k.channels - c0);  // such a packing has one block
+    }
   }
-  float f[kLanes];
-  store(f, v);
-  if (k.lanes == kBroadcasts && kLanes % kBroadcasts == 0) {
-    for (int part = 0; part < kLanes / kBroadcasts && block + part < k.blocks; ++part)
-      std::memcpy(dst + (block + part) * k.block_stride + position * kBroadcasts, f + part * kBroadcasts,
-                  sizeof(float) * kBroadcasts);
-    return;
+
+  bool is_vector() const { return !parts && !count; }
+
+  HOST_DEVICE void put_vector(int64_t position, vf v) const { store(base + position * position_stride, v); }
+
+  // Lanes past the last channel are written as the zeros they hold.
+  HOST_DEVICE void put(int64_t position, vf v) const {
+    if (is_vector()) return put_vector(position, v);
+    float* at = base + position * position_stride;
+    float f[kLanes];
+    store(f, v);
+    for (int64_t i = 0; i < parts; ++i) std::memcpy(at + i * part_stride, f + i * kBroadcasts, sizeof(float) * kBroadcasts);
+    for (int64_t i = 0; i < count; ++i) at[i] = f[i];
   }
-  for (int64_t i = 0; i < n; ++i)
-    dst[(c0 + i) / k.lanes * k.block_stride + position * k.lanes + (c0 + i) % k.lanes] = f[i];
+};
+
+template <class T>
+HOST_DEVICE vf load_some(const T* p, int64_t n) {
+  T values[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) values[i] = p[i];
+  return load_floats(values);
 }
 
 // Packs one row; position of (h, w) is origin + h * row_pitch + w.
 template <class T>
 void pack(const Packing& k, float* dst, const T* src, const Source& s, int64_t origin, int64_t row_pitch) {
-  const bool collapse = s.h_stride == s.width * s.w_stride && row_pitch == s.width;
-  const int64_t height = collapse ? 1 : s.height, width = collapse ? s.height * s.width : s.width;
+  const int64_t size = s.height * s.width;
+  const bool plane = s.w_stride == 1 && (s.height == 1 || s.h_stride == s.width);  // positions are one line in memory
   for (int64_t c0 = 0; c0 < k.channels; c0 += kLanes) {
     const int64_t n = min64(kLanes, k.channels - c0);
+    const Target target(k, dst, c0);
     const T* channel = src + c0 * s.channel_stride;
-    for (int64_t h = 0; h < height; ++h) {
-      const T* line = channel + h * s.h_stride;
-      const int64_t at = origin + h * row_pitch;
-      int64_t w = 0;
-      if (s.w_stride == 1 && s.channel_stride != 1) {
-        for (; w + kLanes <= width; w += kLanes) {
-          vf tile[kLanes];
-          if (n == kLanes) {
-#pragma GCC unroll 16
-            for (int i = 0; i < kLanes; ++i) tile[i] = load_floats(line + i * s.channel_stride + w);
-          } else {
-            for (int i = 0; i < kLanes; ++i) tile[i] = i < n ? load_floats(line + i * s.channel_stride + w) : vf{};
-          }
-          transpose(tile);
-          for (int i = 0; i < kLanes; ++i) put(k, dst, c0, at + w + i, tile[i], n);
-        }
-      } else if (s.channel_stride == 1 && n == kLanes) {
-        for (; w < width; ++w) put(k, dst, c0, at + w, load_floats(line + w * s.w_stride), n);
+    int64_t w = 0, at = origin;
+    const auto advance = [&] {
+      ++at;
+      if (++w == s.width) {
+        w = 0;
+        at += row_pitch - s.width;
       }
-      for (; w < width; ++w) {
-        float f[kLanes] = {};
-        for (int64_t i = 0; i < n; ++i) f[i] = to_float(line[i * s.channel_stride + w * s.w_stride]);
-        put(k, dst, c0, at + w, load<vf>(f), n);
+    };
+    if (plane && s.channel_stride != 1) {
+      for (int64_t i = 0; i < size; i += kLanes) {
+        const int64_t m = min64(kLanes, size - i);
+        vf tile[kLanes];
+        if (n == kLanes && m == kLanes) {
+#pragma GCC unroll 16
+          for (int j = 0; j < kLanes; ++j) tile[j] = load_floats(channel + j * s.channel_stride + i);
+        } else {
+          for (int j = 0; j < kLanes; ++j) {
+            const T* line = channel + j * s.channel_stride + i;
+            tile[j] = j >= n ? vf{} : m == kLanes ? load_floats(line) : load_some(line, m);
+          }
+        }
+        transpose(tile);
+        if (target.is_vector()) {
+          for (int64_t j = 0; j < m; ++j, advance()) target.put_vector(at, tile[j]);
+        } else {
+          for (int64_t j = 0; j < m; ++j, advance()) target.put(at, tile[j]);
+        }
+      }
+      continue;
+    }
+    for (int64_t h = 0; h < s.height; ++h) {
+      for (int64_t col = 0; col < s.width; ++col, advance()) {
+        const T* pixel = channel + h * s.h_stride + col * s.w_stride;
+        if (s.channel_stride == 1) {
+          target.put(at, n == kLanes ? load_floats(pixel) : load_some(pixel, n));
+        } else {
+          float f[kLanes] = {};
+          for (int64_t j = 0; j < n; ++j) f[j] = to_float(pixel[j * s.channel_stride]);
+          target.put(at, load<vf>(f));
+        }
       }
     }
   }
@@ -234,7 +276,7 @@ struct Buffers {
   float* x;
   float* g;
   float* tiles;
-  double* sq;  // one partial norm per tile and group: the sum's order does not depend on the thread count
+  double* sq;  // a partial norm per scalar block and group: the sum's order does not depend on the thread count
 };
 
 void barrier(int team) {
@@ -308,44 +350,46 @@ void accumulate_tiles(const Plan& plan, const Buffers& buf, int64_t images, int6
   }
 }
 
-// Writes one tile where the caller wants it and returns the squared norm of what was written.
-double finish_tile(const Plan& plan, const float* tile, int64_t index, int64_t group, float* out) {
+// Writes the tiles of one scalar block where the caller wants them, in the order of their addresses, and returns the
+// squared norm of what was written.
+double finish_block(const Plan& plan, const float* tiles, int64_t sb, int64_t group, float* out) {
   const ConvWeightGradParams& p = plan.p;
-  const int64_t unit = index / plan.scalar_blocks, sb = index % plan.scalar_blocks;
-  const int64_t vb = plan.swapped ? unit : unit / plan.offsets;
   const Packing& vk = plan.swapped ? plan.gk : plan.xk;
-  const int64_t width = vk.lanes_of(vb), n = min64(width, vk.channels - vb * kWide);
   const int64_t count = min64(kBroadcasts, plan.scalars - sb * kBroadcasts);
+  const int64_t unit_offsets = plan.swapped ? 1 : plan.offsets;
+  const int64_t step = p.out_stride[plan.swapped ? 1 : 2];
   SquareSum sq;
   for (int64_t j = 0; j < count; ++j) {
-    const float* values = tile + j * width;
     const int64_t scalar = sb * kBroadcasts + j;
-    const int64_t offset = plan.swapped ? scalar % plan.offsets : unit % plan.offsets;
-    const int64_t channel_out = plan.swapped ? vb * kWide : scalar;
-    const int64_t channel_in = plan.swapped ? scalar / plan.offsets : vb * kWide;
-    float* dst = nullptr;
-    if (out)
-      dst = out + (group * plan.out + channel_out) * p.out_stride[1] + channel_in * p.out_stride[2] +
-            (offset / p.kernel[1]) * p.out_stride[3] + (offset % p.kernel[1]) * p.out_stride[4];
-    const int64_t step = p.out_stride[plan.swapped ? 1 : 2];
-    int64_t i = 0;
-    if (!out || step == 1) {
-      for (; i + kLanes <= n; i += kLanes) {
-        vf v = load<vf>(values + i);
-        if (dst) {
-          if (p.accumulate) v += load<vf>(dst + i);
-          store(dst + i, v);
+    for (int64_t o = 0; o < unit_offsets; ++o) {
+      const int64_t offset = plan.swapped ? scalar % plan.offsets : o;
+      for (int64_t vb = 0; vb < plan.vector_blocks; ++vb) {
+        const int64_t width = vk.lanes_of(vb), n = min64(width, vk.channels - vb * kWide);
+        const float* values = tiles + ((vb * unit_offsets + o) * plan.scalar_blocks + sb) * kTile + j * width;
+        const int64_t channel_out = plan.swapped ? vb * kWide : scalar;
+        const int64_t channel_in = plan.swapped ? scalar / plan.offsets : vb * kWide;
+        float* dst = nullptr;
+        if (out)
+          dst = out + (group * plan.out + channel_out) * p.out_stride[1] + channel_in * p.out_stride[2] +
+                (offset / p.kernel[1]) * p.out_stride[3] + (offset % p.kernel[1]) * p.out_stride[4];
+        int64_t i = 0;
+        if (!dst) {
+          for (; i + kLanes <= n; i += kLanes) sq.add_vector(values + i);
+        } else if (step == 1) {
+          for (; i + kLanes <= n; i += kLanes) {
+            store(dst + i, p.accumulate ? load<vf>(values + i) + load<vf>(dst + i) : load<vf>(values + i));
+            sq.add_vector(p.accumulate ? dst + i : values + i);
+          }
         }
-        sq.add(v);
+        for (; i < n; ++i) {
+          float v = values[i];
+          if (dst) {
+            if (p.accumulate) v += dst[i * step];
+            dst[i * step] = v;
+          }
+          sq.add(v);
+        }
       }
-    }
-    for (; i < n; ++i) {
-      float v = values[i];
-      if (dst) {
-        if (p.accumulate) v += dst[i * step];
-        dst[i * step] = v;
-      }
-      sq.add(v);
     }
   }
   return sq.total();
@@ -373,14 +417,13 @@ void sample_grad(const Plan& plan, const Buffers& buf, int64_t b, int member, in
       accumulate_tiles(plan, buf, images, first, last, k == 0);
       barrier(team);
     }
-    for (int64_t tile = first; tile < last; ++tile)
-      buf.sq[group * plan.tiles + tile] = finish_tile(plan, buf.tiles + tile * kTile, tile, group, out);
-    // A thread writes only its own tiles in the next group, so no barrier is needed here.
+    for (int64_t sb = member; sb < plan.scalar_blocks; sb += team)
+      buf.sq[group * plan.scalar_blocks + sb] = finish_block(plan, buf.tiles, sb, group, out);
+    barrier(team);
   }
-  barrier(team);
   if (member == 0) {
     double sum = 0;
-    for (int64_t i = 0; i < p.groups * plan.tiles; ++i) sum += buf.sq[i];
+    for (int64_t i = 0; i < p.groups * plan.scalar_blocks; ++i) sum += buf.sq[i];
     p.sq_norms[b] = sum;
   }
   barrier(team);
@@ -395,7 +438,7 @@ void conv_weight_grad(const ConvWeightGradParams& p) {
   // Samples in whole rounds of one per thread; what is left over is shared by all threads, tile by tile.
   const int64_t alone = p.samples / threads * threads;
   const size_t floats = static_cast<size_t>(plan.x_floats + plan.g_floats + plan.tile_floats);
-  const size_t sums = static_cast<size_t>(div_up(p.groups * plan.tiles, 8) * 8);
+  const size_t sums = static_cast<size_t>(div_up(p.groups * plan.scalar_blocks, 8) * 8);
   const size_t bytes = floats * sizeof(float) + sums * sizeof(double);
   char* memory = static_cast<char*>(scratch(bytes * static_cast<size_t>(threads)));
   const auto buffers = [&](int team) {

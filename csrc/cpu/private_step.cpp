@@ -44,13 +44,13 @@ static void run(const PrivateStepParams& p) {
 #pragma omp parallel for schedule(static) num_threads(p.num_threads) if (last - first > 4)
   for (int64_t batch = first; batch < last; ++batch) {
     alignas(64) double normals[kNoiseBatch];
+    const int64_t at = batch * kNoiseBatch;
+    const int64_t lo = max64(begin, at), hi = min64(end, at + kNoiseBatch);
     if (c.noise_std != 0) {
       noise_batch(p.noise, batch * kLanes, normals);
     } else {
       std::memset(normals, 0, sizeof normals);
     }
-    const int64_t at = batch * kNoiseBatch;
-    const int64_t lo = max64(begin, at), hi = min64(end, at + kNoiseBatch);
     update_range<kOptimizer, kMomentum>(p, c, normals + (lo - at), lo - begin, hi - begin);
   }
 }

@@ -110,11 +110,9 @@ static HOST_DEVICE void transpose_doubles(vd* r) {
 struct SquareSum {
   vd lanes = vd{};
   double scalar = 0;
-  HOST_DEVICE void add(vf v) {
-    float f[kLanes];
-    store(f, v);
-    const vd a = __builtin_convertvector(load<vf_half>(f), vd);
-    const vd b = __builtin_convertvector(load<vf_half>(f + kDoubleLanes), vd);
+  HOST_DEVICE void add_vector(const float* p) {  // from memory, because halves of a register are awkward to name
+    const vd a = __builtin_convertvector(load<vf_half>(p), vd);
+    const vd b = __builtin_convertvector(load<vf_half>(p + kDoubleLanes), vd);
     lanes += a * a + b * b;
   }
   HOST_DEVICE void add(float v) { scalar += static_cast<double>(v) * static_cast<double>(v); }
@@ -128,7 +126,7 @@ struct SquareSum {
 static HOST_DEVICE double square_sum(const float* p, int64_t n) {
   SquareSum sum;
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) sum.add(load<vf>(p + i));
+  for (; i + kLanes <= n; i += kLanes) sum.add_vector(p + i);
   for (; i < n; ++i) sum.add(p[i]);
   return sum.total();
 }

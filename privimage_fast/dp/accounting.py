@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -27,10 +28,11 @@ ADJACENCY = "add_or_remove_one"
 UNIT = "image"
 
 MAX_STEPS = 10**6  # together; dp-accounting computes size**steps in integers, which beyond this takes minutes
+MAX_EPSILON = 500.0  # beyond, exp(−loss) underflows in the accountant; "pld" then says infinity
 MIN_NOISE_MULTIPLIER, MAX_NOISE_MULTIPLIER = 1e-2, 1e6  # where `solve_noise_multiplier` looks
 _MIN_PLD_DELTA = 1e-10  # below, the round-off of the FFT (about 1e-13) is no longer negligible against δ
-_PLD_SLACK = 1e-3  # ε is read at δ·(1 − this): room for round-off, which was measured at 1e-8 of δ and mostly upwards
-_MIN_PLD_NOISE = 1e-3  # less noise than this counts as none; its ε is beyond 1e5 anyway
+_PLD_SLACK = 1e-3  # ε is read at δ·(1 − this): room for round-off: masses short by 1e-8 were measured
+_MIN_PLD_NOISE = 1e-3  # less noise than this counts as none; its loss is beyond 1e5 anyway
 _MAX_PLD_POINTS = 2**20
 _SOLVE_TOLERANCE = 4e-4
 
@@ -156,7 +158,7 @@ def epsilon(events: Iterable[Event], delta: float, *, accountant: str = "pld") -
 
     Formal guarantees: with "pld" and "rdp" the mechanisms together are (returned ε, δ)-DP up to floating-point
     round-off. "pld" discretises pessimistically. Its grid is bounded in memory: where the loss is huge (tiny σ) it gets
-    coarser, hence looser, and never optimistic; σ below 1e-3 counts as no noise.
+    coarser, hence looser, and never optimistic. Past ε = MAX_EPSILON, or below σ = 1e-3, it says infinity.
     """
     _check_delta(delta)
     counts = merge_events(events)
@@ -203,7 +205,7 @@ def _fold_gaussians(counts: dict[tuple[float, float], int]) -> dict[tuple[float,
 def _epsilon_pld(counts: dict[tuple[float, float], int], delta: float) -> float:
     """PLD ε of folded `counts`; see `epsilon` for what it promises."""
     if delta < _MIN_PLD_DELTA:
-        raise BudgetError(f"delta is {delta!r}; PLD resolves {_MIN_PLD_DELTA:g} or more (accountant='rdp' has no limit)")
+        raise BudgetError(f"delta is {delta!r}; PLD needs {_MIN_PLD_DELTA:g} or more (accountant='rdp' does not)")
     if any(sigma < _MIN_PLD_NOISE for sigma, _ in counts):
         return math.inf
 
@@ -216,8 +218,9 @@ def _epsilon_pld(counts: dict[tuple[float, float], int], delta: float) -> float:
     for (sigma, q), n in sorted(counts.items()):
         event = dp_event.GaussianDpEvent(sigma)
         accountant.compose(SelfComposedDpEvent(event if q == 1 else dp_event.PoissonSampledDpEvent(q, event), n))
-    value = float(accountant.get_epsilon(delta * (1 - _PLD_SLACK)))
-    return value if value >= 0 else math.inf  # a NaN is no bound
+    with np.errstate(over="ignore"):  # an infinite quotient is compared, not used
+        value = float(accountant.get_epsilon(delta * (1 - _PLD_SLACK)))
+    return value if value <= MAX_EPSILON else math.inf  # and so is a NaN, which is no bound
 
 
 def _discretisation(counts: dict[tuple[float, float], int]) -> float:
@@ -262,20 +265,22 @@ def _epsilon_opacus(counts: dict[tuple[float, float], int], delta: float, name: 
     from opacus.accountants import PRVAccountant, RDPAccountant
 
     history = [(sigma, q, n) for (sigma, q), n in sorted(counts.items())]
-    accountant: Any = RDPAccountant()
-    accountant.history = history
     orders = [*RDPAccountant.DEFAULT_ALPHAS, 80, 96, 128, 192, 256, 512]
-    bound = float(accountant.get_epsilon(delta, alphas=orders))
-    if name == "rdp":
-        return bound
-    if not bound < 300:  # its arrays grow with ε; and exp overflows in the end
-        raise BudgetError(f"PRV is not computed at an RDP bound of ε = {bound:.4g} (limit 300): memory")
-    accountant = PRVAccountant()
-    accountant.history = history
-    try:
-        return float(accountant.get_epsilon(delta))
-    except (RuntimeError, ValueError, MemoryError, FloatingPointError, OverflowError) as error:
-        raise BudgetError(f"PRV failed on {history} at delta {delta}: {error}") from error
+    with warnings.catch_warnings(), np.errstate(divide="ignore", over="ignore"):
+        warnings.simplefilter("ignore")  # "optimal order is the largest": looser, still a bound
+        accountant: Any = RDPAccountant()
+        accountant.history = history
+        bound = float(accountant.get_epsilon(delta, alphas=orders))
+        if name == "rdp":
+            return bound
+        if not bound < 300:  # its arrays grow with ε; and exp overflows in the end
+            raise BudgetError(f"PRV is not computed at an RDP bound of ε = {bound:.4g} (limit 300): memory")
+        accountant = PRVAccountant()
+        accountant.history = history
+        try:
+            return float(accountant.get_epsilon(delta))
+        except (RuntimeError, ValueError, MemoryError, FloatingPointError, OverflowError) as error:
+            raise BudgetError(f"PRV failed on {history} at delta {delta}: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------------- σ, steps from ε
@@ -399,8 +404,8 @@ def _largest(fits: Callable[[int], bool], limit: int) -> int:
 
 def _check_range(target_epsilon: float, delta: float) -> None:
     real = isinstance(target_epsilon, numbers.Real) and not isinstance(target_epsilon, bool)
-    if not real or not (target_epsilon > 0 and math.isfinite(target_epsilon)):
-        raise BudgetError(f"target_epsilon is {target_epsilon!r}; it must be finite and above 0")
+    if not real or not 0 < target_epsilon <= MAX_EPSILON:
+        raise BudgetError(f"target_epsilon is {target_epsilon!r}; it must be in (0, {MAX_EPSILON:g}]")
     _check_delta(delta)
 
 

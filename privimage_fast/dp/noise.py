@@ -77,9 +77,9 @@ class NoiseKey:
         Raises:
             NoiseReuseError: the place was used before. ValueError: step or rank below 0 or not an integer.
         """
-        for name, value, bound in (("step", step, 2**63), ("rank", rank, 2**31)):
-            if isinstance(value, bool) or int(value) != value or not 0 <= value < bound:
-                raise ValueError(f"{name} is {value!r}; it must be an integer from 0 to {bound - 1}")
+        for name, value in (("step", step), ("rank", rank)):
+            if isinstance(value, bool) or int(value) != value or not 0 <= value < 2**32:  # a nonce word of the cipher
+                raise ValueError(f"{name} is {value!r}; it must be an integer from 0 to {2**32 - 1}")
         place = (int(step), int(rank), int(Stream(stream)))
         with self.__lock:  # two threads must not both find it unused
             if place in self.__used:
@@ -90,9 +90,7 @@ class NoiseKey:
             self.__used.add(place)
             return self.__key
 
-    def gaussian(
-        self, shape: int | Sequence[int], *, step: int, stream: Stream, rank: int = 0
-    ) -> np.ndarray:
+    def gaussian(self, shape: int | Sequence[int], *, step: int, stream: Stream, rank: int = 0) -> np.ndarray:
         """Independent N(0, 1) draws: float64 array of `shape`. The caller scales them by its standard deviation.
 
         Raises NoiseReuseError and ValueError as `use_bytes`.

@@ -58,8 +58,8 @@ class PoissonSampler:
         randomness: where the coins come from; leave it out outside tests.
 
     Formal guarantees: an image is drawn when 64 secret bits, read as an integer, are below ⌊q·2⁶⁴⌋. q is taken as the
-    exact rational that the float is, so the realised probability is at most the accounted q, by less than 2⁻⁶⁴; coins of
-    different images and of different draws share no bits.
+    exact rational that the float is, so the realised probability is at most the accounted q, by less than 2⁻⁶⁴. Coins
+    of different images and of different draws share no bits.
     """
 
     def __init__(self, population: int, sample_rate: float, randomness: SecretRandom | None = None) -> None:

@@ -33,7 +33,7 @@ def require_floating(op: str, **tensors: Tensor) -> None:
 
 
 def _describe(shape: Sequence[int]) -> str:
-    return "(" + ", ".join(map(str, shape)) + ")"
+    return str(tuple(shape))
 
 
 def samples_of(op: str, rows: int, multiplicity: int) -> int:

@@ -30,10 +30,10 @@ def drawn():
     return letters(28, variants=1, seed=5)
 
 
-def test_letters_are_deterministic_in_their_seed(drawn):
-    again, other = letters(28, variants=1, seed=5), letters(28, variants=1, seed=6)
-    np.testing.assert_array_equal(drawn.images, again.images)
-    assert (drawn.images != other.images).any(axis=(1, 2, 3)).all()
+def test_letters_are_deterministic_in_their_seed():
+    first, again, other = (letters(28, variants=1, seed=seed, alphabet="QRg") for seed in (5, 5, 6))
+    np.testing.assert_array_equal(first.images, again.images)
+    assert (first.images != other.images).any(axis=(1, 2, 3)).all()
 
 
 def test_letters_have_every_class_and_no_digit(drawn):
@@ -58,21 +58,21 @@ def test_letters_keep_the_convention_of_mnist(drawn):
     assert 0.7 < drawn.images.mean() / mnist.images.mean() < 1.5
 
 
-def test_no_letter_is_cut_off_by_the_canvas_or_the_frame():
+def test_no_letter_is_cut_off_by_the_canvas_or_the_frame(drawn):
     faces, maps = _usable_faces(), _random_maps(np.random.default_rng(0), 400)
     # The map that widens most, and the one that heightens most; thickened as far as it goes.
     extremes = [max(maps, key=lambda m, row=row: np.linalg.norm(np.linalg.inv(m)[row])) for row in (0, 1)]
-    cases = [(face, letter, m) for face in faces for letter in "WMQgjyAf" for m in extremes]
+    cases = [(face, letter, m) for face in faces for letter in "WMQgj" for m in extremes]
     for face, letter, matrix in cases:
         large = _turned(face, letter, 9.0, matrix)
         assert max(large[0].max(), large[-1].max(), large[:, 0].max(), large[:, -1].max()) == 0, (face, letter)
-    made = letters(28, variants=1, seed=1).images
+    made = drawn.images
     assert max(made[:, 0].max(), made[:, -1].max(), made[:, :, 0].max(), made[:, :, -1].max()) == 0
 
 
 @pytest.mark.parametrize("resolution", [8, 14, 16, 64])
-def test_the_same_letters_at_every_resolution(drawn, resolution):
-    made = letters(resolution, variants=1, seed=5)
+def test_the_same_letters_at_every_resolution(resolution):
+    drawn, made = (letters(size, variants=1, seed=5, alphabet="A-Ef") for size in (28, resolution))
     assert made.images.shape == (len(drawn), resolution, resolution, 1)
     assert abs(made.images.mean() - drawn.images.mean()) < 0.5
     if resolution == 14:  # drawn small is the same as drawn at 28 and shrunk, up to rounding
@@ -81,7 +81,7 @@ def test_the_same_letters_at_every_resolution(drawn, resolution):
 
 def test_letters_can_be_told_apart():
     """A nearest-mean classifier, trained and tested on different variants, reads the capitals at 14×14."""
-    made = letters(14, variants=4, seed=0, alphabet="A-Z")
+    made = letters(14, variants=2, seed=0, alphabet="A-Z")
     train, test = train_test_split(made, 0.5, seed=0)
     flat = [part.images.reshape(len(part), -1).astype(float) for part in (train, test)]
     means = np.stack([flat[0][train.labels == label].mean(axis=0) for label in range(26)])

@@ -50,7 +50,8 @@ def test_normals_are_the_documented_function_of_the_blocks(isa: str) -> None:
         words = np.frombuffer(reference.chacha20_block(KEY, block, (7, 5, 9)), dtype="<u8") >> np.uint64(11)
         u = (words.astype(np.float64) + 0.5) / 2.0**53
         for a, b in zip(u[::2], u[1::2], strict=True):
-            expected += [np.sqrt(-2 * np.log(a)) * np.cos(2 * np.pi * b), np.sqrt(-2 * np.log(a)) * np.sin(2 * np.pi * b)]
+            radius = np.sqrt(-2 * np.log(a))
+            expected += [radius * np.cos(2 * np.pi * b), radius * np.sin(2 * np.pi * b)]
     got = native.gaussian_noise(KEY, step=9, rank=5, stream=7, n=24)
     np.testing.assert_allclose(got, expected, rtol=0, atol=4e-15)
 
@@ -75,7 +76,8 @@ def test_every_part_of_the_address_changes_the_noise() -> None:
     address = dict(step=1, rank=2, stream=3)
     base = ops.gaussian_noise(KEY, n=64, **address)
     others = [ops.gaussian_noise(KEY, n=64, **{**address, name: 77}) for name in address]
-    others += [ops.gaussian_noise(KEY[:-1] + b"\0", n=64, **address), ops.gaussian_noise(KEY, n=64, step=2, rank=1, stream=3)]
+    others.append(ops.gaussian_noise(KEY[:-1] + b"\0", n=64, **address))
+    others.append(ops.gaussian_noise(KEY, n=64, step=2, rank=1, stream=3))
     for other in others:
         assert not np.intersect1d(base, other).size
 

@@ -62,8 +62,8 @@ CASES = [
     (3, 1, 6, 12, (8, 7), (3, 2), 1, 0, 1, 6),  # depthwise with a multiplier, even kernel
     (2, 2, 16, 24, (11, 9), (3, 3), 1, 2, 2, 1),
     (2, 1, 20, 12, (13, 4), (1, 1), 3, 0, 1, 1),
-    (1, 2, 64, 72, (16, 16), (3, 3), 1, 1, 1, 1),  # one sample on several threads
-    (7, 1, 32, 32, (20, 20), (3, 3), 1, 1, 1, 1),  # several runs, samples not a multiple of the threads
+    (1, 2, 34, 40, (16, 12), (3, 3), 1, 1, 1, 1),  # one sample on several threads
+    (5, 1, 32, 9, (20, 18), (3, 3), 1, 1, 1, 1),  # several runs, samples not a multiple of the threads
     (2, 20, 32, 16, (4, 4), (3, 3), 1, 1, 1, 1),  # rows packed together, the last time not all
     (2, 9, 40, 8, (3, 3), (1, 1), 1, 0, 1, 1),
     (3, 2, 5, 6, (30,), (3,), 1, 1, 1, 1),
@@ -142,7 +142,8 @@ def test_empty_batches(isa: str) -> None:
     assert ops.conv_weight_grad(x, g, store=False, **arguments)[0].shape == (0,)
     sq_norms, weights = ops.linear_weight_grad(torch.zeros(0, 3, 4), torch.zeros(0, 3, 5), multiplicity=2)
     assert sq_norms.shape == (0,) and weights.shape == (0, 5, 4)
-    assert ops.linear_weight_grad(torch.zeros(0, 3, 4), torch.zeros(0, 3, 5), multiplicity=2, store=False)[0].shape == (0,)
+    sq_norms, _ = ops.linear_weight_grad(torch.zeros(0, 3, 4), torch.zeros(0, 3, 5), multiplicity=2, store=False)
+    assert sq_norms.shape == (0,)
     sq_norms, weights = ops.linear_weight_grad(torch.zeros(4, 0, 4), torch.zeros(4, 0, 5), multiplicity=2)
     assert sq_norms.tolist() == [0, 0] and not weights.any()
     sq_norms, table = ops.embedding_grad(
@@ -233,9 +234,9 @@ def test_conv_errors_name_the_argument(module: Any, change: dict[str, Any], mess
 
 def test_type_errors() -> None:
     x, g, arguments = conv_case(3, 2, 8, 4, (6, 6), (3, 3), 1, 1)
-    with pytest.raises(TypeError, match="conv_weight_grad: x has dtype torch.int64"):
+    with pytest.raises(TypeError, match=r"conv_weight_grad: x has dtype torch\.int64"):
         ops.conv_weight_grad(x.long(), g, **arguments)
-    with pytest.raises(TypeError, match="conv_weight_grad: out has dtype torch.bfloat16"):
+    with pytest.raises(TypeError, match=r"conv_weight_grad: out has dtype torch\.bfloat16"):
         ops.conv_weight_grad(x, g, out=torch.zeros(3, 4, 8, 3, 3, dtype=torch.bfloat16), **arguments)
     with pytest.raises(TypeError, match="linear_weight_grad: x is list"):
         ops.linear_weight_grad([1.0], torch.zeros(1, 1, 1), multiplicity=1)

@@ -1,0 +1,271 @@
+"""The ``privimage`` command. Parses, calls the pipeline, prints; every error a user can cause ends in one clear line."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+# torch, jsonargparse and the pipeline are imported by the commands that need them: `privimage budget` answers at once.
+
+STAGES = ("query", "select", "pretrain", "finetune", "sample", "evaluate", "report")
+
+USAGE = """\
+usage: privimage COMMAND [options]
+
+  run       the whole method:  privimage run --config FILE [--dotted.key VALUE] [--dry-run] [--resume]
+  demo      the whole method on embedded real digits and letters:  privimage demo --out DIR
+  budget    what σ, how many steps, what does the query cost?  Needs no data
+  data      look at an image set, or convert one
+  query select pretrain finetune sample evaluate report
+            one stage of a run:  privimage STAGE --config FILE   (or --out DIR, for a run that was begun)
+  keys      every configuration key with its default
+  doctor    what was built, and what runs
+
+`privimage COMMAND --help` says more. Keys are those of `privimage keys`, e.g. --privacy.epsilon 3 --model.preset small
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0, 2 for a refused request, 130 for an interruption."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "run": _run, "demo": _demo, "budget": _budget, "data": _data, "doctor": _doctor, "keys": _keys,
+        **{stage: lambda arguments, stage=stage: _stage(stage, arguments) for stage in STAGES},
+    }  # fmt: skip
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0
+    if argv[0] == "--version":
+        from privimage_fast import __version__
+
+        print(__version__)
+        return 0
+    if argv[0] not in commands:
+        import difflib
+
+        near = difflib.get_close_matches(argv[0], commands, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        print(f"privimage: unknown command {argv[0]!r}{hint}\n\n{USAGE}", file=sys.stderr)
+        return 2
+    try:
+        commands[argv[0]](argv[1:])
+    except KeyboardInterrupt:
+        print("\nprivimage: interrupted; nothing is lost: the same command with --resume goes on", file=sys.stderr)
+        return 130
+    except (ValueError, RuntimeError, OSError) as error:
+        # Deliberate errors are subclasses of these two, with messages for users; anything else shows its traceback.
+        if not _is_for_users(error):
+            raise
+        print(f"privimage: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _is_for_users(error: Exception) -> bool:
+    own = type(error).__module__.startswith("privimage_fast")
+    return own or isinstance(error, PermissionError | FileNotFoundError)
+
+
+# ------------------------------------------------------------------------------------------------- configured runs
+
+
+def _parse_run(command: str, argv: list[str], description: str, *, base: str | None = None) -> tuple[Any, argparse.Namespace]:
+    """(RunConfig, flags) from ``--config FILE``, dotted overrides and flags; ``base`` is YAML beneath both."""
+    import yaml
+
+    from privimage_fast.config import ConfigError, build_config, check_keys, load_yaml, nest
+
+    parser = argparse.ArgumentParser(f"privimage {command}", description=description, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="YAML; keys as in `privimage keys`")
+    parser.add_argument("--out", metavar="DIR", help="the run folder")
+    parser.add_argument("--resume", action="store_true", help="go on with the run that is in the folder")
+    parser.add_argument("--skip-bad", action="store_true", help="list and skip unreadable images")
+    if command in ("run", "demo"):
+        parser.add_argument("--dry-run", action="store_true", help="print σ, steps, memory and rough time, and stop")
+    parser.epilog = "any configuration key: --privacy.epsilon 3 --data.public DIR … (`privimage keys` lists them)"
+    flags, rest = parser.parse_known_args(argv)
+    overrides: dict[str, Any] = {}
+    while rest:
+        token = rest.pop(0)
+        if not token.startswith("--"):
+            raise ConfigError(f"unexpected argument {token!r}; keys are written --key value")
+        key, equals, value = token[2:].partition("=")
+        check_keys([key], "command line")
+        if not equals:
+            if not rest:
+                raise ConfigError(f"--{key} needs a value")
+            value = rest.pop(0)
+        overrides[key] = yaml.safe_load(value) if value else ""
+    if flags.skip_bad:
+        overrides["data.skip_bad"] = True
+    if flags.out:
+        overrides["out"] = flags.out
+    config = build_config(load_yaml(base, "embedded configuration")) if base else None
+    saved = Path(flags.out) / "config.yaml" if flags.out else None
+    if flags.config:
+        path = Path(flags.config)
+        if not path.is_file():
+            raise ConfigError(f"--config: no file {path}")
+        config = build_config(load_yaml(path.read_text(), str(path)), config)
+    elif saved is not None and saved.exists() and (flags.resume or command in STAGES):
+        config = build_config(load_yaml(saved.read_text(), str(saved)))
+    elif base is None and "data.private" not in overrides and command != "report":
+        raise ConfigError("give --config FILE, or --out DIR of a run that was begun, or at least --data.public and --data.private")
+    return build_config(nest(overrides), config), flags
+
+
+def _run(argv: list[str], *, command: str = "run", base: str | None = None) -> None:
+    config, flags = _parse_run(command, argv, "The whole method, from two image sets to a private synthetic set.", base=base)
+    from privimage_fast.pipeline import Run
+    from privimage_fast.report import summary_table
+
+    run = Run(config)
+    plan = run.plan() if flags.dry_run or not flags.resume else None
+    if plan is not None:
+        print(plan.table())
+    if flags.dry_run:
+        return
+    with run.opened(resume=flags.resume):
+        if plan is not None:
+            run.write_plan(plan)
+        page = run.all()
+    print(summary_table(run.folder.path))
+    print(f"\nsynthetic images  {run.folder.synthetic}\nsheet             {run.folder.samples / 'after.png'}\nreport            {page}")
+
+
+def _demo(argv: list[str]) -> None:
+    from importlib.resources import files
+
+    base = (files("privimage_fast") / "demo.yaml").read_text()
+    _run(argv, command="demo", base=base)
+
+
+def _stage(stage: str, argv: list[str]) -> None:
+    config, _ = _parse_run(stage, argv, f"The stage `{stage}` of a run.")
+    from privimage_fast.pipeline import Run
+    from privimage_fast.stages.folder import RunError
+
+    run = Run(config)
+    if stage == "report":
+        print(run.report())
+        return
+    with run.opened(resume=True):
+        result = getattr(run, stage)()
+    if stage == "evaluate":
+        if result is None:
+            raise RunError("there is nothing to evaluate against: set data.test, or data.holdout before the run")
+        for metric in result["metrics"]:
+            value = "n/a" if metric["value"] is None else f"{metric['value']:.4f}"
+            print(f"{metric['name']:<48} {value:>10}  {'private' if metric['private'] else 'NOT private'}")
+    print(f"{stage}: done in {run.folder.path}")
+
+
+def _keys(argv: list[str]) -> None:
+    from privimage_fast.config import RunConfig
+
+    print(RunConfig().to_yaml(), end="")
+
+
+# ------------------------------------------------------------------------------------------------------ without data
+
+
+def _budget(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser("privimage budget", description="ε of a plan, or σ for an ε. Reads no data, spends nothing.")
+    parser.add_argument("--population", type=int, required=True, help="N, images in the sensitive set (public)")
+    parser.add_argument("--batch-size", type=float, required=True, help="expected batch size; q = batch size / N")
+    parser.add_argument("--steps", type=int, help="noised steps")
+    parser.add_argument("--epochs", type=float, help="in place of --steps: expected passes over the set")
+    parser.add_argument("--delta", type=float, help="δ; 1/(N ln N) if left out")
+    goal = parser.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--epsilon", type=float, help="target ε: answers σ")
+    goal.add_argument("--noise-multiplier", type=float, help="σ: answers ε")
+    parser.add_argument("--query-noise-multiplier", type=float, help="σ₁ of one semantic query")
+    a = parser.parse_args(argv)
+    from privimage_fast.dp import accounting as acc
+
+    if a.population < 2 or not 0 < a.batch_size <= a.population:
+        raise acc.BudgetError(f"expected 0 < batch size ≤ population, found {a.batch_size:g} and {a.population}")
+    if (a.steps is None) == (a.epochs is None):
+        raise acc.BudgetError("give one of --steps and --epochs")
+    rate = a.batch_size / a.population
+    steps = a.steps if a.steps is not None else max(1, round(a.epochs / rate))
+    delta = a.delta if a.delta is not None else acc.default_delta(a.population)
+    queries = [acc.GaussianEvent(a.query_noise_multiplier)] if a.query_noise_multiplier is not None else []
+    sigma = a.noise_multiplier
+    if sigma is None:
+        sigma = acc.solve_noise_multiplier(
+            target_epsilon=a.epsilon, delta=delta, sample_rate=rate, steps=steps, prior_events=queries
+        )
+    training = acc.DPSGDEvent(sigma, rate, steps)
+    checks = acc.cross_check([*queries, training], delta)
+    print(f"q {rate:.6g}   steps {steps}   σ {sigma:.4f}   δ {delta:.4g}   adjacency {acc.ADJACENCY}   unit {acc.UNIT}")
+    print(f"ε {checks['pld']:.4f}  (PLD, pessimistic: the figure that is reported)")
+    for name in ("prv", "rdp"):
+        shown = "n/a" if checks[name] is None else f"{checks[name]:.4f}"
+        print(f"  {shown}  ({name.upper()} of Opacus, a cross-check)")
+    if queries:
+        print(f"without the query (σ₁ {queries[0].noise_multiplier:g}) the same σ costs ε {acc.epsilon([training], delta):.4f}")
+        if a.epsilon is not None:
+            alone = acc.solve_noise_multiplier(target_epsilon=a.epsilon, delta=delta, sample_rate=rate, steps=steps)
+            print(f"without it, σ {alone:.4f} would do for ε {a.epsilon:g}")
+
+
+def _data(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser("privimage data", description="Looks at an image set, or converts it.")
+    parser.add_argument("source", help="folder of class folders, zip, npz, IDX, or embedded:mnist|digits|letters")
+    parser.add_argument("--resolution", type=int, default=32)
+    parser.add_argument("--channels", type=int, default=3, choices=(1, 3))
+    parser.add_argument("--format", default="auto", help="auto, folder, zip, npz or idx")
+    parser.add_argument("--skip-bad", action="store_true", help="list and skip unreadable images")
+    parser.add_argument("--to", metavar="PATH", help="write it: PATH.npz, PATH.zip, or a folder")
+    parser.add_argument("--sheet", metavar="PNG", help="write a picture of the first images of each class")
+    a = parser.parse_args(argv)
+    from privimage_fast import data
+
+    images = data.open_image_set(
+        a.source, resolution=a.resolution, channels=a.channels, format=a.format, skip_bad=a.skip_bad
+    )
+    print(f"{len(images)} images, {a.resolution}×{a.resolution}×{a.channels}, {images.n_classes} classes")
+    for name, count in zip(images.label_names, images.class_counts(), strict=True):
+        print(f"  {name:<20} {count}")
+    for skipped in images.skipped:
+        print(f"skipped {skipped.path}: {skipped.reason}", file=sys.stderr)
+    if a.to:
+        save = {".npz": data.save_npz, ".zip": data.save_zip}.get(Path(a.to).suffix, data.save_folder)
+        print(f"written to {save(images, a.to)}")
+    if a.sheet:
+        data.class_sheet(images).save(a.sheet, format="PNG")
+        print(f"written to {a.sheet}")
+
+
+def _doctor(argv: list[str]) -> None:
+    argparse.ArgumentParser("privimage doctor", description="What was built, and what runs.").parse_args(argv)
+    import platform
+
+    import torch
+
+    from privimage_fast import __version__, ops
+
+    info = ops.build_info()
+    rows = [
+        ("privimage-fast", f"{__version__}, Python {platform.python_version()}, torch {torch.__version__}"),
+        ("CPU kernels", f"{info.isa} in use ({', '.join(info.isa_compiled)} built)" if info.native
+         else f"none: {info.native_reason}; every op runs in plain torch, correct and slower"),
+        ("threads", f"{info.threads}" + (f", OpenMP from {info.openmp_runtime}" if info.openmp else ", no OpenMP: kernels are serial")),
+        ("CUDA kernels", f"built for {', '.join(info.cuda_archs)} ({info.cuda_status})" if info.cuda_built
+         else f"not built: {info.cuda_status}"),
+        ("CUDA device", info.cuda_device or "none found by torch"),
+    ]  # fmt: skip
+    for name, where in sorted(info.reference_ops.items()):
+        rows.append((f"op {name}", f"plain torch for {where}"))
+    for name, value in rows:
+        print(f"{name:<28} {value}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
