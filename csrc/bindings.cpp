@@ -13,6 +13,7 @@
 #include <array>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "chacha20.h"
@@ -144,9 +145,10 @@ void clip_factors_(Address sq_norms, Address sample_weight, double max_grad_norm
 
 enum class Backend { cpu, cuda, emulated };
 
-template <class Params, class Cpu>
-void run_on(Backend backend, const Params& p, Cpu cpu, void (*emulated_op)(const Params&, void*),
-            void (*cuda_op)(const Params&, void*), Address stream) {
+// cuda_op is null in a build without CUDA, where backend_of has already refused that backend.
+template <class Params>
+void run_on(Backend backend, const Params& p, void (*cpu)(const Params&), void (*emulated_op)(const Params&, void*),
+            std::common_type_t<void (*)(const Params&, void*)> cuda_op, Address stream) {
   py::gil_scoped_release release;
   if (backend == Backend::cpu) return cpu(p);
   if (backend == Backend::emulated) return emulated_op(p, nullptr);

@@ -23,7 +23,15 @@ from privimage_fast import report
 from privimage_fast.config import ConfigError, RunConfig, build_config, differing_keys, load_yaml
 from privimage_fast.data import ImageSet, open_image_set, train_test_split
 from privimage_fast.data.atomic import atomic_write_text
-from privimage_fast.dp.accounting import ADJACENCY, UNIT, DPSGDEvent, GaussianEvent, default_delta, epsilon, solve_noise_multiplier
+from privimage_fast.dp.accounting import (
+    ADJACENCY,
+    UNIT,
+    DPSGDEvent,
+    GaussianEvent,
+    default_delta,
+    epsilon,
+    solve_noise_multiplier,
+)
 from privimage_fast.dp.engine import accumulate_clipped
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.dp.noise import NoiseKey
@@ -261,14 +269,13 @@ class Run:
     def _sheets_before(self, model: Denoiser, indices: np.ndarray, labels: np.ndarray) -> None:
         """What the model draws, and what it was shown, before it has seen a sensitive image."""
         names = self.private.label_names
-        columns = 12
-        wanted = np.repeat(np.arange(min(20, len(names))), columns)
+        wanted = np.repeat(np.arange(min(20, len(names))), 12)
         before = draw(model, wanted, self.config.sample.sampler, seed=self.config.seed, device=self.device)
-        save_sheet(self.folder, "before", ImageSet(before, wanted, names, name="before"), columns=columns)
+        save_sheet(self.folder, "before", ImageSet(before, wanted, names, name="before"))
         if len(indices) and labels.max() < len(names):
             order = np.random.default_rng(self.config.seed).permutation(len(indices))
             chosen = ImageSet(self.public.images[indices[order]], labels[order], names, name="public")
-            save_sheet(self.folder, "public", chosen, columns=columns)
+            save_sheet(self.folder, "public", chosen)
 
     def finetune(self) -> Denoiser:
         c, model = self.config, self.model()

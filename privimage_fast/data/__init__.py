@@ -15,7 +15,7 @@ from privimage_fast.data.export import save_folder, save_npz, save_zip
 from privimage_fast.data.formats import FORMATS, load_image_set
 from privimage_fast.data.imageset import ImageSet
 from privimage_fast.data.limits import Limits
-from privimage_fast.data.sheet import image_sheet
+from privimage_fast.data.sheet import class_sheet, image_sheet
 
 __all__ = [
     "EMBEDDED",
@@ -27,6 +27,7 @@ __all__ = [
     "atomic_path",
     "atomic_write_bytes",
     "atomic_write_text",
+    "class_sheet",
     "digits_mnist",
     "digits_sklearn",
     "embedded_set",

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from privimage_fast.data.errors import DataError
+from privimage_fast.data.imageset import ImageSet
 
 _GROUND, _INK = 128, 255
 
@@ -46,3 +47,13 @@ def image_sheet(
         middle = pad + row * (height + pad) + height // 2
         draw.text((pad, middle), text, font=font, fill=_INK if channels == 1 else (_INK,) * 3, anchor="lm")
     return sheet
+
+
+def class_sheet(images: ImageSet, *, columns: int = 12, max_rows: int = 20) -> Image.Image:
+    """The first images of each class, a class a row with its name beside it; small images are enlarged to about 48 px."""
+    rows = [(name, np.flatnonzero(images.labels == c)[:columns]) for c, name in enumerate(images.label_names)]
+    rows = [(name, picks) for name, picks in rows if len(picks)][:max_rows]
+    blank = np.zeros((1, *images.images.shape[1:]), np.uint8)
+    cells = [np.concatenate([images.images[picks], np.repeat(blank, columns - len(picks), 0)]) for _, picks in rows]
+    scale = max(1, 48 // images.resolution)
+    return image_sheet(np.concatenate(cells), len(rows), columns, scale=scale, row_labels=[name for name, _ in rows])

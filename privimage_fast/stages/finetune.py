@@ -8,7 +8,6 @@ drawn. A resumed run charges what it repeats, and stops early rather than pass t
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import dataclass
 from typing import Any
 

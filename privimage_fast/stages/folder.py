@@ -84,7 +84,7 @@ class RunFolder:
         try:
             with safe_open(path, framework="pt") as handle:
                 metadata = json.loads((handle.metadata() or {}).get("privimage", "{}"))
-                return {name: handle.get_tensor(name) for name in handle.keys()}, metadata  # noqa: SIM118
+                return {name: handle.get_tensor(name) for name in handle.keys()}, metadata
         except Exception as error:
             raise RunError(f"{path} cannot be read as safetensors ({error}); delete it and run `privimage {stage}` again") from error
 

@@ -10,10 +10,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from privimage_fast.data import ImageSet
-from privimage_fast.data.atomic import atomic_path
-from privimage_fast.data.export import save_folder, save_npz, save_zip
-from privimage_fast.data.sheet import image_sheet
+from privimage_fast.data import ImageSet, atomic_path, class_sheet, save_folder, save_npz, save_zip
 from privimage_fast.models.edm import Denoiser, SamplerConfig, sample, to_uint8
 from privimage_fast.stages.folder import RunFolder, fingerprint, timed
 
@@ -87,19 +84,11 @@ def draw(model: Denoiser, labels: np.ndarray, config: SamplerConfig, *, seed: in
     return to_uint8(sample(model, torch.from_numpy(labels).to(device), config, generator)).cpu().numpy()
 
 
-def save_sheet(folder: RunFolder, name: str, images: ImageSet, *, columns: int = 12) -> None:
-    """samples/<name>.png: one row a class (at most 20), with the class name beside it."""
+def save_sheet(folder: RunFolder, name: str, images: ImageSet) -> None:
+    """samples/<name>.png: one row a class."""
     folder.samples.mkdir(exist_ok=True)
-    shown = [np.flatnonzero(images.labels == c)[:columns] for c in range(min(20, images.n_classes))]
-    rows = [(c, picks) for c, picks in enumerate(shown) if len(picks)]
-    blank = np.zeros((1, *images.images.shape[1:]), np.uint8)
-    cells = [np.concatenate([images.images[picks], np.repeat(blank, columns - len(picks), 0)]) for _, picks in rows]
-    sheet = image_sheet(
-        np.concatenate(cells), len(rows), columns, scale=max(1, 48 // images.resolution),
-        row_labels=[images.label_names[c] for c, _ in rows],
-    )  # fmt: skip
     with atomic_path(folder.samples / f"{name}.png") as temporary:
-        sheet.save(temporary, format="PNG")
+        class_sheet(images).save(temporary, format="PNG")
 
 
 def _load(folder: RunFolder, class_names: Sequence[str]) -> ImageSet:

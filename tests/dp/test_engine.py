@@ -279,12 +279,12 @@ class Positions(nn.Module):
 
 class _Hidden(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w):  # noqa: ANN001, ANN205
+    def forward(ctx, x, w):
         ctx.save_for_backward(x, w)
         return x @ w
 
     @staticmethod
-    def backward(ctx, g):  # noqa: ANN001, ANN205
+    def backward(ctx, g):
         x, w = ctx.saved_tensors
         return g @ w.T, x.T @ g
 
