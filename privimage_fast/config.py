@@ -217,7 +217,7 @@ def build_config(values: dict[str, Any], base: RunConfig | None = None) -> RunCo
     merged = _merge(_plain(asdict(base or RunConfig())), values)
     parser = config_parser()
     try:
-        return RunConfig(**vars(parser.instantiate_classes(parser.parse_object(merged))))
+        return RunConfig(**vars(parser.instantiate(parser.parse_object(merged))))
     except (ArgumentError, ValueError, TypeError) as error:
         raise ConfigError(str(error)) from error
 
@@ -225,7 +225,11 @@ def build_config(values: dict[str, Any], base: RunConfig | None = None) -> RunCo
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     out = dict(base)
     for key, value in over.items():
-        out[key] = _merge(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+        if isinstance(out.get(key), dict):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{key!r} is a section with keys {', '.join(out[key])}; found {value!r}")
+            value = _merge(out[key], value)
+        out[key] = value
     return out
 
 

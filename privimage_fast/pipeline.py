@@ -187,7 +187,7 @@ class Run:
         each = c.select.labels_per_class or filled.select.labels_per_class
         if each is None:
             each = labels_per_class(c.select, n_labels=self.public.n_classes, n_classes=self.private.n_classes)
-        query_noise = c.query.noise_multiplier or filled.query.noise_multiplier
+        query_noise = filled.query.noise_multiplier if c.query.noise_multiplier is None else c.query.noise_multiplier
         if query_noise is None:
             query_noise = query_noise_multiplier(c.privacy.epsilon, delta, c.query.share)
         steps = c.finetune.steps or filled.finetune.steps or c.finetune.total_steps(population)
@@ -329,7 +329,7 @@ class Run:
         assert c.privacy.population and c.privacy.delta and c.finetune.steps and c.select.labels_per_class
         rate = c.finetune.sample_rate(c.privacy.population)
         queried = c.select.mode == "semantic"
-        prior = [GaussianEvent(c.query.noise_multiplier)] if queried and c.query.noise_multiplier else []
+        prior = [GaussianEvent(c.query.noise_multiplier)] if queried and c.query.noise_multiplier is not None else []
         sigma = 0.0
         if math.isfinite(c.privacy.epsilon):
             sigma = solve_noise_multiplier(

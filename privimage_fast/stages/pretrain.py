@@ -96,7 +96,7 @@ def _train(
         with torch.no_grad():
             torch._foreach_lerp_(ema, list(parameters.values()), 1 - decay)
         if step % 20 == 0:
-            progress.set_postfix(loss=f"{float(loss):.3f}")
+            progress.set_postfix(loss=f"{loss.item():.3f}")
         if time.perf_counter() - saved > config.checkpoint_seconds:
             _save(folder, stamp, step + 1, parameters, optimizer, ema)
             saved = time.perf_counter()

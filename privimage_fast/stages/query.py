@@ -36,7 +36,7 @@ class QueryConfig:
     """The query.
 
     Args:
-        noise_multiplier: σ₁; null lets `share` decide.
+        noise_multiplier: σ₁; null lets `share` decide; 0, no noise, is for non-private bounds only.
         share: part of the budget the query takes, as its share of the squared Gaussian-DP parameter μ² of the target.
         votes_per_image: labels each sensitive image votes for; null takes as many as `select` gives each class.
         onnx: path of an ONNX classifier of public labels (input float NCHW in [−1, 1]); null trains one on the public set.
@@ -50,8 +50,8 @@ class QueryConfig:
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
 
     def __post_init__(self) -> None:
-        if self.noise_multiplier is not None and not self.noise_multiplier > 0:
-            raise ValueError(f"query.noise_multiplier must be positive or null, found {self.noise_multiplier}")
+        if self.noise_multiplier is not None and not self.noise_multiplier >= 0:
+            raise ValueError(f"query.noise_multiplier must be ≥ 0 or null, found {self.noise_multiplier}")
         if not 0 < self.share < 1:
             raise ValueError(f"query.share must be between 0 and 1, found {self.share}")
         if self.votes_per_image is not None and self.votes_per_image < 1:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import privimage_fast as pf
 from privimage_fast.models.edm import Denoiser, DenoisingLoss, EDMConfig, denoising_batch
 from privimage_fast.models.unet import PRESETS, UNetConfig
-from tests.dp.oracle import assert_matches_loop, per_sample_loop
+from oracle import assert_matches_loop, per_sample_loop
 
 STRATEGIES = ("store", "gram", "norm-only")
 

@@ -1,0 +1,22 @@
+.PHONY: install test slow lint demo ptxas clean
+
+install:          ## into the active environment, with what tests need
+	pip install -c constraints-cpu.txt '.[demo,test]'
+
+test:
+	pytest
+
+slow:             ## the longer checks
+	pytest -m slow
+
+lint:
+	ruff check . && ruff format --check .
+
+demo:
+	privimage demo --out runs/demo
+
+ptxas:            ## registers and spills of every CUDA kernel
+	for f in csrc/cuda/*.cu; do nvcc -std=c++17 -O3 -arch=sm_90 -Icsrc -Xptxas -v -c $$f -o /dev/null; done
+
+clean:
+	rm -rf build _build* *.egg-info

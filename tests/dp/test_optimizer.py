@@ -1,0 +1,132 @@
+"""The private step: noise of the accounted size, a public divisor, and nothing written that would undo it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from privimage_fast.dp.noise import NoiseKey
+from privimage_fast.dp.optimizer import PrivateOptimizer, UpdateRule
+
+
+def loss(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return (module(x)[:, 0] - y).square()
+
+
+def make(module: nn.Module, **options: object) -> PrivateOptimizer:
+    given = {"max_grad_norm": 0.5, "noise_multiplier": 0.0, "expected_batch_size": 8.0, "noise_key": NoiseKey.from_seed(1)}
+    return PrivateOptimizer(module, **{**given, **options})
+
+
+@pytest.mark.parametrize("c", [1e-3, 2.0])
+def test_noise_is_sigma_times_c_over_the_expected_batch_size(c: float) -> None:
+    """An empty draw moves the parameters by −lr·σ·C·N(0, I)/B: fails for noise 1 % off, not scaled by C, or a wrong divisor."""
+    module = nn.Linear(1000, 1000)
+    before = torch.cat([p.detach().reshape(-1) for p in module.parameters()]).clone()
+    optimizer = make(module, max_grad_norm=c, noise_multiplier=1.7, expected_batch_size=32.0, update=UpdateRule("sgd", lr=1000.0 / c))
+    optimizer.step()
+    step = (optimizer.flat.data - before).double() / (1000.0 / c)
+    expected = 1.7 * c / 32
+    assert float(step.std()) == pytest.approx(expected, rel=4e-3)
+    assert abs(float(step.mean())) < 5 * expected / 1000
+
+
+def test_noise_is_added_once_a_step_however_many_micro_batches() -> None:
+    module = nn.Linear(400, 1, bias=False)
+    optimizer = make(module, noise_multiplier=1.0, max_grad_norm=1e-6, expected_batch_size=1.0, update=UpdateRule("sgd", lr=1e6))
+    before = optimizer.flat.data.clone()
+    for _ in range(16):
+        optimizer.accumulate(loss, (torch.randn(2, 400), torch.randn(2)))
+    optimizer.step()
+    assert float((optimizer.flat.data - before).std()) < 1.5 * 1.2  # √17 times as much if every micro-batch were noised
+
+
+def test_two_steps_draw_different_noise() -> None:
+    module = nn.Linear(100, 1)
+    optimizer = make(module, noise_multiplier=1.0, update=UpdateRule("sgd", lr=1.0))
+    start = optimizer.flat.data.clone()
+    optimizer.step()
+    first = optimizer.flat.data - start
+    middle = optimizer.flat.data.clone()
+    optimizer.step()
+    assert not torch.allclose(first, optimizer.flat.data - middle)
+
+
+def test_the_divisor_is_the_expected_batch_size_not_the_drawn_one() -> None:
+    steps = []
+    for rows in (2, 4):
+        torch.manual_seed(0)
+        module = nn.Linear(3, 1, bias=False)
+        optimizer = make(module, update=UpdateRule("sgd", lr=1.0))
+        before = optimizer.flat.data.clone()
+        x, y = torch.ones(1, 3).repeat(rows, 1), torch.full((rows,), 100.0)
+        optimizer.accumulate(loss, (x, y))
+        optimizer.step()
+        steps.append(float((optimizer.flat.data - before).norm()))
+    assert steps == pytest.approx([2 * 0.5 / 8, 4 * 0.5 / 8], rel=1e-4)
+
+
+def test_equals_torch_adam_with_ema_and_micro_batches() -> None:
+    torch.manual_seed(0)
+    module, twin = nn.Linear(5, 1), nn.Linear(5, 1)
+    twin.load_state_dict(module.state_dict())
+    keys = list(module.state_dict())
+    optimizer = make(module, max_grad_norm=1e9, expected_batch_size=4.0, update=UpdateRule("adam", lr=0.01), ema_decay=0.5)
+    reference = torch.optim.Adam(twin.parameters(), lr=0.01)
+    ema = [p.detach().clone() for p in twin.parameters()]
+    for _ in range(5):
+        x, y = torch.randn(4, 5), torch.randn(4)
+        for part in (slice(0, 3), slice(3, 4)):
+            optimizer.accumulate(loss, (x[part], y[part]))
+        optimizer.step()
+        reference.zero_grad()
+        loss(twin, x, y).mean().backward()
+        reference.step()
+        ema = [0.5 * e + 0.5 * p.detach() for e, p in zip(ema, twin.parameters(), strict=True)]
+    assert list(module.state_dict()) == keys
+    for p, q in zip(module.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    for e, found in zip(ema, optimizer.ema_state().values(), strict=True):
+        torch.testing.assert_close(found, e, rtol=1e-5, atol=1e-6)
+
+
+def test_state_resumes_and_holds_no_secret() -> None:
+    torch.manual_seed(0)
+    module, other = nn.Linear(5, 1), nn.Linear(5, 1)
+    optimizer, second = make(module, ema_decay=0.9), make(other, ema_decay=0.9)
+    x, y = torch.randn(4, 5), torch.randn(4)
+    optimizer.accumulate(loss, (x, y))
+    optimizer.step()
+    optimizer.accumulate(loss, (x, y))
+    state = {k: v.clone() for k, v in optimizer.state_dict().items()}
+    assert set(state) == {"parameters", "exp_avg", "exp_avg_sq", "ema", "steps"}  # neither key nor un-noised sums
+    second.load_state_dict(state)
+    optimizer.discard()
+    for o in (optimizer, second):
+        o.accumulate(loss, (x, y))
+        o.step()
+    torch.testing.assert_close(optimizer.flat.data, second.flat.data)
+    with pytest.raises(ValueError, match="expected"):
+        second.load_state_dict({"parameters": state["parameters"]})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"noise_multiplier": -1.0}, "noise_multiplier"),
+        ({"expected_batch_size": 0.0}, "expected_batch_size"),
+        ({"ema_decay": 1.0}, "ema_decay"),
+        ({"update": None, "module": nn.Linear(2, 1).double()}, "float32"),
+        ({"module": nn.Linear(2, 1).requires_grad_(False)}, "no trainable parameter"),
+    ],
+)
+def test_bad_options_are_named(options: dict, message: str) -> None:
+    module = options.pop("module", nn.Linear(2, 1))
+    with pytest.raises(ValueError, match=message):
+        make(module, **options)
+
+
+def test_unknown_optimizer() -> None:
+    with pytest.raises(ValueError, match="adam, adamw or sgd"):
+        UpdateRule("lion")

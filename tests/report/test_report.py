@@ -1,0 +1,372 @@
+"""The report, the card and the summary: they say what the ledger says, tag what is not private, and survive any input."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from privimage_fast.dp.accounting import DPSGDEvent
+from privimage_fast.dp.ledger import Ledger
+from privimage_fast.report import build_card, build_report, summary_table
+from privimage_fast.report.heatmap import MAX_COLUMNS, heat_map
+from privimage_fast.report.text import delta_text, epsilon_text, factor_text, for_markdown, metric_text
+
+MakeRun = Callable[..., Path]
+HOSTILE = (
+    "<script>alert(1)</script>", "\"'><img src=x onerror=alert(1)>", "a|b `code` [x](javascript:alert(1))", "{{ 7*7 }}",
+    "naïve 猫 ‮abc", "line\nbreak\r\n# heading",
+)  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text between them, as a browser would see them."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.rows: list[list[str]] = []
+        self.open = 0
+        self.feed(html)
+        self.text = re.sub(r"\s+", " ", " ".join(self.words))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self.open = 1
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th"):
+            self.open = 0
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+        if self.open:
+            self.rows[-1][-1] += data
+
+    def row(self, first: str) -> list[str]:
+        """The one table row that begins with `first`."""
+        (found,) = [[cell.strip() for cell in row] for row in self.rows if row and row[0].strip() == first]
+        return found
+
+
+def report(run: Path) -> Page:
+    return Page(build_report(run).read_text(encoding="utf-8"))
+
+
+def card(run: Path) -> str:
+    return build_card(run).read_text(encoding="utf-8")
+
+
+# --------------------------------------------------------------------------------------------------------- what it says
+
+
+def test_one_epsilon_everywhere(make_run: MakeRun) -> None:
+    run = make_run()
+    expected = epsilon_text(Ledger.read(run / "ledger.jsonl").epsilon())
+    page = report(run)
+    assert expected == epsilon_text(float(re.search(r"unrounded it is ([\d.]+)", page.text)[1]))
+    assert f"ε spent {expected} target 10" in page.text
+    assert page.row("together")[-1] == page.row("PLD (dp-accounting)")[1] == expected
+    assert f"| ε | {expected} (target 10) |" in card(run)
+    assert re.search(rf"^ε +{re.escape(expected)} ", summary_table(run), re.MULTILINE)
+
+
+def test_one_epsilon_follows_the_ledger_not_the_other_files(make_run: MakeRun) -> None:
+    run = make_run()
+    before = summary_table(run)
+    with Ledger.resume(run / "ledger.jsonl") as ledger:
+        ledger.charge(DPSGDEvent(1.0, 0.1, 30), stage="finetune")
+        expected = epsilon_text(ledger.epsilon())
+    assert expected not in before
+    assert expected in summary_table(run) and expected in card(run) and expected in report(run).text
+
+
+def test_full_run_shows_every_section(make_run: MakeRun) -> None:
+    run = make_run()
+    page = report(run)
+    assert "has not run" not in page.text and "not finished" not in page.text
+    assert not any(set((attrs.get("class") or "").split()) & {"banner"} for _, attrs in page.tags)
+    assert page.row("cat") and "embedded:letters" in page.text and "Synthetic images 11 2 classes, 14×14×1" in page.text
+    assert page.row("query")[2:] and [row for row in page.rows if [c.strip() for c in row] == ["dog", "4"]]
+    assert page.row("fine-tuning: steps") == ["fine-tuning: steps", "5", "5", "equal"]
+    assert page.row("fine-tuning: noise multiplier σ")[1:] == ["2", "2", "equal"]
+    assert page.row("RDP (Opacus)")[2].startswith("+")
+    assert "1 min 04 s" in page.text
+
+
+def test_sheets_are_embedded_whole_and_the_sensitive_one_is_not(make_run: MakeRun) -> None:
+    run = make_run()
+    page = report(run)
+    embedded = [base64.b64decode(a["src"].removeprefix("data:image/png;base64,")) for tag, a in page.tags if tag == "img"]
+    assert embedded == [(run / "samples" / f"{name}.png").read_bytes() for name in ("before", "after", "public")]
+    assert page.row("Nearest sensitive images")[2] == "not private" and "Not shown here" in page.text
+
+
+def test_chosen_cells_are_outlined(make_run: MakeRun) -> None:
+    html = build_report(make_run()).read_text(encoding="utf-8")
+    chosen = re.search(r'<g class="chosen">(.*?)</g>', html, re.DOTALL)[1]
+    assert chosen.count("<rect") == 2
+    assert re.search(r"<title>cat → A: 40\.5</title>", html) and 'fill-opacity="0.00"><title>cat → B: -3.0' in html
+
+
+def test_metrics_are_tagged_and_accuracy_comes_first(make_run: MakeRun) -> None:
+    run = make_run()
+    page = report(run)
+    assert page.row("accuracy")[1:3] == ["78.4 %", "not private"]
+    assert page.row("distance on real")[1:3] == ["3.25", "not private"]
+    assert page.row("accuracy on synthetic")[1:3] == ["n/a", "private"]
+    assert "Accuracy 78.4 % not private" in page.text  # the strip
+    summary = summary_table(run).splitlines()
+    tagged = [line.split() for line in summary if line.endswith("private")]
+    assert [line[0] for line in tagged] == ["accuracy", "accuracy", "distance"]
+    assert [line[-2:] for line in tagged] == [["NOT", "private"], ["n/a", "private"], ["NOT", "private"]]
+    assert "| accuracy | 78.4 % | **not private** |" in card(run) and "| accuracy on synthetic | n/a | private |" in card(run)
+
+
+def test_a_metric_that_does_not_say_it_is_private_is_not(make_run: MakeRun) -> None:
+    run = make_run()
+    (run / "metrics.json").write_text(json.dumps({"metrics": [{"name": "silent", "value": 1}, {"name": "odd", "value": 2, "private": "yes"}]}))
+    page = report(run)
+    assert page.row("silent")[2] == page.row("odd")[2] == "not private"
+    assert summary_table(run).count("NOT private") == 2
+
+
+def test_the_card_names_no_private_folder(make_run: MakeRun) -> None:
+    text = card(make_run())
+    assert "| sensitive set | patients (not included) |" in text and "/home/ward" not in text
+
+
+# ------------------------------------------------------------------------------------------------------------- warnings
+
+
+@pytest.mark.parametrize(
+    ("options", "title"),
+    [({"seeded": True}, "NOT PRIVATE: seeded test mode"), ({"sigma": 0.0, "target": None}, "NO PRIVACY: ε is infinite")],
+)
+def test_runs_that_protect_nobody_say_so(make_run: MakeRun, options: dict, title: str) -> None:
+    run = make_run(**options)
+    page, summary = report(run), summary_table(run)
+    assert any(tag == "div" and attrs.get("class") == "banner" for tag, attrs in page.tags)
+    assert title in page.text and f"> **{title}**" in card(run) and f"!! {title}" in summary
+    # Nothing is called covered or private any more, in any of the three.
+    assert page.row("Synthetic images")[2] == "no guarantee" and page.row("accuracy on synthetic")[2] == "not private"
+    assert "| covered |" not in card(run) and "| private |" not in card(run)
+    assert all("NOT private" in line for line in summary.splitlines() if line.endswith("private"))
+    if math.isinf(Ledger.read(run / "ledger.jsonl").epsilon()):
+        assert "ε spent ∞" in page.text and "| ε | ∞ |" in card(run) and re.search(r"^ε +∞", summary, re.MULTILINE)
+
+
+def test_a_sound_run_has_no_banner(make_run: MakeRun) -> None:
+    run = make_run()
+    assert "NOT PRIVATE:" not in report(run).text and "NO PRIVACY" not in card(run) and "!!" not in summary_table(run)
+
+
+def test_replays_are_shown_and_charged(make_run: MakeRun) -> None:
+    run = make_run(steps=8)
+    page = report(run)
+    assert page.row("fine-tuning: steps") == [
+        "fine-tuning: steps", "5", "8", "3 steps repeated after an interruption, charged again"
+    ]  # fmt: skip
+    assert "Replays. Fine-tuning: 3 steps repeated" in re.sub(r"\s+", " ", page.text)
+    assert "3 steps repeated" in card(run) and "3 steps repeated" in summary_table(run)
+    assert page.row("finetune")[5] == "8"
+
+
+def test_fewer_steps_charged_than_the_model_took_is_an_alarm(make_run: MakeRun) -> None:
+    run = make_run(steps=3)
+    assert "LEDGER AND RUN DISAGREE" in report(run).text and "!! LEDGER AND RUN DISAGREE" in summary_table(run)
+
+
+def test_a_plan_with_another_sigma_is_an_alarm(make_run: MakeRun) -> None:
+    run = make_run()
+    budget = json.loads((run / "budget.json").read_text())
+    (run / "budget.json").write_text(json.dumps({**budget, "noise_multiplier": 2.5}))
+    page = report(run)
+    assert page.row("fine-tuning: noise multiplier σ")[3] == "DIFFERS" and "LEDGER AND RUN DISAGREE" in page.text
+
+
+def test_an_edited_ledger_gives_no_epsilon(make_run: MakeRun) -> None:
+    run = make_run()
+    path = run / "ledger.jsonl"
+    path.write_text(path.read_text().replace('"noise_multiplier": 2.0', '"noise_multiplier": 9.0', 1))
+    page = report(run)
+    assert "NO STATEMENT: the ledger is damaged" in page.text and "line 3" in page.text and str(run) not in page.text
+    assert "ε spent unknown" in page.text and "| ε | unknown |" in card(run)
+    assert page.row("Synthetic images")[2] == "no guarantee"
+
+
+# --------------------------------------------------------------------------------------------------- partial, bad, hostile
+
+
+def test_a_run_stopped_before_fine_tuning_says_what_has_not_run(make_run: MakeRun) -> None:
+    run = make_run(steps=0)
+    for name in ("metrics.json", "synthetic.npz", "samples/after.png", "samples/before.png", "budget.json"):
+        (run / name).unlink()
+    done = json.loads((run / "stages.json").read_text())
+    (run / "stages.json").write_text(json.dumps({s: done[s] for s in ("query", "select")}))
+    page = report(run)
+    for stage in ("pretrain", "sample", "evaluate"):
+        assert f"the stage {stage} has not run" in page.text
+    assert "the stage query has not run" not in page.text and "NOT PRIVATE" not in page.text
+    assert "not run yet       pretrain, finetune, sample, evaluate" in summary_table(run)
+    assert "the stage sample has not run" in card(run)
+    assert epsilon_text(Ledger.read(run / "ledger.jsonl").epsilon()) in card(run)
+
+
+def test_an_interrupted_fine_tuning_is_no_alarm(make_run: MakeRun) -> None:
+    run = make_run(steps=2)
+    done = json.loads((run / "stages.json").read_text())
+    (run / "stages.json").write_text(json.dumps({s: done[s] for s in ("query", "select", "pretrain")}))
+    page = report(run)
+    assert page.row("fine-tuning: steps")[3] == "3 still to do" and "DISAGREE" not in page.text
+
+
+def test_an_empty_folder_gives_a_report_and_no_promise(tmp_path: Path) -> None:
+    page = report(tmp_path)
+    assert "NO STATEMENT: the ledger is missing" in page.text and "the stage query has not run" in page.text
+    assert "| ε | unknown |" in card(tmp_path) and "unknown" in summary_table(tmp_path)
+
+
+def test_results_without_a_ledger_are_called_not_private(make_run: MakeRun) -> None:
+    run = make_run()
+    (run / "ledger.jsonl").unlink()
+    assert "treat everything in it as not private" in report(run).text and "covered" not in card(run).split("## Method")[0]
+
+
+def test_no_folder_is_an_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        build_report(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["query.json", "selection.json", "budget.json", "metrics.json", "stages.json", "config.yaml",
+                                  "synthetic.npz", "samples/after.png"])  # fmt: skip
+@pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b'{"metrics": [3], "counts": 1e999, "query": {"seconds": 1e999}}', b"\xff\xfe\0"])
+def test_a_damaged_file_is_named_and_the_rest_is_shown(make_run: MakeRun, name: str, content: bytes) -> None:
+    run = make_run()
+    (run / name).write_bytes(content)
+    page, text, summary = report(run), card(run), summary_table(run)
+    expected = epsilon_text(Ledger.read(run / "ledger.jsonl").epsilon())
+    assert expected in page.text and expected in text and expected in summary
+    tolerated = {("config.yaml", b""), ("budget.json", b'{"metrics": [3], "counts": 1e999, "query": {"seconds": 1e999}}'),
+                 ("config.yaml", b'{"metrics": [3], "counts": 1e999, "query": {"seconds": 1e999}}')}  # fmt: skip
+    assert (f"{name}: cannot be read" in page.text) != ((name, content) in tolerated)
+
+
+def test_pickled_labels_are_not_loaded(make_run: MakeRun) -> None:
+    run = make_run()
+    np.savez(run / "synthetic.npz", images=np.zeros((2, 8, 8, 1), np.uint8), labels=np.array([{}, {}], dtype=object))
+    assert "synthetic.npz: cannot be read" in report(run).text
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_names_stay_text(make_run: MakeRun, name: str) -> None:
+    plain = report(make_run())
+    run = make_run_again(make_run, name)
+    page = report(run)
+    # The same tags with the same attributes (but for texts' coordinates) as with harmless names.
+    assert [tag for tag, _ in page.tags] == [tag for tag, _ in plain.tags]
+    assert not any(key.startswith("on") for _, attrs in page.tags for key in attrs)
+    shown = name.replace("\n", "�").replace("\r", "�").replace("‮", "�")
+    assert shown in page.text and "‮" not in page.text and "49" not in page.row(f"accuracy {shown}")[0]
+
+
+def make_run_again(make_run: MakeRun, name: str) -> Path:
+    import shutil
+
+    run = make_run.__closure__[0].cell_contents / "run"
+    shutil.rmtree(run)
+    make_run(classes=(name, "dog"), labels=(name + "!", "B", "C"), metric=f"accuracy {name}")
+    selection = json.loads((run / "selection.json").read_text())
+    (run / "selection.json").write_text(json.dumps({**selection, "mode": name}))
+    return run
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_names_do_not_break_the_card(make_run: MakeRun, name: str) -> None:
+    plain, hostile = card(make_run()).splitlines(), card(make_run_again(make_run, name)).splitlines()
+    assert len(plain) == len(hostile)  # no line was added or ended
+    for before, after in zip(plain, hostile, strict=True):
+        assert len(re.findall(r"(?<!\\)\|", before)) == len(re.findall(r"(?<!\\)\|", after))
+        assert len(re.findall(r"(?<!\\)`", before)) == len(re.findall(r"(?<!\\)`", after))
+    assert "<" not in "\n".join(hostile) and not re.search(r"(?<!\\)\]\(", "\n".join(hostile))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a|b", r"a\|b"),
+        ("`x`", r"\`x\`"),
+        ("<b>&", "&lt;b&gt;&amp;"),
+        (r"\|", r"\\\|"),
+        ("https://x.y", "https&#58;//x.y"),
+        ("www.x.y", "www&#46;x.y"),
+        ("a\nb", "a�b"),
+        ("![i](u)", r"\!\[i\](u)"),
+    ],
+)
+def test_markdown_escapes(name: str, expected: str) -> None:
+    assert for_markdown(name) == expected
+
+
+def test_nothing_is_loaded_from_outside(make_run: MakeRun) -> None:
+    run = make_run()
+    with (run / "config.yaml").open("a") as file:
+        file.write("note: <script src=https://evil.example/x.js></script>\n")
+    html = build_report(run).read_text(encoding="utf-8")
+    page = Page(html)
+    loading = [a[key] for _, a in page.tags for key in ("src", "href", "srcset", "data", "action", "poster", "xlink:href") if key in a]
+    assert loading and all(value.startswith("data:image/png;base64,") for value in loading)
+    assert not {"script", "link", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.tags}
+    assert "@import" not in html and "url(" not in html
+    policy = [a["content"] for tag, a in page.tags if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+    assert html.count("https://") == 1 and "http://" not in html  # the one above, as text
+
+
+# --------------------------------------------------------------------------------------------------------------- pieces
+
+
+def test_bounds_are_rounded_up() -> None:
+    assert epsilon_text(9.99711) == "9.9972" and epsilon_text(10.0) == "10.0000" and epsilon_text(1e-9) == "0.0001"
+    assert delta_text(3.01420911193057e-05) == "3.0143e-05" and delta_text(2.0**-14) == "6.1036e-05"
+    assert factor_text(1.0) == "2.72" and factor_text(9.9972) == "22,000" and factor_text(0.0) == "1.00"
+
+
+@pytest.mark.parametrize(("value", "text"), [(None, "n/a"), (math.nan, "n/a"), (10**400, "n/a"), (True, "n/a"), ("0.5", "n/a"), (0.5, "50.0 %")])
+def test_metric_values(value: object, text: str) -> None:
+    assert metric_text(value, "fraction") == text
+
+
+def test_a_large_histogram_is_cut_and_says_so() -> None:
+    counts = np.arange(2 * 500, dtype=float).reshape(2, 500)
+    names = [f"label {i}" for i in range(500)]
+    selection = {"classes": [{"class": "a", "labels": ["label 3"], "images": 1}]}
+    heat = heat_map({"counts": counts, "labels": names, "classes": ["a", "b"]}, selection)
+    assert len(heat.cells) == 2 * MAX_COLUMNS and heat.left_out == f"{500 - MAX_COLUMNS} of 500 labels"
+    assert heat.columns[0][2] == "label 3" and heat.columns[1][2] == "label 499"  # chosen first, then the largest
+    assert [cell.title for cell in heat.chosen] == ["a → label 3: 3.0"]
+
+
+def test_summary_and_card_import_no_torch(make_run: MakeRun) -> None:
+    run = make_run()
+    code = f"""
+import sys
+from pathlib import Path
+from privimage_fast.report import build_card, summary_table
+summary_table(Path({str(run)!r})), build_card(Path({str(run)!r}))
+assert "torch" not in sys.modules"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,153 @@
+"""Network, EDM algebra, samplers and classifier."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from privimage_fast.models.classifier import ClassifierConfig, classifier_accuracy, train_classifier
+from privimage_fast.models.edm import (
+    Denoiser,
+    DenoisingLoss,
+    EDMConfig,
+    SamplerConfig,
+    denoising_batch,
+    noise_levels,
+    sample,
+    to_float,
+    to_uint8,
+)
+from privimage_fast.models.unet import PRESETS, SelfAttention, UNetConfig
+from tiny import PUBLIC
+
+
+@pytest.mark.parametrize(("preset", "low", "high"), [("small", 0.1e6, 0.5e6), ("base", 1.5e6, 4e6), ("large", 1.5e6, 4e6)])
+def test_presets_have_the_published_sizes_and_attention(preset: str, low: float, high: float) -> None:
+    model = Denoiser(PRESETS[preset], EDMConfig(), resolution=32, channels=3, num_classes=10)
+    assert low < sum(p.numel() for p in model.parameters()) < high
+    assert sum(isinstance(m, SelfAttention) for m in model.modules()) >= 2
+
+
+@pytest.mark.parametrize(("resolution", "channels"), [(8, 1), (9, 3), (14, 1), (15, 1), (28, 1), (64, 3)])
+def test_any_size_goes_through(resolution: int, channels: int) -> None:
+    model = Denoiser(PRESETS["base"], EDMConfig(), resolution=resolution, channels=channels, num_classes=2)
+    x = torch.randn(2, channels, resolution, resolution)
+    assert model(x, torch.ones(2), torch.tensor([0, 2])).shape == x.shape
+
+
+def test_too_many_levels_are_refused() -> None:
+    with pytest.raises(ValueError, match="levels halve 8 px"):
+        Denoiser(UNetConfig(channel_mult=(1, 1, 1, 1)), EDMConfig(), resolution=8, channels=1, num_classes=2)
+
+
+class Constant(nn.Module):
+    """Stands for the U-Net; predicts what it is told."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, x: Tensor, noise: Tensor, labels: Tensor) -> Tensor:
+        self.seen = (x, noise)
+        return self.value.expand_as(x)
+
+
+def test_preconditioning_is_equation_7() -> None:
+    model = Denoiser(PRESETS["small"], EDMConfig(sigma_data=0.5), resolution=8, channels=1, num_classes=2)
+    model.unet = Constant(torch.tensor(0.7))
+    x, sigma = torch.randn(3, 1, 8, 8), torch.tensor([0.01, 1.0, 40.0])
+    s = sigma.view(-1, 1, 1, 1)
+    skip, out, scale = 0.25 / (s**2 + 0.25), s * 0.5 / (s**2 + 0.25).sqrt(), 1 / (s**2 + 0.25).sqrt()
+    torch.testing.assert_close(model(x, sigma, torch.zeros(3, dtype=torch.int64)), skip * x + out * 0.7)
+    torch.testing.assert_close(model.unet.seen[0], scale * x)
+    torch.testing.assert_close(model.unet.seen[1], sigma.log() / 4)
+
+
+def test_loss_is_equation_8_and_divides_by_k() -> None:
+    model = Denoiser(PRESETS["small"], EDMConfig(), resolution=8, channels=1, num_classes=2)
+    images, noise, sigma = torch.rand(4, 1, 8, 8), torch.randn(4, 1, 8, 8), torch.tensor([0.1, 0.5, 1.0, 9.0])
+    labels = torch.zeros(4, dtype=torch.int64)
+    d = model(images + sigma.view(-1, 1, 1, 1) * noise, sigma, labels)
+    expected = (sigma**2 + 0.25) / (sigma * 0.5) ** 2 * (d - images).square().mean((1, 2, 3))
+    torch.testing.assert_close(DenoisingLoss(4)(model, images, noise, sigma, labels), expected / 4)
+
+
+def test_denoising_batch_is_sample_major_with_the_published_noise() -> None:
+    images = torch.arange(500.0).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+    batch = denoising_batch(
+        images, torch.arange(500) % 3, edm=EDMConfig(), num_classes=3, multiplicity=8, label_dropout=0.25,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    assert torch.equal(batch.images[:, 0, 0, 0].view(500, 8), torch.arange(500.0)[:, None].expand(500, 8))
+    log = batch.sigma.log()
+    assert float(log.mean()) == pytest.approx(-1.2, abs=0.06) and float(log.std()) == pytest.approx(1.2, rel=0.05)
+    assert float((batch.labels == 3).float().mean()) == pytest.approx(0.25, abs=0.03)
+
+
+class Ideal(nn.Module):
+    """The exact denoiser of N(m_label, s²) images, for which the probability flow is known in closed form."""
+
+    resolution, channels, num_classes = 4, 1, 2
+    s = 0.3
+
+    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
+        mean = torch.tensor([-0.5, 0.5, 0.0])[labels].view(-1, 1, 1, 1)
+        v = sigma.view(-1, 1, 1, 1) ** 2
+        return mean + self.s**2 / (self.s**2 + v) * (x - mean)
+
+
+@pytest.mark.parametrize(("method", "steps", "tolerance"), [("heun", 40, 0.01), ("ddim", 400, 0.02)])
+def test_samplers_follow_the_exact_flow(method: str, steps: int, tolerance: float) -> None:
+    labels = torch.tensor([0, 1] * 500)
+    images = sample(Ideal(), labels, SamplerConfig(method=method, steps=steps), torch.Generator().manual_seed(0))
+    for c, mean in ((0, -0.5), (1, 0.5)):
+        own = images[labels == c]
+        assert float(own.mean()) == pytest.approx(mean, abs=0.02)
+        assert float(own.std()) == pytest.approx(0.3, abs=0.01)
+    start = torch.randn(1000, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 80
+    mean = torch.tensor([-0.5, 0.5])[labels].view(-1, 1, 1, 1)
+    exact = mean + (start - mean) * 0.3 / (0.3**2 + 80**2) ** 0.5
+    assert float((images - exact).abs().max()) < tolerance * 4
+
+
+def test_heun_is_second_order() -> None:
+    labels = torch.zeros(50, dtype=torch.int64)
+
+    def run(method: str, steps: int) -> Tensor:
+        return sample(Ideal(), labels, SamplerConfig(method=method, steps=steps), torch.Generator().manual_seed(0))
+
+    exact = run("heun", 300)
+    errors = [float((run("heun", n) - exact).norm()) for n in (16, 32)]
+    assert errors[1] < errors[0] / 3
+    assert errors[0] < float((run("ddim", 16) - exact).norm())
+
+
+def test_guidance_extrapolates_from_the_empty_label() -> None:
+    labels = torch.ones(400, dtype=torch.int64)
+    means = [
+        float(sample(Ideal(), labels, SamplerConfig(steps=20, guidance=w), torch.Generator().manual_seed(0)).mean()) for w in (1.0, 3.0)
+    ]
+    assert means[1] > means[0] + 0.5
+
+
+def test_noise_levels_are_equation_5() -> None:
+    levels = noise_levels(SamplerConfig(steps=18))
+    assert levels[0] == pytest.approx(80) and levels[17] == pytest.approx(0.002) and levels[18] == 0
+    assert sorted(levels, reverse=True) == levels
+
+
+def test_uint8_round_trip() -> None:
+    images = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1)
+    assert torch.equal(to_uint8(to_float(images)), images)
+
+
+def test_classifier_learns_and_chooses_on_validation() -> None:
+    config = ClassifierConfig(width=8, epochs=6, batch_size=32, augment=False)
+    model, best = train_classifier(
+        PUBLIC.images, PUBLIC.labels, num_classes=6, config=config, seed=0, validation=(PUBLIC.images, PUBLIC.labels)
+    )
+    assert best > 0.9
+    assert classifier_accuracy(model, PUBLIC.images, PUBLIC.labels) == best
+    assert np.isnan(classifier_accuracy(model, PUBLIC.images[:0], PUBLIC.labels[:0]))

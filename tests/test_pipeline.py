@@ -1,0 +1,391 @@
+"""The whole method on tiny images: what is charged, what is written, and what an interruption costs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import privimage_fast as pf
+from privimage_fast.config import ConfigError, build_config, load_yaml, valid_keys
+from privimage_fast.data import save_npz
+from privimage_fast.dp.accounting import DPSGDEvent, GaussianEvent, cross_check, solve_noise_multiplier
+from privimage_fast.dp.ledger import Ledger
+from privimage_fast.pipeline import Run, query_noise_multiplier
+from privimage_fast.stages import finetune as finetune_module
+from privimage_fast.stages.folder import RunError
+from tiny import PRIVATE, PUBLIC, SECTIONS, TEST, tiny_config
+
+STEPS = SECTIONS["finetune"]["steps"]
+
+
+def run_all(out: Path, *, resume: bool = False, test: Any = TEST, **sections: Any) -> Run:
+    run = Run(tiny_config(out, **sections), public=PUBLIC, private=PRIVATE, test=test)
+    with run.opened(resume=resume):
+        run.all()
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run_all(tmp_path_factory.mktemp("run") / "a")
+
+
+def dpsgd(run: Run) -> list[DPSGDEvent]:
+    return [r.event for r in Ledger.read(run.folder.ledger).records() if r.stage == "finetune"]
+
+
+# -------------------------------------------------------------------------------------------------- a finished run
+
+
+def test_the_run_folder_holds_the_contract(finished: Run) -> None:
+    names = ["config.yaml", "ledger.jsonl", "query.json", "selection.json", "synthetic.npz", "metrics.json", "report.html", "README.md"]
+    for name in [*names, "checkpoints/pretrain.safetensors", "checkpoints/finetune.safetensors", "samples/after.png", "samples/before.png"]:
+        assert (finished.folder.path / name).is_file(), name
+    with np.load(finished.folder.synthetic) as arrays:
+        assert arrays["images"].shape == (36, 8, 8, 1) and arrays["images"].dtype == np.uint8
+        assert arrays["labels"].dtype == np.int64 and np.bincount(arrays["labels"]).tolist() == [12, 12, 12]
+    assert build_config(load_yaml(finished.folder.config.read_text())) == finished.config
+
+
+def test_every_step_and_the_query_are_charged_as_they_ran(finished: Run) -> None:
+    records = Ledger.read(finished.folder.ledger).records()
+    assert [r.stage for r in records] == ["query"] + ["finetune"] * STEPS
+    assert records[0].event == GaussianEvent(finished.config.query.noise_multiplier)
+    budget = json.loads(finished.folder.budget.read_text())
+    assert dpsgd(finished) == [DPSGDEvent(budget["noise_multiplier"], 30 / 120, 1)] * STEPS
+
+
+def test_sigma_is_solved_with_the_query_in_and_the_budget_is_used(finished: Run) -> None:
+    ledger = Ledger.read(finished.folder.ledger)
+    alone = solve_noise_multiplier(target_epsilon=5.0, delta=1e-3, sample_rate=0.25, steps=STEPS)
+    assert dpsgd(finished)[0].noise_multiplier > alone
+    assert 4.97 < ledger.epsilon() <= 5.0
+    checks = cross_check(ledger.events(), 1e-3)
+    assert checks["prv"] == pytest.approx(checks["pld"], abs=0.05)
+    assert checks["pld"] <= checks["rdp"] * 1.001
+
+
+def test_printed_epsilon_ledger_report_and_card_agree(finished: Run) -> None:
+    from privimage_fast.report import summary_table
+
+    epsilon = f"{Ledger.read(finished.folder.ledger).epsilon():.4f}"
+    for text in (summary_table(finished.folder.path), (finished.folder.path / "README.md").read_text(),
+                 (finished.folder.path / "report.html").read_text()):  # fmt: skip
+        assert epsilon in text
+    described = json.loads((finished.folder.model / "config.json").read_text())["privacy"]
+    assert described["epsilon"] == Ledger.read(finished.folder.ledger).epsilon() and described["secure"] is True
+
+
+def test_nothing_private_is_written_unmarked(finished: Run) -> None:
+    """Losses, norms and realised batch sizes appear nowhere; scores against real data are marked."""
+    for metric in json.loads(finished.folder.metrics.read_text())["metrics"]:
+        assert metric["private"] == (metric["name"] == "accuracy, trained and tested on synthetic")
+    words = ("loss", "grad_norm", "realised", "drawn")
+    for path in finished.folder.path.rglob("*.json*"):
+        text = path.read_text().lower()
+        assert not any(f'"{w}' in text for w in words), path
+    assert not (finished.folder.samples / "neighbours.png").exists()
+
+
+def test_no_key_is_stored_and_nothing_is_pickled(finished: Run) -> None:
+    for path in finished.folder.path.rglob("*"):
+        if path.is_file() and path.suffix in {".pt", ".pth", ".pkl", ".bin"}:
+            raise AssertionError(path)
+
+
+def test_a_finished_run_is_not_overwritten_and_resuming_it_charges_nothing(finished: Run) -> None:
+    before = finished.folder.ledger.read_bytes()
+    with pytest.raises(RunError, match="--resume"):
+        run_all(finished.folder.path)
+    run_all(finished.folder.path, resume=True)
+    assert finished.folder.ledger.read_bytes() == before
+
+
+def test_other_settings_on_the_same_folder_are_refused_by_name(finished: Run) -> None:
+    with pytest.raises(RunError, match=r"finetune\.lr"):
+        run_all(finished.folder.path, resume=True, finetune={"lr": 0.5})
+
+
+def test_sampling_anew_costs_nothing(finished: Run) -> None:
+    run = Run(tiny_config(finished.folder.path, sample={"per_class": 5, "formats": ["zip", "folder"]}), public=PUBLIC, private=PRIVATE)
+    before = finished.folder.ledger.read_bytes()
+    with run.opened(resume=True):
+        assert len(run.sample()) == 15
+    assert (run.folder.path / "synthetic.zip").exists() and (run.folder.path / "synthetic").is_dir()
+    again = Run(tiny_config(finished.folder.path), public=PUBLIC, private=PRIVATE, test=TEST)
+    with again.opened(resume=True):
+        again.sample()
+    assert finished.folder.ledger.read_bytes() == before
+
+
+# -------------------------------------------------------------------------------------- charges come before the data
+
+
+def test_each_charge_is_on_disk_before_its_batch_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    class Watching(finetune_module.PoissonSampler):
+        def draw(self) -> np.ndarray:
+            seen.append(Ledger.read(tmp_path / "a" / "ledger.jsonl").steps_charged("finetune"))
+            return super().draw()
+
+    monkeypatch.setattr(finetune_module, "PoissonSampler", Watching)
+    run_all(tmp_path / "a", test=None)
+    assert seen == list(range(1, STEPS + 1))
+
+
+def test_an_empty_draw_is_a_charged_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Empty(finetune_module.PoissonSampler):
+        def draw(self) -> np.ndarray:
+            return np.zeros(0, np.int64)
+
+    monkeypatch.setattr(finetune_module, "PoissonSampler", Empty)
+    run = run_all(tmp_path / "a", test=None)
+    assert len(dpsgd(run)) == STEPS
+    before, after = (run.folder.load_tensors(run.folder.checkpoint(n), "x")[0] for n in ("pretrain", "finetune"))
+    assert any(not torch.equal(before[n], after[n]) for n in before)  # noise alone moved it
+
+
+# ----------------------------------------------------------------------------------------------- stop and go on
+
+
+@pytest.mark.parametrize("stage", ["query", "select", "pretrain", "finetune", "sample", "evaluate", "report"])
+def test_an_error_after_any_stage_loses_nothing(tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = ["query", "select", "pretrain", "finetune", "sample", "evaluate", "report"]
+    following = {**dict(zip(stages, stages[1:], strict=False))}.get(stage)
+    if following is not None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, following, lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                run_all(tmp_path / "a")
+    run = run_all(tmp_path / "a", resume=following is not None)
+    assert [r.stage for r in Ledger.read(run.folder.ledger).records()] == ["query"] + ["finetune"] * STEPS
+
+
+@pytest.mark.parametrize("at", [1, 3, 5, 8])
+def test_interrupted_fine_tuning_charges_replays_and_keeps_the_budget(tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in step `at`: checkpoints are every 3 steps, so (at − 1) % 3 + 1 steps are run, and paid for, again."""
+    original = finetune_module.PrivateOptimizer.step
+
+    def failing(self: Any) -> None:
+        if self.steps + 1 == at:
+            raise KeyboardInterrupt
+        original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune_module.PrivateOptimizer, "step", failing)
+        with pytest.raises(KeyboardInterrupt):
+            run_all(tmp_path / "a")
+    interrupted = Ledger.read(tmp_path / "a" / "ledger.jsonl").steps_charged("finetune")
+    assert interrupted == at
+    run = run_all(tmp_path / "a", resume=True)
+    ledger = Ledger.read(run.folder.ledger)
+    kept = (at - 1) // 3 * 3
+    taken = int(run.folder.load_tensors(run.folder.checkpoint("finetune"), "x")[1]["steps"])
+    assert ledger.steps_charged("finetune") == at + (taken - kept)
+    assert ledger.epsilon() <= 5.0
+    assert taken < STEPS  # the budget was solved for 8 steps; the repeated ones are paid by the last ones
+    assert len({e.noise_multiplier for e in dpsgd(run)}) == 1
+
+
+def test_a_query_killed_before_it_was_kept_is_paid_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("privimage_fast.stages.query.vote", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run_all(tmp_path / "a")
+    run = run_all(tmp_path / "a", resume=True)
+    ledger = Ledger.read(run.folder.ledger)
+    assert [r.stage for r in ledger.records()][:3] == ["query", "query", "finetune"]
+    assert ledger.epsilon() <= 5.0 and ledger.steps_charged("finetune") == STEPS  # σ was solved for two queries
+
+
+def test_a_checkpoint_without_its_ledger_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = finetune_module.PrivateOptimizer.step
+
+    def failing(self: Any) -> None:
+        if self.steps == 4:
+            raise KeyboardInterrupt
+        original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune_module.PrivateOptimizer, "step", failing)
+        with pytest.raises(KeyboardInterrupt):
+            run_all(tmp_path / "a")
+    (tmp_path / "a" / "ledger.jsonl").unlink()
+    with pytest.raises(RunError, match="ledger"):
+        run_all(tmp_path / "a", resume=True)
+
+
+def test_pretraining_resumes_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from privimage_fast.stages import pretrain as pretrain_module
+
+    whole = run_all(tmp_path / "whole", test=None, privacy={"secure": False})
+    original = pretrain_module._save
+
+    def failing(folder: Any, stamp: str, steps: int, *rest: Any) -> None:
+        original(folder, stamp, steps, *rest)
+        if steps == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain_module, "_save", failing)
+        with pytest.raises(KeyboardInterrupt):
+            run_all(tmp_path / "cut", test=None, privacy={"secure": False})
+    cut = run_all(tmp_path / "cut", resume=True, test=None, privacy={"secure": False})
+    a, b = (r.folder.load_tensors(r.folder.checkpoint("pretrain"), "x")[0] for r in (whole, cut))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=0)
+
+
+def test_killed_for_real_and_resumed_by_command(tmp_path: Path) -> None:
+    """SIGKILL in the middle of fine-tuning and of sampling; the command with --resume ends the job."""
+    for name, images in (("public", PUBLIC), ("private", PRIVATE), ("test", TEST)):
+        save_npz(images, tmp_path / f"{name}.npz")
+    data = {**SECTIONS["data"], **{name: str(tmp_path / f"{name}.npz") for name in ("public", "private", "test")}}
+    config = {**SECTIONS, "data": data, "finetune": {**SECTIONS["finetune"], "steps": 60, "checkpoint_steps": 20}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**config, "out": str(tmp_path / "out")}))
+    command = [sys.executable, "-m", "privimage_fast", "run", "--config", str(tmp_path / "run.yaml")]
+    ledger = tmp_path / "out" / "ledger.jsonl"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (ledger.exists() and ledger.read_bytes().count(b"\n") > 30):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    charged = Ledger.read(ledger).steps_charged("finetune")
+    assert 0 < charged < 60
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    final = Ledger.read(ledger)
+    assert final.epsilon() <= 5.0 and final.steps_charged("finetune") > charged
+    assert f"{final.epsilon():.4f}" in done.stdout
+    assert (tmp_path / "out" / "synthetic.npz").exists()
+
+
+# ------------------------------------------------------------------------------------------- options and comparisons
+
+
+@pytest.mark.parametrize("mode", ["none", "all", "random"])
+def test_selections_without_a_query_spend_nothing_on_one(tmp_path: Path, mode: str) -> None:
+    run = run_all(tmp_path / "a", select={"mode": mode, "labels_per_class": 1})
+    assert {r.stage for r in Ledger.read(run.folder.ledger).records()} == {"finetune"}
+    assert not run.folder.query.exists()
+
+
+def test_infinite_epsilon_trains_without_noise_and_says_so(tmp_path: Path) -> None:
+    run = run_all(tmp_path / "a", privacy={"epsilon": math.inf})
+    assert dpsgd(run)[0].noise_multiplier == 0
+    assert Ledger.read(run.folder.ledger).epsilon() == math.inf
+
+
+def test_seeded_runs_repeat_and_are_marked(tmp_path: Path) -> None:
+    runs = [run_all(tmp_path / name, test=None, privacy={"secure": False}) for name in "ab"]
+    assert runs[0].folder.query.read_text() == runs[1].folder.query.read_text()
+    assert Ledger.read(runs[0].folder.ledger).seeded
+    assert "NOT PRIVATE" in (runs[0].folder.path / "README.md").read_text()
+
+
+def test_plan_agrees_with_the_run_and_spends_nothing(finished: Run, tmp_path: Path) -> None:
+    run = Run(tiny_config(tmp_path / "a"), public=PUBLIC, private=PRIVATE)
+    plan = run.plan()
+    assert not (tmp_path / "a").exists()
+    assert plan.noise_multiplier == dpsgd(finished)[0].noise_multiplier and plan.steps == STEPS
+    assert plan.epsilon_without_query < 5.0 and "σ" in plan.table()
+
+
+@pytest.mark.parametrize(("epsilon", "delta"), [(0.1, 1e-6), (1.0, 1e-5), (10.0, 3e-5), (100.0, 1e-5)])
+def test_query_share_costs_about_its_share(epsilon: float, delta: float) -> None:
+    sigma = query_noise_multiplier(epsilon, delta, 0.02)
+    whole = pf.dp.accounting.epsilon([GaussianEvent(sigma * math.sqrt(0.02))], delta)
+    assert whole == pytest.approx(epsilon, rel=0.02)  # the share taken away, the query alone is the budget
+
+
+# ----------------------------------------------------------------------------------------------------- configuration
+
+
+def test_unknown_keys_are_refused_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"'privacy.epsilo'; did you mean privacy.epsilon"):
+        load_yaml("privacy: {epsilo: 3}", "run.yaml")
+    with pytest.raises(ConfigError, match=r"did you mean .*finetune.lr"):
+        build_config({"lr": 3})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"privacy": {"epsilon": 0}}, "epsilon"),
+        ({"privacy": {"delta": 2.0}}, "delta"),
+        ({"finetune": {"batch_size": "many"}}, "batch_size"),
+        ({"finetune": 3}, "finetune"),
+        ({"model": {"preset": "huge"}}, "small, base, large"),
+        ({"sample": {"formats": ["tar"]}}, "tar"),
+        ({"sample": {"sampler": {"method": "euler"}}}, "heun or ddim"),
+        ({"data": {"holdout": 1.0}}, "holdout"),
+    ],
+)
+def test_bad_values_name_the_key(values: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_config(values)
+
+
+def test_yaml_that_is_none() -> None:
+    for text, message in (("[1]", "found list"), ("a: [", "not valid YAML")):
+        with pytest.raises(ConfigError, match=message):
+            load_yaml(text)
+    assert load_yaml("") == {}
+    assert "finetune.max_grad_norm" in valid_keys() and "query.classifier.width" in valid_keys()
+
+
+# ------------------------------------------------------------------------------------------------------ Python
+
+
+def test_python_api_end_to_end(tmp_path: Path) -> None:
+    model = pf.PrivImage(tiny_config(tmp_path))
+    with pytest.raises(RunError, match="call fit"):
+        model.sample(3)
+    assert model.plan(PUBLIC, PRIVATE).steps == STEPS
+    model.fit(PUBLIC, PRIVATE, out=tmp_path / "a")
+    images = model.sample(7)
+    assert images.images.shape == (7, 8, 8, 1) and images.label_names == PRIVATE.label_names
+    assert np.array_equal(images.images, model.sample(7).images)
+    spent = model.privacy_spent()
+    assert spent["epsilon"] == Ledger.read(tmp_path / "a" / "ledger.jsonl").epsilon() <= 5.0
+    assert {m["name"] for m in model.evaluate(TEST)["metrics"]} >= {"accuracy, trained on synthetic, tested on real"}
+    model.save_pretrained(tmp_path / "saved")
+    other = pf.PrivImage.from_pretrained(tmp_path / "saved")
+    other.config = model.config
+    assert np.array_equal(other.sample(7).images, images.images)
+    assert other.privacy_spent()["epsilon"] == spent["epsilon"]
+    assert (tmp_path / "saved" / "README.md").read_text()
+    with pytest.raises(ValueError, match="labels must be"):
+        model.sample(2, np.array([0, 9]))
+
+
+def test_a_model_file_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="missing"):
+        pf.PrivImage.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"format": 7}')
+    with pytest.raises(RunError, match="format 7"):
+        pf.PrivImage.from_pretrained(tmp_path)
+
+
+def test_a_user_semantic_function(tmp_path: Path) -> None:
+    model = pf.PrivImage(tiny_config(tmp_path))
+    model.fit(PUBLIC, PRIVATE, out=tmp_path / "a", semantic_function=lambda x: x[:, 0].mean(1)[:, :6])
+    query = json.loads((tmp_path / "a" / "query.json").read_text())
+    assert query["semantic_function"] == "given by the user"
+    # Column c is bright in class c: the user's scores say so, and the noise is small against 40 votes.
+    assert all(int(np.argmax(row)) == c for c, row in enumerate(query["counts"]))
