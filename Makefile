@@ -1,4 +1,4 @@
-.PHONY: install test slow lint demo ptxas clean
+.PHONY: install test slow lint demo bench ptxas clean
 
 install:          ## into the active environment, with what tests need
 	pip install -c constraints-cpu.txt '.[demo,test]'
@@ -20,3 +20,7 @@ ptxas:            ## registers and spills of every CUDA kernel
 
 clean:
 	rm -rf build _build* *.egg-info
+
+bench:            ## DP step ÷ plain step, beside Opacus, in one run
+	pytest benchmarks --benchmark-json=benchmarks/results/dp_step.json --benchmark-columns=median,iqr,rounds -o addopts=
+	python benchmarks/table.py benchmarks/results/dp_step.json

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,6 +33,9 @@ usage: privimage COMMAND [options]
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 2 for a refused request, 130 for an interruption."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    # libgomp's threads spin for long at every barrier; with a neighbour on one core that made a step ten times slower.
+    # A short spin costs a few per cent on an idle machine. Read when torch is loaded, so it has to be set before.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     commands: dict[str, Callable[[list[str]], None]] = {
         "run": _run, "demo": _demo, "budget": _budget, "data": _data, "doctor": _doctor, "keys": _keys,

@@ -21,7 +21,7 @@ from scipy.stats import norm
 
 from privimage_fast import report
 from privimage_fast.config import ConfigError, RunConfig, build_config, differing_keys, load_yaml
-from privimage_fast.data import ImageSet, open_image_set, train_test_split
+from privimage_fast.data import ImageSet, holdout_split, open_image_set
 from privimage_fast.data.atomic import atomic_write_text
 from privimage_fast.dp.accounting import (
     ADJACENCY,
@@ -137,8 +137,7 @@ class Run:
         if self._given["test"] is not None or data.test:
             return private, self._open("test", data.test)
         if data.holdout:
-            train, test = train_test_split(private, data.holdout, self.config.seed)
-            return train, test
+            return holdout_split(private, data.holdout, self.config.seed)
         return private, None
 
     @property

@@ -8,7 +8,6 @@ from privimage_fast.data.embedded import (
     embedded_set,
     letters,
     open_image_set,
-    train_test_split,
 )
 from privimage_fast.data.errors import DataError, SkippedFile
 from privimage_fast.data.export import save_folder, save_npz, save_zip
@@ -16,6 +15,7 @@ from privimage_fast.data.formats import FORMATS, load_image_set
 from privimage_fast.data.imageset import ImageSet
 from privimage_fast.data.limits import Limits
 from privimage_fast.data.sheet import class_sheet, image_sheet
+from privimage_fast.data.split import holdout_split, train_test_split
 
 __all__ = [
     "EMBEDDED",
@@ -31,6 +31,7 @@ __all__ = [
     "digits_mnist",
     "digits_sklearn",
     "embedded_set",
+    "holdout_split",
     "image_sheet",
     "letters",
     "load_image_set",

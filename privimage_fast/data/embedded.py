@@ -90,36 +90,6 @@ def open_image_set(
     )  # fmt: skip
 
 
-def train_test_split(imageset: ImageSet, test_size: float | int, seed: int) -> tuple[ImageSet, ImageSet]:
-    """Splits by class in equal shares: (train, test), each in the order of `imageset`. Deterministic in `seed`.
-
-    test_size: a fraction in (0, 1), or a number of images. Every class with two images or more is in both parts as
-    far as `test_size` allows. `DataError` if either part would be empty.
-    """
-    total = len(imageset)
-    if isinstance(test_size, float) and not 0 < test_size < 1:
-        raise DataError(f"test_size: expected a fraction in (0, 1) or a number of images, found {test_size}")
-    wanted = round(test_size * total) if isinstance(test_size, float) else int(test_size)
-    if not 0 < wanted < total:
-        raise DataError(f"test_size: {test_size} of {total} images leaves a part empty")
-    take = _shares(imageset.class_counts(), wanted)
-    rng = np.random.default_rng(seed)
-    test = np.zeros(total, dtype=bool)
-    for label, count in enumerate(take):
-        test[rng.permutation(np.flatnonzero(imageset.labels == label))[:count]] = True
-    return imageset.subset(~test), imageset.subset(test)
-
-
-def _shares(counts: np.ndarray, wanted: int) -> np.ndarray:
-    """Whole numbers that sum to `wanted`, in proportion to `counts`, by largest remainder."""
-    exact = counts * (wanted / counts.sum())
-    take = np.floor(exact + 1e-9).astype(np.int64)
-    # Classes that would have no test image come first among those rounded up.
-    order = np.lexsort((-(exact - take), (take > 0) | (counts < 2), take >= counts))
-    take[order[: wanted - take.sum()]] += 1
-    return take
-
-
 @lru_cache(maxsize=1)
 def _mnist_arrays() -> tuple[np.ndarray, np.ndarray]:
     try:

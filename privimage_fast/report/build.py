@@ -12,7 +12,8 @@ from markupsafe import Markup
 from privimage_fast import __version__
 from privimage_fast.data import atomic_write_text
 from privimage_fast.report import text
-from privimage_fast.report.facts import cross_checks, read_facts
+from privimage_fast.report.facts import read_facts
+from privimage_fast.report.privacy import cross_checks
 
 
 def build_report(run_dir: Path) -> Path:
@@ -57,9 +58,7 @@ def summary_table(run_dir: Path) -> str:
         rows.append(("not run yet", ", ".join(facts.open_stages), ""))
     name_width = max(len(name) for name, _, _ in rows)
     value_width = max((len(value) for _, value, tag in rows if tag), default=0)
-    lines += [
-        f"{name:<{name_width}}  {value:>{value_width if tag else 0}}  {tag}".rstrip() for name, value, tag in rows
-    ]
+    lines += [f"{name:<{name_width}}  {value:>{value_width if tag else 0}}  {tag}".rstrip() for name, value, tag in rows]
     return "\n".join(lines)
 
 

@@ -22,7 +22,7 @@ def epsilon_text(epsilon: float | None) -> str:
         return "unknown"
     if math.isinf(epsilon):
         return "∞"
-    return str(Decimal(epsilon).quantize(Decimal("0.0001"), rounding=ROUND_CEILING))
+    return str(Decimal(repr(float(epsilon))).quantize(Decimal("0.0001"), rounding=ROUND_CEILING))
 
 
 def delta_text(delta: float | None) -> str:
@@ -41,8 +41,10 @@ def factor_text(epsilon: float) -> str:
 
 
 def _round_up(value: float, digits: int) -> str:
-    exact = Decimal(value)
-    return f"{float(exact.quantize(Decimal((0, (1,), exact.adjusted() - digits + 1)), rounding=ROUND_CEILING)):.{digits - 1}e}"
+    # From the shortest decimal that is this double: 1e-4 is a little above one ten-thousandth in binary, and meant as that.
+    exact = Decimal(repr(float(value)))
+    last_digit = Decimal((0, (1,), exact.adjusted() - digits + 1))
+    return f"{float(exact.quantize(last_digit, rounding=ROUND_CEILING)):.{digits - 1}e}"
 
 
 def number_text(value: Any) -> str:

@@ -99,7 +99,8 @@ class RunFolder:
     def record(self, stage: str, fingerprint: str, seconds: float) -> None:
         records = self._records()
         spent = records.get(stage, {}).get("seconds", 0.0) if records.get(stage, {}).get("fingerprint") == fingerprint else 0.0
-        records[stage] = {"fingerprint": fingerprint, "seconds": round(spent + seconds, 2)}
+        # Two digits: how long a stage took depends, if faintly, on how many sensitive images its batches drew.
+        records[stage] = {"fingerprint": fingerprint, "seconds": float(f"{spent + seconds:.2g}")}
         self.write_json(self.stages, records)
 
     def _records(self) -> dict[str, Any]:

@@ -170,11 +170,18 @@ def _check_scores(semantic_function: SemanticFunction, public: ImageSet, device:
     x = to_float(torch.from_numpy(public.images[:2])).to(device)
     try:
         with torch.inference_mode():
-            found = tuple(semantic_function(x).shape)
+            together = semantic_function(x)
+            alone = torch.cat([semantic_function(x[i : i + 1]) for i in range(len(x))])
+            found = tuple(together.shape)
     except Exception as error:
         raise RunError(f"the semantic function fails on images of shape {tuple(x.shape)}: {error}") from error
     if found != (len(x), public.n_classes):
         raise RunError(
             f"the semantic function gives shape {found} for {len(x)} images, expected ({len(x)}, {public.n_classes}): one score "
             "for each label of the public set"
+        )
+    if not torch.allclose(together.float(), alone.float(), rtol=1e-3, atol=1e-3):
+        raise RunError(
+            "the semantic function scores an image otherwise alone than in a batch, so one image could move other images' votes; "
+            "put the model in eval() mode, or score each image by itself"
         )

@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from privimage_fast.data import (
     EMBEDDED,
     DataError,
+    ImageSet,
     digits_mnist,
     digits_sklearn,
     embedded_set,
     letters,
     open_image_set,
     save_npz,
+    holdout_split,
     train_test_split,
 )
 from privimage_fast.data.glyphs import FACES, _random_maps, _turned, _usable_faces
@@ -170,3 +172,21 @@ def test_splits_differ_by_seed_and_refuse_bad_sizes():
     for bad in (0, 40, 0.0, 1.0, -3, 1.5):
         with pytest.raises(DataError, match="test_size"):
             train_test_split(made, bad, 0)
+
+
+def test_holdout_split_decides_each_image_by_itself() -> None:
+    """One image less moves no other image across: neighbouring sets keep neighbouring training parts."""
+    random = np.random.default_rng(0)
+    made = ImageSet(random.integers(0, 256, (400, 8, 8, 1)).astype(np.uint8), np.arange(400) % 4, tuple("abcd"))
+    train, test = holdout_split(made, 0.25, seed=3)
+    assert len(train) + len(test) == 400 and 60 < len(test) < 140
+    for gone in (0, 17, 399):
+        fewer = holdout_split(made.subset(np.delete(np.arange(400), gone)), 0.25, seed=3)
+        whole = [{i.tobytes() for i in part.images} for part in (train, test)]
+        left = [{i.tobytes() for i in part.images} for part in fewer]
+        assert sorted(len(a - b) for a, b in zip(whole, left, strict=True)) == [0, 1]
+        assert all(b <= a for a, b in zip(whole, left, strict=True))
+    assert len(holdout_split(made, 0.25, seed=4)[1].images) != len(test) or (holdout_split(made, 0.25, seed=4)[1].images != test.images).any()
+    for bad in (0.0, 1.0, 1e-9):
+        with pytest.raises(DataError, match="share"):
+            holdout_split(made, bad, seed=0)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +27,26 @@ def write_ledger(path: Path, *, steps: int = STEPS, sigma: float = SIGMA, target
             ledger.charge(DPSGDEvent(sigma, RATE), stage="finetune")
 
 
+@cache
+def ledger_bytes(**options: Any) -> bytes:
+    """Each charge against a target costs a composition, so equal ledgers are written once."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_ledger(Path(folder) / "ledger.jsonl", **options)
+        return (Path(folder) / "ledger.jsonl").read_bytes()
+
+
 def write_run(
-    folder: Path, *, classes: tuple[str, ...] = ("cat", "dog"), labels: tuple[str, ...] = ("A", "B", "C"), metric: str = "accuracy",
+    folder: Path,
+    *,
+    classes: tuple[str, ...] = ("cat", "dog"),
+    labels: tuple[str, ...] = ("A", "B", "C"),
+    metric: str = "accuracy",
     **ledger: Any,
-) -> Path:  # fmt: skip
+) -> Path:
     """A finished run. `ledger` goes to `write_ledger`; the plan says STEPS steps at SIGMA whatever is charged."""
     (folder / "samples").mkdir(parents=True)
     (folder / "model").mkdir()
-    write_ledger(folder / "ledger.jsonl", **ledger)
+    (folder / "ledger.jsonl").write_bytes(ledger_bytes(**ledger))
     target = ledger.get("target", 10.0)
     write = {
         "query.json": {
@@ -66,4 +81,10 @@ def write_run(
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:
-    return lambda **options: write_run(tmp_path / "run", **options)
+    """Writes the run folder anew: `make_run(classes=…, labels=…, metric=…, steps=…, sigma=…, target=…, seeded=…)`."""
+
+    def make(name: str = "run", **options: Any) -> Path:
+        shutil.rmtree(tmp_path / name, ignore_errors=True)
+        return write_run(tmp_path / name, **options)
+
+    return make

@@ -27,6 +27,8 @@ HOSTILE = (
     "naïve 猫 ‮abc", "line\nbreak\r\n# heading",
 )  # fmt: skip
 
+ODD = b'{"metrics": [3], "counts": 1e999, "query": {"seconds": 1e999}}'
+
 
 class Page(HTMLParser):
     """Tags with their attributes, and the text between them, as a browser would see them."""
@@ -58,9 +60,8 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data
 
     def row(self, first: str) -> list[str]:
-        """The one table row that begins with `first`."""
-        (found,) = [[cell.strip() for cell in row] for row in self.rows if row and row[0].strip() == first]
-        return found
+        """The first table row that begins with `first`."""
+        return next([cell.strip() for cell in row] for row in self.rows if row and row[0].strip() == first)
 
 
 def report(run: Path) -> Page:
@@ -86,7 +87,7 @@ def test_one_epsilon_everywhere(make_run: MakeRun) -> None:
 
 
 def test_one_epsilon_follows_the_ledger_not_the_other_files(make_run: MakeRun) -> None:
-    run = make_run()
+    run = make_run(target=None)
     before = summary_table(run)
     with Ledger.resume(run / "ledger.jsonl") as ledger:
         ledger.charge(DPSGDEvent(1.0, 0.1, 30), stage="finetune")
@@ -100,8 +101,9 @@ def test_full_run_shows_every_section(make_run: MakeRun) -> None:
     page = report(run)
     assert "has not run" not in page.text and "not finished" not in page.text
     assert not any(set((attrs.get("class") or "").split()) & {"banner"} for _, attrs in page.tags)
-    assert page.row("cat") and "embedded:letters" in page.text and "Synthetic images 11 2 classes, 14×14×1" in page.text
-    assert page.row("query")[2:] and [row for row in page.rows if [c.strip() for c in row] == ["dog", "4"]]
+    assert page.row("cat") == ["cat", "A", "30"] and "embedded:letters" in page.text
+    assert "Synthetic images 11 2 classes, 14×14×1" in page.text
+    assert page.row("query")[2:6] == ["8", "–", "1", "1"] and ["dog", "4"] in page.rows
     assert page.row("fine-tuning: steps") == ["fine-tuning: steps", "5", "5", "equal"]
     assert page.row("fine-tuning: noise multiplier σ")[1:] == ["2", "2", "equal"]
     assert page.row("RDP (Opacus)")[2].startswith("+")
@@ -139,7 +141,8 @@ def test_metrics_are_tagged_and_accuracy_comes_first(make_run: MakeRun) -> None:
 
 def test_a_metric_that_does_not_say_it_is_private_is_not(make_run: MakeRun) -> None:
     run = make_run()
-    (run / "metrics.json").write_text(json.dumps({"metrics": [{"name": "silent", "value": 1}, {"name": "odd", "value": 2, "private": "yes"}]}))
+    metrics = [{"name": "silent", "value": 1}, {"name": "odd", "value": 2, "private": "yes"}]
+    (run / "metrics.json").write_text(json.dumps({"metrics": metrics}))
     page = report(run)
     assert page.row("silent")[2] == page.row("odd")[2] == "not private"
     assert summary_table(run).count("NOT private") == 2
@@ -155,7 +158,10 @@ def test_the_card_names_no_private_folder(make_run: MakeRun) -> None:
 
 @pytest.mark.parametrize(
     ("options", "title"),
-    [({"seeded": True}, "NOT PRIVATE: seeded test mode"), ({"sigma": 0.0, "target": None}, "NO PRIVACY: ε is infinite")],
+    [
+        ({"seeded": True, "target": None}, "NOT PRIVATE: seeded test mode"),
+        ({"sigma": 0.0, "target": None}, "NO PRIVACY: ε is infinite"),
+    ],
 )
 def test_runs_that_protect_nobody_say_so(make_run: MakeRun, options: dict, title: str) -> None:
     run = make_run(**options)
@@ -176,7 +182,7 @@ def test_a_sound_run_has_no_banner(make_run: MakeRun) -> None:
 
 
 def test_replays_are_shown_and_charged(make_run: MakeRun) -> None:
-    run = make_run(steps=8)
+    run = make_run(steps=8, target=None)
     page = report(run)
     assert page.row("fine-tuning: steps") == [
         "fine-tuning: steps", "5", "8", "3 steps repeated after an interruption, charged again"
@@ -187,7 +193,7 @@ def test_replays_are_shown_and_charged(make_run: MakeRun) -> None:
 
 
 def test_fewer_steps_charged_than_the_model_took_is_an_alarm(make_run: MakeRun) -> None:
-    run = make_run(steps=3)
+    run = make_run(steps=3, target=None)
     assert "LEDGER AND RUN DISAGREE" in report(run).text and "!! LEDGER AND RUN DISAGREE" in summary_table(run)
 
 
@@ -213,7 +219,7 @@ def test_an_edited_ledger_gives_no_epsilon(make_run: MakeRun) -> None:
 
 
 def test_a_run_stopped_before_fine_tuning_says_what_has_not_run(make_run: MakeRun) -> None:
-    run = make_run(steps=0)
+    run = make_run(steps=0, target=None)
     for name in ("metrics.json", "synthetic.npz", "samples/after.png", "samples/before.png", "budget.json"):
         (run / name).unlink()
     done = json.loads((run / "stages.json").read_text())
@@ -228,7 +234,7 @@ def test_a_run_stopped_before_fine_tuning_says_what_has_not_run(make_run: MakeRu
 
 
 def test_an_interrupted_fine_tuning_is_no_alarm(make_run: MakeRun) -> None:
-    run = make_run(steps=2)
+    run = make_run(steps=2, target=None)
     done = json.loads((run / "stages.json").read_text())
     (run / "stages.json").write_text(json.dumps({s: done[s] for s in ("query", "select", "pretrain")}))
     page = report(run)
@@ -244,7 +250,13 @@ def test_an_empty_folder_gives_a_report_and_no_promise(tmp_path: Path) -> None:
 def test_results_without_a_ledger_are_called_not_private(make_run: MakeRun) -> None:
     run = make_run()
     (run / "ledger.jsonl").unlink()
-    assert "treat everything in it as not private" in report(run).text and "covered" not in card(run).split("## Method")[0]
+    assert "treat everything in it as not private" in report(run).text and "covered" not in card(run)
+
+
+def test_a_hostile_folder_name(make_run: MakeRun) -> None:
+    run = make_run(name="a|b `c` <i>")
+    assert card(run).startswith("# Synthetic image set a\\|b \\`c\\` &lt;i&gt;\n")
+    assert not [tag for tag, _ in report(run).tags if tag == "i"]
 
 
 def test_no_folder_is_an_error_that_names_it(tmp_path: Path) -> None:
@@ -252,30 +264,50 @@ def test_no_folder_is_an_error_that_names_it(tmp_path: Path) -> None:
         build_report(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("name", ["query.json", "selection.json", "budget.json", "metrics.json", "stages.json", "config.yaml",
-                                  "synthetic.npz", "samples/after.png"])  # fmt: skip
-@pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b'{"metrics": [3], "counts": 1e999, "query": {"seconds": 1e999}}', b"\xff\xfe\0"])
-def test_a_damaged_file_is_named_and_the_rest_is_shown(make_run: MakeRun, name: str, content: bytes) -> None:
+@pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", ODD, b"\xff\xfe\0"])
+def test_damaged_files_are_named_and_the_rest_is_shown(make_run: MakeRun, content: bytes) -> None:
     run = make_run()
-    (run / name).write_bytes(content)
+    names = ["query.json", "selection.json", "budget.json", "metrics.json", "stages.json", "config.yaml", "synthetic.npz"]
+    for name in (*names, "samples/after.png"):
+        (run / name).write_bytes(content)
     page, text, summary = report(run), card(run), summary_table(run)
     expected = epsilon_text(Ledger.read(run / "ledger.jsonl").epsilon())
     assert expected in page.text and expected in text and expected in summary
-    tolerated = {("config.yaml", b""), ("budget.json", b'{"metrics": [3], "counts": 1e999, "query": {"seconds": 1e999}}'),
-                 ("config.yaml", b'{"metrics": [3], "counts": 1e999, "query": {"seconds": 1e999}}')}  # fmt: skip
-    assert (f"{name}: cannot be read" in page.text) != ((name, content) in tolerated)
+    tolerated = {("config.yaml", b""), ("config.yaml", ODD), ("budget.json", ODD)}  # mappings that lack what is looked for
+    for name in (*names, "samples/after.png"):
+        assert (f"{name}: cannot be read" in page.text) != ((name, content) in tolerated)
+
+
+class Planted:
+    """Unpickling it writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.path,))
 
 
 def test_pickled_labels_are_not_loaded(make_run: MakeRun) -> None:
     run = make_run()
-    np.savez(run / "synthetic.npz", images=np.zeros((2, 8, 8, 1), np.uint8), labels=np.array([{}, {}], dtype=object))
+    planted = np.array([Planted(run / "planted")], dtype=object)
+    np.savez(run / "synthetic.npz", images=np.zeros((1, 8, 8, 1), np.uint8), labels=planted)
     assert "synthetic.npz: cannot be read" in report(run).text
+    assert not (run / "planted").exists()
+
+
+def make_hostile(make_run: MakeRun, name: str) -> Path:
+    """A run in which everything that a user can name is called `name`."""
+    run = make_run(classes=(name, "dog"), labels=(name + "!", "B", "C"), metric=f"accuracy {name}")
+    selection = json.loads((run / "selection.json").read_text())
+    (run / "selection.json").write_text(json.dumps({**selection, "mode": name}))
+    return run
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_names_stay_text(make_run: MakeRun, name: str) -> None:
     plain = report(make_run())
-    run = make_run_again(make_run, name)
+    run = make_hostile(make_run, name)
     page = report(run)
     # The same tags with the same attributes (but for texts' coordinates) as with harmless names.
     assert [tag for tag, _ in page.tags] == [tag for tag, _ in plain.tags]
@@ -284,20 +316,9 @@ def test_hostile_names_stay_text(make_run: MakeRun, name: str) -> None:
     assert shown in page.text and "‮" not in page.text and "49" not in page.row(f"accuracy {shown}")[0]
 
 
-def make_run_again(make_run: MakeRun, name: str) -> Path:
-    import shutil
-
-    run = make_run.__closure__[0].cell_contents / "run"
-    shutil.rmtree(run)
-    make_run(classes=(name, "dog"), labels=(name + "!", "B", "C"), metric=f"accuracy {name}")
-    selection = json.loads((run / "selection.json").read_text())
-    (run / "selection.json").write_text(json.dumps({**selection, "mode": name}))
-    return run
-
-
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_names_do_not_break_the_card(make_run: MakeRun, name: str) -> None:
-    plain, hostile = card(make_run()).splitlines(), card(make_run_again(make_run, name)).splitlines()
+    plain, hostile = card(make_run()).splitlines(), card(make_hostile(make_run, name)).splitlines()
     assert len(plain) == len(hostile)  # no line was added or ended
     for before, after in zip(plain, hostile, strict=True):
         assert len(re.findall(r"(?<!\\)\|", before)) == len(re.findall(r"(?<!\\)\|", after))
@@ -328,7 +349,8 @@ def test_nothing_is_loaded_from_outside(make_run: MakeRun) -> None:
         file.write("note: <script src=https://evil.example/x.js></script>\n")
     html = build_report(run).read_text(encoding="utf-8")
     page = Page(html)
-    loading = [a[key] for _, a in page.tags for key in ("src", "href", "srcset", "data", "action", "poster", "xlink:href") if key in a]
+    loads = ("src", "href", "srcset", "data", "action", "poster", "xlink:href")
+    loading = [attrs[key] for _, attrs in page.tags for key in loads if key in attrs]
     assert loading and all(value.startswith("data:image/png;base64,") for value in loading)
     assert not {"script", "link", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.tags}
     assert "@import" not in html and "url(" not in html
@@ -342,13 +364,17 @@ def test_nothing_is_loaded_from_outside(make_run: MakeRun) -> None:
 
 def test_bounds_are_rounded_up() -> None:
     assert epsilon_text(9.99711) == "9.9972" and epsilon_text(10.0) == "10.0000" and epsilon_text(1e-9) == "0.0001"
-    assert delta_text(3.01420911193057e-05) == "3.0143e-05" and delta_text(2.0**-14) == "6.1036e-05"
+    assert (
+        delta_text(3.01420911193057e-05) == "3.0143e-05"
+        and delta_text(2.0**-14) == "6.1036e-05"
+        and delta_text(1e-4) == "1.0000e-04"
+    )
     assert factor_text(1.0) == "2.72" and factor_text(9.9972) == "22,000" and factor_text(0.0) == "1.00"
 
 
-@pytest.mark.parametrize(("value", "text"), [(None, "n/a"), (math.nan, "n/a"), (10**400, "n/a"), (True, "n/a"), ("0.5", "n/a"), (0.5, "50.0 %")])
-def test_metric_values(value: object, text: str) -> None:
-    assert metric_text(value, "fraction") == text
+@pytest.mark.parametrize("value", [None, math.nan, math.inf, 10**400, True, "0.5", [1]])
+def test_what_is_no_number_is_not_available(value: object) -> None:
+    assert metric_text(value, "fraction") == "n/a" and metric_text(0.5, "fraction") == "50.0 %"
 
 
 def test_a_large_histogram_is_cut_and_says_so() -> None:
