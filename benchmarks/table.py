@@ -1,6 +1,6 @@
 """Prints ratios to the plain step from a pytest-benchmark JSON file, as a Markdown table.
 
-    python benchmarks/table.py benchmarks/results/dp_step.json
+python benchmarks/table.py benchmarks/results/dp_step.json
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ def table(path: str) -> str:
     for entry in result["benchmarks"]:
         groups[entry["group"]][entry["name"].split("[")[0].removeprefix("test_")] = entry["stats"]
     subjects = sorted({name for group in groups.values() for name in group} - {"plain"})
-    lines = ["| network | plain step | " + " | ".join(f"{s} ÷ plain" for s in subjects) + " |", "|---" * (len(subjects) + 2) + "|"]
+    lines = [
+        "| network | plain step | " + " | ".join(f"{s} ÷ plain" for s in subjects) + " |",
+        "|---" * (len(subjects) + 2) + "|",
+    ]
     for name, group in sorted(groups.items()):
         plain = group["plain"]["median"]
         cells = [
@@ -27,7 +30,9 @@ def table(path: str) -> str:
         ]
         lines.append(f"| {name} | {plain * 1e3:.1f} ms | " + " | ".join(cells) + " |")
     machine = result["machine_info"]["cpu"]
-    lines.append(f"\n{machine.get('brand_raw', 'unknown CPU')}, {result['datetime'][:10]}, commit {result['commit_info']['id'][:10]}")
+    lines.append(
+        f"\n{machine.get('brand_raw', 'unknown CPU')}, {result['datetime'][:10]}, commit {result['commit_info']['id'][:10]}"
+    )
     return "\n".join(lines)
 
 

@@ -32,7 +32,7 @@ def case(name: str, multiplicity: int) -> tuple[Denoiser, tuple[Tensor, ...], De
     return model, batch.args(), DenoisingLoss(multiplicity)
 
 
-def measure(benchmark: BenchmarkFixture, step, group: str) -> None:  # noqa: ANN001
+def measure(benchmark: BenchmarkFixture, step, group: str) -> None:
     benchmark.group = group
     benchmark.pedantic(step, rounds=9, warmup_rounds=2)
 

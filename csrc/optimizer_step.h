@@ -43,7 +43,7 @@ static HOST_DEVICE float float_sqrt(float v) {
 #endif
 }
 
-// The noisy mean gradient. The sum of signal and noise is formed in double and rounded once (DESIGN section 2).
+// The noisy mean gradient. The sum of signal and noise is formed in double and rounded once.
 static HOST_DEVICE float noisy_gradient(const StepConstants& c, float grad_sum, double normal) {
   return static_cast<float>((static_cast<double>(grad_sum) + c.noise_std * normal) * c.inv_denominator);
 }

@@ -119,7 +119,9 @@ def _parse_run(command: str, argv: list[str], description: str, *, base: str | N
     elif saved is not None and saved.exists() and (flags.resume or command in STAGES):
         config = build_config(load_yaml(saved.read_text(), str(saved)))
     elif base is None and "data.private" not in overrides and command != "report":
-        raise ConfigError("give --config FILE, or --out DIR of a run that was begun, or at least --data.public and --data.private")
+        raise ConfigError(
+            "give --config FILE, or --out DIR of a run that was begun, or at least --data.public and --data.private"
+        )
     return build_config(nest(overrides), config), flags
 
 
@@ -139,7 +141,11 @@ def _run(argv: list[str], *, command: str = "run", base: str | None = None) -> N
             run.write_plan(plan)
         page = run.all()
     print(summary_table(run.folder.path))
-    print(f"\nsynthetic images  {run.folder.synthetic}\nsheet             {run.folder.samples / 'after.png'}\nreport            {page}")
+    print(
+        f"\nsynthetic images  {run.folder.synthetic}"
+        f"\nsheet             {run.folder.samples / 'after.png'}"
+        f"\nreport            {page}"
+    )
 
 
 def _demo(argv: list[str]) -> None:
@@ -191,6 +197,7 @@ def _budget(argv: list[str]) -> None:
     parser.add_argument("--query-noise-multiplier", type=float, help="σ₁ of one semantic query")
     a = parser.parse_args(argv)
     from privimage_fast.dp import accounting as acc
+    from privimage_fast.report import epsilon_text
 
     if a.population < 2 or not 0 < a.batch_size <= a.population:
         raise acc.BudgetError(f"expected 0 < batch size ≤ population, found {a.batch_size:g} and {a.population}")
@@ -208,12 +215,15 @@ def _budget(argv: list[str]) -> None:
     training = acc.DPSGDEvent(sigma, rate, steps)
     checks = acc.cross_check([*queries, training], delta)
     print(f"q {rate:.6g}   steps {steps}   σ {sigma:.4f}   δ {delta:.4g}   adjacency {acc.ADJACENCY}   unit {acc.UNIT}")
-    print(f"ε {checks['pld']:.4f}  (PLD, pessimistic: the figure that is reported)")
+    print(f"ε {epsilon_text(checks['pld'])}  (PLD, pessimistic: the figure that is reported)")
     for name in ("prv", "rdp"):
-        shown = "n/a" if checks[name] is None else f"{checks[name]:.4f}"
+        shown = "n/a" if checks[name] is None else epsilon_text(checks[name])
         print(f"  {shown}  ({name.upper()} of Opacus, a cross-check)")
     if queries:
-        print(f"without the query (σ₁ {queries[0].noise_multiplier:g}) the same σ costs ε {acc.epsilon([training], delta):.4f}")
+        print(
+            f"without the query (σ₁ {queries[0].noise_multiplier:g}) the same σ costs "
+            f"ε {epsilon_text(acc.epsilon([training], delta))}"
+        )
         if a.epsilon is not None:
             alone = acc.solve_noise_multiplier(target_epsilon=a.epsilon, delta=delta, sample_rate=rate, steps=steps)
             print(f"without it, σ {alone:.4f} would do for ε {a.epsilon:g}")
@@ -231,9 +241,7 @@ def _data(argv: list[str]) -> None:
     a = parser.parse_args(argv)
     from privimage_fast import data
 
-    images = data.open_image_set(
-        a.source, resolution=a.resolution, channels=a.channels, format=a.format, skip_bad=a.skip_bad
-    )
+    images = data.open_image_set(a.source, resolution=a.resolution, channels=a.channels, format=a.format, skip_bad=a.skip_bad)
     print(f"{len(images)} images, {a.resolution}×{a.resolution}×{a.channels}, {images.n_classes} classes")
     for name, count in zip(images.label_names, images.class_counts(), strict=True):
         print(f"  {name:<20} {count}")
@@ -260,7 +268,7 @@ def _doctor(argv: list[str]) -> None:
         ("privimage-fast", f"{__version__}, Python {platform.python_version()}, torch {torch.__version__}"),
         ("CPU kernels", f"{info.isa} in use ({', '.join(info.isa_compiled)} built)" if info.native
          else f"none: {info.native_reason}; every op runs in plain torch, correct and slower"),
-        ("threads", f"{info.threads}" + (f", OpenMP from {info.openmp_runtime}" if info.openmp else ", no OpenMP: kernels are serial")),
+        ("threads", f"{info.threads}, " + (f"OpenMP from {info.openmp_runtime}" if info.openmp else "no OpenMP, kernels serial")),
         ("CUDA kernels", f"built for {', '.join(info.cuda_archs)} ({info.cuda_status})" if info.cuda_built
          else f"not built: {info.cuda_status}"),
         ("CUDA device", info.cuda_device or "none found by torch"),

@@ -339,6 +339,8 @@ class Run:
         physical = physical_batch_size(model, c.finetune)
         parameters = sum(p.numel() for p in model.parameters())
         rows = physical * c.finetune.multiplicity
+        # The last micro-batch is padded to its fixed shape: half of one, on average.
+        rows_a_step = c.finetune.multiplicity * (c.finetune.batch_size + physical / 2)
         memory = activation_bytes(model) * rows + 4 * parameters * (physical + 8)
         per_row = _seconds_per_row(model, c.finetune.multiplicity, self.device)
         evaluations = c.sample.sampler.steps * (2 if c.sample.sampler.method == "heun" else 1)
@@ -352,7 +354,7 @@ class Run:
             labels_per_class=c.select.labels_per_class, parameters=parameters, physical_batch_size=physical,
             memory_mib=memory / 2**20,
             pretrain_seconds=0.0 if c.select.mode == "none" else per_row.plain * c.pretrain.batch_size * c.pretrain.steps,
-            finetune_seconds=per_row.private * c.finetune.steps * (c.finetune.batch_size + physical / 2) * c.finetune.multiplicity,
+            finetune_seconds=per_row.private * rows_a_step * c.finetune.steps,
             sample_seconds=per_row.forward * images * evaluations,
         )  # fmt: skip
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny import PRIVATE, PUBLIC, SECTIONS, TEST
 
 from privimage_fast.cli import STAGES, main
 from privimage_fast.data import save_npz
-from tiny import PRIVATE, PUBLIC, SECTIONS, TEST
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tiny import PUBLIC
 from torch import Tensor, nn
 
 from privimage_fast.models.classifier import ClassifierConfig, classifier_accuracy, train_classifier
@@ -20,7 +21,6 @@ from privimage_fast.models.edm import (
     to_uint8,
 )
 from privimage_fast.models.unet import PRESETS, SelfAttention, UNetConfig
-from tiny import PUBLIC
 
 
 @pytest.mark.parametrize(("preset", "low", "high"), [("small", 0.1e6, 0.5e6), ("base", 1.5e6, 4e6), ("large", 1.5e6, 4e6)])
@@ -127,7 +127,8 @@ def test_heun_is_second_order() -> None:
 def test_guidance_extrapolates_from_the_empty_label() -> None:
     labels = torch.ones(400, dtype=torch.int64)
     means = [
-        float(sample(Ideal(), labels, SamplerConfig(steps=20, guidance=w), torch.Generator().manual_seed(0)).mean()) for w in (1.0, 3.0)
+        float(sample(Ideal(), labels, SamplerConfig(steps=20, guidance=w), torch.Generator().manual_seed(0)).mean())
+        for w in (1.0, 3.0)
     ]
     assert means[1] > means[0] + 0.5
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from tiny import PRIVATE, PUBLIC, SECTIONS, TEST, tiny_config
 
 import privimage_fast as pf
 from privimage_fast.config import ConfigError, build_config, load_yaml, valid_keys
@@ -23,9 +25,9 @@ from privimage_fast.data import save_npz
 from privimage_fast.dp.accounting import DPSGDEvent, GaussianEvent, cross_check, solve_noise_multiplier
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.pipeline import Run, query_noise_multiplier
+from privimage_fast.report import epsilon_text, summary_table
 from privimage_fast.stages import finetune as finetune_module
 from privimage_fast.stages.folder import RunError
-from tiny import PRIVATE, PUBLIC, SECTIONS, TEST, tiny_config
 
 STEPS = SECTIONS["finetune"]["steps"]
 
@@ -50,8 +52,23 @@ def dpsgd(run: Run) -> list[DPSGDEvent]:
 
 
 def test_the_run_folder_holds_the_contract(finished: Run) -> None:
-    names = ["config.yaml", "ledger.jsonl", "query.json", "selection.json", "synthetic.npz", "metrics.json", "report.html", "README.md"]
-    for name in [*names, "checkpoints/pretrain.safetensors", "checkpoints/finetune.safetensors", "samples/after.png", "samples/before.png"]:
+    names = [
+        "config.yaml",
+        "ledger.jsonl",
+        "query.json",
+        "selection.json",
+        "synthetic.npz",
+        "metrics.json",
+        "report.html",
+        "README.md",
+    ]
+    for name in [
+        *names,
+        "checkpoints/pretrain.safetensors",
+        "checkpoints/finetune.safetensors",
+        "samples/after.png",
+        "samples/before.png",
+    ]:
         assert (finished.folder.path / name).is_file(), name
     with np.load(finished.folder.synthetic) as arrays:
         assert arrays["images"].shape == (36, 8, 8, 1) and arrays["images"].dtype == np.uint8
@@ -78,9 +95,7 @@ def test_sigma_is_solved_with_the_query_in_and_the_budget_is_used(finished: Run)
 
 
 def test_printed_epsilon_ledger_report_and_card_agree(finished: Run) -> None:
-    from privimage_fast.report import summary_table
-
-    epsilon = f"{Ledger.read(finished.folder.ledger).epsilon():.4f}"
+    epsilon = epsilon_text(Ledger.read(finished.folder.ledger).epsilon())
     for text in (summary_table(finished.folder.path), (finished.folder.path / "README.md").read_text(),
                  (finished.folder.path / "report.html").read_text()):  # fmt: skip
         assert epsilon in text
@@ -119,7 +134,9 @@ def test_other_settings_on_the_same_folder_are_refused_by_name(finished: Run) ->
 
 
 def test_sampling_anew_costs_nothing(finished: Run) -> None:
-    run = Run(tiny_config(finished.folder.path, sample={"per_class": 5, "formats": ["zip", "folder"]}), public=PUBLIC, private=PRIVATE)
+    run = Run(
+        tiny_config(finished.folder.path, sample={"per_class": 5, "formats": ["zip", "folder"]}), public=PUBLIC, private=PRIVATE
+    )
     before = finished.folder.ledger.read_bytes()
     with run.opened(resume=True):
         assert len(run.sample()) == 15
@@ -164,7 +181,7 @@ def test_an_empty_draw_is_a_charged_step(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("stage", ["query", "select", "pretrain", "finetune", "sample", "evaluate", "report"])
 def test_an_error_after_any_stage_loses_nothing(tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stages = ["query", "select", "pretrain", "finetune", "sample", "evaluate", "report"]
-    following = {**dict(zip(stages, stages[1:], strict=False))}.get(stage)
+    following = dict(pairwise(stages)).get(stage)
     if following is not None:
         with monkeypatch.context() as patch:
             patch.setattr(Run, following, lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -175,7 +192,9 @@ def test_an_error_after_any_stage_loses_nothing(tmp_path: Path, stage: str, monk
 
 
 @pytest.mark.parametrize("at", [1, 3, 5, 8])
-def test_interrupted_fine_tuning_charges_replays_and_keeps_the_budget(tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_fine_tuning_charges_replays_and_keeps_the_budget(
+    tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Stopped in step `at`: checkpoints are every 3 steps, so (at − 1) % 3 + 1 steps are run, and paid for, again."""
     original = finetune_module.PrivateOptimizer.step
 
@@ -271,7 +290,7 @@ def test_killed_for_real_and_resumed_by_command(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     final = Ledger.read(ledger)
     assert final.epsilon() <= 5.0 and final.steps_charged("finetune") > charged
-    assert f"{final.epsilon():.4f}" in done.stdout
+    assert epsilon_text(final.epsilon()) in done.stdout
     assert (tmp_path / "out" / "synthetic.npz").exists()
 
 

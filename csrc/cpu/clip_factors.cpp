@@ -13,7 +13,7 @@ void clip_factors(const ClipFactorsParams& p) {
       factor = (norm > p.max_grad_norm ? p.max_grad_norm / norm : 1.0) * (p.sample_weight ? p.sample_weight[b] : 1.0);
     }
     float rounded = static_cast<float>(factor);
-    // Toward zero, so that the float factor never lifts a contribution over C (DESIGN section 2).
+    // Toward zero, so that the float factor never lifts a contribution over C.
     if (std::fabs(static_cast<double>(rounded)) > std::fabs(factor)) rounded = std::nextafterf(rounded, 0.0f);
     p.factors[b] = rounded;
   }

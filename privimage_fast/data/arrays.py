@@ -107,9 +107,7 @@ def _read_npy(archive: zipfile.ZipFile, key: str, path: Path, limits: Limits) ->
             header = file.tell()
         size = math.prod(shape) * dtype.itemsize
         if any(n < 0 for n in shape) or header + size != info.file_size:
-            raise DataError(
-                f"its header declares {dtype} {shape} = {size:,} bytes, but {info.file_size - header:,} are there"
-            )
+            raise DataError(f"its header declares {dtype} {shape} = {size:,} bytes, but {info.file_size - header:,} are there")
         if size > limits.max_total_bytes or (shape and shape[0] > limits.max_images):
             raise DataError(
                 f"{dtype} {shape} = {size:,} bytes, limits {limits.max_total_bytes:,} bytes and "
@@ -129,9 +127,7 @@ def _idx_images(path: Path) -> Path:
         found = next((option for option in options if option.is_file()), None)
         if found is None:
             others = sorted(entry.name for entry in path.iterdir() if _IDX_IMAGES.search(entry.name))
-            raise DataError(
-                f"{path}: no train-images-idx3-ubyte(.gz) in it; give the images file itself, one of {others}"
-            )
+            raise DataError(f"{path}: no train-images-idx3-ubyte(.gz) in it; give the images file itself, one of {others}")
         return found
     if re.search(r"labels[-.]idx1[-.]ubyte(\.gz)?$", path.name):
         raise DataError(f"{path}: these are the labels of an IDX pair; give the path of its images file")

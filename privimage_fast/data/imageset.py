@@ -38,7 +38,7 @@ class ImageSet:
         return len(self.images)
 
     def __repr__(self) -> str:
-        # Shape only: an image set may be the sensitive one, and reprs end up in logs (DESIGN §3 rule 6).
+        # Shape only: an image set may be the sensitive one, and reprs end up in logs.
         shape = "×".join(str(n) for n in self.images.shape)
         return f"ImageSet({self.name!r}, {shape}, {self.n_classes} classes)"
 

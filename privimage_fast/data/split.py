@@ -60,5 +60,3 @@ def _shares(counts: np.ndarray, wanted: int) -> np.ndarray:
     order = np.lexsort((-(exact - take), (take > 0) | (counts < 2), take >= counts))
     take[order[: wanted - take.sum()]] += 1
     return take
-
-

@@ -139,9 +139,7 @@ def open_zip(path: Path, limits: Limits) -> zipfile.ZipFile:
     try:
         size = path.stat().st_size
         if size > limits.max_total_bytes:
-            raise DataError(
-                f"{path}: {size:,} bytes, limit {limits.max_total_bytes:,}; if meant, raise Limits.max_total_bytes"
-            )
+            raise DataError(f"{path}: {size:,} bytes, limit {limits.max_total_bytes:,}; if meant, raise Limits.max_total_bytes")
         _check_directory(path, size, limits)
         return zipfile.ZipFile(path)
     except DataError:
@@ -172,8 +170,7 @@ def check_member(info: zipfile.ZipInfo) -> None:
     most = info.compress_size if stored else _DEFLATE_CEILING * (info.compress_size + 1)
     if info.file_size > most or (stored and info.file_size < most):
         raise DataError(
-            f"its header declares {info.file_size:,} bytes from {info.compress_size:,} compressed ones, "
-            "which is impossible"
+            f"its header declares {info.file_size:,} bytes from {info.compress_size:,} compressed ones, which is impossible"
         )
 
 

@@ -185,9 +185,7 @@ class Ledger:
             self._append(_record_values(record))
         except OSError as error:
             self._broken = True  # the line may or may not be there; reopening reads what is
-            raise LedgerError(
-                f"{self.path}: the charge could not be written ({error}); do not touch the data"
-            ) from error
+            raise LedgerError(f"{self.path}: the charge could not be written ({error}); do not touch the data") from error
         self._records.append(record)
         self._allowance = allowance
         return record
@@ -237,9 +235,7 @@ class Ledger:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops it when the process dies
         except BlockingIOError:
-            raise LedgerError(
-                f"{self.path}: in use by another run; two runs at once could each spend the same budget"
-            ) from None
+            raise LedgerError(f"{self.path}: in use by another run; two runs at once could each spend the same budget") from None
 
     def _check_writable(self) -> None:
         if self._fd < 0:

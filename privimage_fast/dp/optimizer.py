@@ -106,7 +106,9 @@ class PrivateOptimizer:
         self.ema = self.flat.data.clone() if ema_decay else None
         self.steps = 0
 
-    def accumulate(self, loss_fn: LossFunction, args: Sequence[Any], sample_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def accumulate(
+        self, loss_fn: LossFunction, args: Sequence[Any], sample_weight: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Adds one micro-batch's clipped gradients; returns (norms, losses), which are not private."""
         return accumulate_clipped(
             self.module, loss_fn, args, self._sums, max_grad_norm=self.max_grad_norm, multiplicity=self.multiplicity,

@@ -212,9 +212,7 @@ class LayerNormRule(Rule):
     """Affine terms of layer normalisation over the trailing ``normalized_shape``."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        y, mean, rstd = torch.native_layer_norm(
-            x, self.options["normalized_shape"], self.weight, self.bias, self.options["eps"]
-        )
+        y, mean, rstd = torch.native_layer_norm(x, self.options["normalized_shape"], self.weight, self.bias, self.options["eps"])
         return y, (mean, rstd)
 
     def input_grad(self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
@@ -308,9 +306,7 @@ def _conv_call(dims: int) -> Callable[..., tuple[Tensor, Rule]]:
     return parse
 
 
-def _linear_call(
-    names: dict[str, str], input: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> tuple[Tensor, Rule]:
+def _linear_call(names: dict[str, str], input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Rule]:
     return input, LinearRule("linear", names, weight, bias, {"channel_dim": -1})
 
 

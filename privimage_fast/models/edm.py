@@ -6,6 +6,7 @@ Images are float in [−1, 1]. Equation numbers are those of "Elucidating the De
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +125,7 @@ def sample(model: Denoiser, labels: Tensor, config: SamplerConfig, generator: to
     levels = noise_levels(config)
     shape = (labels.shape[0], model.channels, model.resolution, model.resolution)
     x = torch.randn(shape, generator=generator, device=generator.device).to(labels.device) * levels[0]
-    for now, then in zip(levels, levels[1:], strict=False):
+    for now, then in pairwise(levels):
         slope = (x - _guided(model, x, now, labels, config.guidance)) / now
         euler = x + (then - now) * slope
         if config.method == "heun" and then > 0:

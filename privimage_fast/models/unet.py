@@ -44,7 +44,9 @@ class UNetConfig:
         if self.blocks < 1:
             raise ValueError(f"blocks must be ≥ 1, found {self.blocks}")
         if any(not 0 <= level < len(self.channel_mult) for level in self.attention_levels):
-            raise ValueError(f"attention_levels {self.attention_levels} names a level beyond the {len(self.channel_mult)} there are")
+            raise ValueError(
+                f"attention_levels {self.attention_levels} names a level beyond the {len(self.channel_mult)} there are"
+            )
 
 
 PRESETS = {

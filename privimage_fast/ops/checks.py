@@ -135,9 +135,7 @@ def bias_shape(op: str, g: Tensor, channel_dim: int, multiplicity: int) -> tuple
     return samples_of(op, g.shape[0], multiplicity), g.shape[dim], dim
 
 
-def norm_shape(
-    op: str, x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor, stats: tuple[int, ...], multiplicity: int
-) -> int:
+def norm_shape(op: str, x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor, stats: tuple[int, ...], multiplicity: int) -> int:
     """B, having checked that x and g agree and that mean and rstd have shape ``stats``."""
     require_tensor(op, x=x, g=g, mean=mean, rstd=rstd)
     require_floating(op, x=x, g=g, mean=mean, rstd=rstd)

@@ -172,9 +172,7 @@ def _undense(out: Tensor | None, dense: Tensor) -> Tensor:
     return out if out.data_ptr() == dense.data_ptr() else out.copy_(dense)
 
 
-def bias_grad(
-    g: Tensor, *, channel_dim: int, multiplicity: int, out: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def bias_grad(g: Tensor, *, channel_dim: int, multiplicity: int, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     op = "bias_grad"
     samples, channels, dim = checks.bias_shape(op, g, channel_dim, multiplicity)
     checks.accumulator(op, "out", out, (samples, channels), g)

@@ -109,9 +109,7 @@ def linear_weight_grad(
     return _sq_norms(weights), weights
 
 
-def bias_grad(
-    g: Tensor, *, channel_dim: int, multiplicity: int, out: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def bias_grad(g: Tensor, *, channel_dim: int, multiplicity: int, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Per-sample bias gradient: the sum of g over everything but sample and channel.
 
     Args:
@@ -224,7 +222,7 @@ def clip_factors(sq_norms: Tensor, max_grad_norm: float, sample_weight: Tensor |
     """weight · min(1, C / norm) for each sample, (B,) float32.
 
     Formal guarantees: rounded toward zero, so factor · norm ≤ weight · C(1 + 1e-6) for every finite norm; exactly 0
-    where the norm is inf or NaN (DESIGN: a non-finite sample contributes zero).
+    where the norm is inf or NaN: such a sample contributes zero.
 
     Args:
         sq_norms: (B,) squared norms, float64.

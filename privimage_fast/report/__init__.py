@@ -1,9 +1,10 @@
 """`report.html`, the card and the summary of a run, from the files of its run folder and nothing else. Imports no torch.
 
-What a report may say about privacy is read from the ledger alone (DESIGN §3 rule 1). The sheet that shows sensitive images
+What a report may say about privacy is read from the ledger alone (see docs/privacy.md). The sheet that shows sensitive images
 is never embedded: a report gets passed on, and pictures in it would be too.
 """
 
 from privimage_fast.report.build import build_card, build_report, summary_table
+from privimage_fast.report.text import epsilon_text
 
-__all__ = ["build_card", "build_report", "summary_table"]
+__all__ = ["build_card", "build_report", "epsilon_text", "summary_table"]

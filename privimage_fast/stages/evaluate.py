@@ -94,7 +94,13 @@ def fidelity(
 
 
 def _metric(name: str, value: float, unit: str, *, private: bool, detail: str) -> dict[str, Any]:
-    return {"name": name, "value": float(value) if np.isfinite(value) else None, "unit": unit, "private": private, "detail": detail}
+    return {
+        "name": name,
+        "value": float(value) if np.isfinite(value) else None,
+        "unit": unit,
+        "private": private,
+        "detail": detail,
+    }
 
 
 def _some(images: ImageSet, count: int, random: np.random.Generator) -> np.ndarray:

@@ -112,7 +112,9 @@ def run_finetune(
             _restore(folder, optimizer, stamp, ledger)
         event = DPSGDEvent(noise_multiplier, sample_rate, 1)
         steps = min(steps, optimizer.steps + _affordable(event, ledger, target_epsilon, delta, steps - optimizer.steps))
-        folder.write_json(folder.budget, budget_record(config, population, target_epsilon, delta, noise_multiplier, steps, ledger))
+        folder.write_json(
+            folder.budget, budget_record(config, population, target_epsilon, delta, noise_multiplier, steps, ledger)
+        )
         _check_model(model, config, device)
         _train(folder, config, optimizer, private, steps, event, ledger, randomness, seed, stamp, device)
         with torch.no_grad():
@@ -165,7 +167,9 @@ def _affordable(event: DPSGDEvent, ledger: Ledger, target_epsilon: float, delta:
     allowed = affordable_steps(target_epsilon=target_epsilon, delta=delta, event=event, prior_events=ledger.events())
     if allowed < wanted:
         logger.warning(
-            "%d of the %d remaining steps fit in the budget: steps repeated after an interruption are charged again", allowed, wanted
+            "%d of the %d remaining steps fit in the budget: steps repeated after an interruption are charged again",
+            allowed,
+            wanted,
         )
     return min(allowed, wanted)
 
@@ -255,7 +259,7 @@ def _restore(folder: RunFolder, optimizer: PrivateOptimizer, stamp: str, ledger:
         )
     if int(tensors["steps"]) > ledger.steps_charged(STAGE):
         raise RunError(
-            f"the checkpoint has taken {int(tensors['steps'])} steps but {ledger.path} charges {ledger.steps_charged(STAGE)}: the "
-            "ledger was replaced or cut; without it nothing can be said about ε. Restore it, or start over with another --out"
+            f"the checkpoint has taken {int(tensors['steps'])} steps but {ledger.path} charges {ledger.steps_charged(STAGE)}: "
+            "the ledger was replaced or cut; without it nothing can be said about ε. Restore it, or start over with another --out"
         )
     optimizer.load_state_dict(tensors)

@@ -86,7 +86,9 @@ class RunFolder:
                 metadata = json.loads((handle.metadata() or {}).get("privimage", "{}"))
                 return {name: handle.get_tensor(name) for name in handle.keys()}, metadata
         except Exception as error:
-            raise RunError(f"{path} cannot be read as safetensors ({error}); delete it and run `privimage {stage}` again") from error
+            raise RunError(
+                f"{path} cannot be read as safetensors ({error}); delete it and run `privimage {stage}` again"
+            ) from error
 
     def finished(self, stage: str, fingerprint: str) -> bool:
         """Whether the stage has ended before, with the same inputs."""

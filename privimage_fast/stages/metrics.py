@@ -1,7 +1,7 @@
 """Measures of one set of images against another, as pure functions on feature arrays (numpy and scipy only).
 
 A feature array is (images, features), any real dtype; all arithmetic is float64. Nothing here adds noise: a number
-computed from sensitive features is *not private*, and whoever writes it down has to say so (DESIGN rule 6).
+computed from sensitive features is *not private*, and whoever writes it down has to say so.
 Distances are taken a block of rows at a time, so no n × m matrix is ever held.
 """
 
@@ -55,14 +55,12 @@ def frechet_distance(a: ArrayLike, b: ArrayLike) -> float:
     return max(float(distance), 0.0)  # rounding alone takes it below zero
 
 
-def nearest_neighbours(
-    queries: ArrayLike, references: ArrayLike, k: int = 1
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def nearest_neighbours(queries: ArrayLike, references: ArrayLike, k: int = 1) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """The k nearest of references (m, d) to each of queries (n, d), in Euclidean distance.
 
     Returns indices (n, k) int64 and distances (n, k) float64, nearest first; of a few equally near, the lower index
-    first. A query that is itself a reference finds itself, at distance 0. Raises ValueError unless 1 <= k <= m, the widths agree and all
-    features are finite.
+    first. A query that is itself a reference finds itself, at distance 0. Raises ValueError unless 1 <= k <= m, the
+    widths agree and all features are finite.
     """
     queries, references = _pair(queries, references, "queries", "references")
     if not 1 <= k <= len(references):

@@ -128,6 +128,7 @@ def _restore(
             p.copy_(tensors[f"parameter/{name}"])
             average.copy_(tensors[f"ema/{name}"])
             optimizer.state[p] = {
-                key: tensors[f"adam/{key}/{name}"].to(p.device if key != "step" else "cpu") for key in ("step", "exp_avg", "exp_avg_sq")
+                key: tensors[f"adam/{key}/{name}"].to(p.device if key != "step" else "cpu")
+                for key in ("step", "exp_avg", "exp_avg_sq")
             }
     return int(metadata["steps"])

@@ -77,7 +77,9 @@ def run_sample(
     return synthetic
 
 
-def draw(model: Denoiser, labels: np.ndarray, config: SamplerConfig, *, seed: int, batch: int = 0, device: str = "cpu") -> np.ndarray:
+def draw(
+    model: Denoiser, labels: np.ndarray, config: SamplerConfig, *, seed: int, batch: int = 0, device: str = "cpu"
+) -> np.ndarray:
     """uint8 NHWC images for labels (n,); (seed, batch) fixes them."""
     model.eval().to(device)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + batch)

@@ -80,7 +80,12 @@ def run_select(
     if folder.selection.exists() and folder.finished("select", stamp):
         return folder.read_json(folder.selection, "select")
     with timed(folder, "select", stamp):
-        result: dict[str, Any] = {"mode": config.mode, "public_images": len(public), "labels_per_class": labels_each, "seed": seed}
+        result: dict[str, Any] = {
+            "mode": config.mode,
+            "public_images": len(public),
+            "labels_per_class": labels_each,
+            "seed": seed,
+        }
         if config.mode == "semantic":
             if query is None:
                 raise RunError("select.mode semantic needs the query; run `privimage query` first")

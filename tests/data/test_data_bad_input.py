@@ -315,9 +315,7 @@ def npy(array, shape):
 def test_npz_header_that_lies(tmp_path, shape, compression):
     labels = io.BytesIO()
     np.save(labels, LABELS)
-    path = write_zip(
-        tmp_path / "set.npz", {"images.npy": npy(IMAGES, shape), "labels.npy": labels.getvalue()}, compression
-    )
+    path = write_zip(tmp_path / "set.npz", {"images.npy": npy(IMAGES, shape), "labels.npy": labels.getvalue()}, compression)
     with pytest.raises(DataError, match=r"'images': its header declares uint8 .* but 256 are there"):
         load(path, skip_bad=True)
 

@@ -18,10 +18,10 @@ from privimage_fast.data import (
     digits_mnist,
     digits_sklearn,
     embedded_set,
+    holdout_split,
     letters,
     open_image_set,
     save_npz,
-    holdout_split,
     train_test_split,
 )
 from privimage_fast.data.glyphs import FACES, _random_maps, _turned, _usable_faces
@@ -186,7 +186,10 @@ def test_holdout_split_decides_each_image_by_itself() -> None:
         left = [{i.tobytes() for i in part.images} for part in fewer]
         assert sorted(len(a - b) for a, b in zip(whole, left, strict=True)) == [0, 1]
         assert all(b <= a for a, b in zip(whole, left, strict=True))
-    assert len(holdout_split(made, 0.25, seed=4)[1].images) != len(test) or (holdout_split(made, 0.25, seed=4)[1].images != test.images).any()
+    assert (
+        len(holdout_split(made, 0.25, seed=4)[1].images) != len(test)
+        or (holdout_split(made, 0.25, seed=4)[1].images != test.images).any()
+    )
     for bad in (0.0, 1.0, 1e-9):
         with pytest.raises(DataError, match="share"):
             holdout_split(made, bad, seed=0)

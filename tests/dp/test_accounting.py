@@ -105,9 +105,7 @@ def test_extremes_stay_bounded_in_time() -> None:
 
 
 @pytest.mark.parametrize(("sigma", "q", "n"), [(16.6, Q, 2200), (0.5, Q, 100), (5.0, 1e-4, 50_000), (1.0, 1 / 3, 60)])
-def test_never_below_a_finer_grid_nor_above_rdp(
-    sigma: float, q: float, n: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_never_below_a_finer_grid_nor_above_rdp(sigma: float, q: float, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     run = [DPSGDEvent(sigma, q, n)]
     value, choose = epsilon(run, DELTA), accounting._discretisation
     assert value <= epsilon(run, DELTA, accountant="rdp")
@@ -250,17 +248,13 @@ def test_solved_noise_is_safe_anywhere(target: float, q: float, n: int) -> None:
 
 def test_prior_events_that_fill_the_budget_are_refused() -> None:
     with pytest.raises(BudgetError, match="already costs"):
-        solve_noise_multiplier(
-            target_epsilon=1.0, delta=DELTA, sample_rate=Q, steps=10, prior_events=[GaussianEvent(1.0)]
-        )
+        solve_noise_multiplier(target_epsilon=1.0, delta=DELTA, sample_rate=Q, steps=10, prior_events=[GaussianEvent(1.0)])
 
 
 def test_affordable_steps_are_the_most_that_fit() -> None:
     step, prior = DPSGDEvent(2.0, Q), [GaussianEvent(50.0)]
     n = affordable_steps(target_epsilon=5.0, delta=DELTA, event=step, prior_events=prior)
-    assert (
-        epsilon([*prior, replace(step, steps=n)], DELTA) <= 5.0 < epsilon([*prior, replace(step, steps=n + 1)], DELTA)
-    )
+    assert epsilon([*prior, replace(step, steps=n)], DELTA) <= 5.0 < epsilon([*prior, replace(step, steps=n + 1)], DELTA)
     assert affordable_steps(target_epsilon=5.0, delta=DELTA, event=step, prior_events=prior, at_most=7) == 7
     assert affordable_steps(target_epsilon=5.0, delta=DELTA, event=step, prior_events=[GaussianEvent(0.5)]) == 0
     assert affordable_steps(target_epsilon=5.0, delta=DELTA, event=DPSGDEvent(0.0, Q)) == 0
@@ -278,9 +272,7 @@ def test_the_query_is_in_the_figure_and_its_price_is_shown() -> None:
 
 def test_nominal_batch_is_no_substitute_for_the_rate() -> None:
     """Peer's fault: a nominal batch of 19,384 was really q = 1/3. The event takes the rate, and the rate matters."""
-    assert epsilon([DPSGDEvent(10.0, 1 / 3, 500)], DELTA) > 1.03 * epsilon(
-        [DPSGDEvent(10.0, 19_384 / 60_000, 500)], DELTA
-    )
+    assert epsilon([DPSGDEvent(10.0, 1 / 3, 500)], DELTA) > 1.03 * epsilon([DPSGDEvent(10.0, 19_384 / 60_000, 500)], DELTA)
     with pytest.raises(BudgetError, match="sample_rate"):
         DPSGDEvent(10.0, 19_384, 500)
 

@@ -7,12 +7,12 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import assert_matches_loop, per_sample_loop
 from torch import Tensor, nn
 
 import privimage_fast as pf
 from privimage_fast.models.edm import Denoiser, DenoisingLoss, EDMConfig, denoising_batch
 from privimage_fast.models.unet import PRESETS, UNetConfig
-from oracle import assert_matches_loop, per_sample_loop
 
 STRATEGIES = ("store", "gram", "norm-only")
 
@@ -28,7 +28,9 @@ def random_layer(seed: int) -> tuple[nn.Module, Tensor, int]:
     torch.manual_seed(seed)
     rows_per_sample, samples = r.choice([1, 1, 2, 3, 8]), r.choice([1, 2, 3, 5])
     rows = rows_per_sample * samples
-    kind = r.choice(["conv2d", "conv2d", "conv2d", "conv1d", "linear", "linear", "group_norm", "layer_norm", "embedding", "attention"])
+    kind = r.choice(
+        ["conv2d", "conv2d", "conv2d", "conv1d", "linear", "linear", "group_norm", "layer_norm", "embedding", "attention"]
+    )
     bias = r.random() < 0.8
     if kind in ("conv1d", "conv2d"):
         groups = r.choice([1, 1, 2, 3, 4])
@@ -47,7 +49,11 @@ def random_layer(seed: int) -> tuple[nn.Module, Tensor, int]:
     if kind == "linear":
         lead = [r.choice([1, 2, 5]) for _ in range(r.choice([0, 1, 2]))]
         d, p = r.choice([1, 3, 16, 33]), r.choice([1, 4, 20])
-        return nn.Sequential(nn.Linear(d, p, bias), nn.Tanh(), nn.Linear(p, 3, bias)), torch.randn(rows, *lead, d), rows_per_sample
+        return (
+            nn.Sequential(nn.Linear(d, p, bias), nn.Tanh(), nn.Linear(p, 3, bias)),
+            torch.randn(rows, *lead, d),
+            rows_per_sample,
+        )
     if kind == "group_norm":
         groups = r.choice([1, 2, 3])
         c = groups * r.choice([2, 3, 4])
@@ -83,7 +89,9 @@ def test_random_layer_equals_the_per_sample_loop(seed: int) -> None:
     assert_matches_loop(module, row_loss, (x, target), multiplicity=multiplicity, strategy=(*STRATEGIES, "auto")[seed % 4])
 
 
-def unet_case(multiplicity: int, *, preset: str = "small", resolution: int = 9, channels: int = 1) -> tuple[nn.Module, list[Tensor]]:
+def unet_case(
+    multiplicity: int, *, preset: str = "small", resolution: int = 9, channels: int = 1
+) -> tuple[nn.Module, list[Tensor]]:
     torch.manual_seed(multiplicity)
     model = Denoiser(PRESETS[preset], EDMConfig(), resolution=resolution, channels=channels, num_classes=4)
     for name, p in model.named_parameters():  # as after some training: the zero-initialised ends pass gradients
@@ -176,7 +184,9 @@ def contribution(module: nn.Module, args: tuple[Tensor, ...], c: float, strategy
 @pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
 def test_contribution_is_at_most_c_and_not_less(strategy: str, scale: float, padding_mode: str) -> None:
     torch.manual_seed(3)
-    module = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, padding_mode=padding_mode), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 2, 3))
+    module = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, padding_mode=padding_mode), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 2, 3)
+    )
     for c in (1e-3, 0.1):
         for row in range(5):
             x = torch.randn(1, 3, 12, 12, generator=torch.Generator().manual_seed(row)) * scale
@@ -222,7 +232,9 @@ def test_micro_batch_size_changes_rounding_only(strategy: str) -> None:
     module = nn.Sequential(nn.Conv2d(2, 6, 3, stride=2, padding=1), nn.SiLU(), nn.Flatten(), nn.Linear(54, 3))
     x, target = torch.randn(12, 2, 5, 5), torch.randn(12)
     whole = pf.clipped_grad(module, row_loss, (x, target), max_grad_norm=0.2, strategy=strategy).grads
-    parts = [pf.clipped_grad(module, row_loss, (x[i : i + 3], target[i : i + 3]), max_grad_norm=0.2).grads for i in range(0, 12, 3)]
+    parts = [
+        pf.clipped_grad(module, row_loss, (x[i : i + 3], target[i : i + 3]), max_grad_norm=0.2).grads for i in range(0, 12, 3)
+    ]
     for name, g in whole.items():
         torch.testing.assert_close(g, sum(p[name] for p in parts), rtol=1e-4, atol=1e-6)
 

@@ -258,9 +258,7 @@ def test_the_promise_is_kept_once_there_are_records(path: Path, change: dict) ->
     Ledger(path, **PROMISE).close()
 
 
-@pytest.mark.parametrize(
-    "change", [{"target_epsilon": -1.0}, {"target_epsilon": math.inf}, {"delta": 0.0}, {"population": 0}]
-)
+@pytest.mark.parametrize("change", [{"target_epsilon": -1.0}, {"target_epsilon": math.inf}, {"delta": 0.0}, {"population": 0}])
 def test_a_bad_promise_makes_no_file(path: Path, change: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(change))):
         Ledger(path, **{**PROMISE, **change})

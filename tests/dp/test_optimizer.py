@@ -24,7 +24,9 @@ def test_noise_is_sigma_times_c_over_the_expected_batch_size(c: float) -> None:
     """An empty draw moves the parameters by −lr·σ·C·N(0, I)/B: fails for noise 1 % off, not scaled by C, or a wrong divisor."""
     module = nn.Linear(1000, 1000)
     before = torch.cat([p.detach().reshape(-1) for p in module.parameters()]).clone()
-    optimizer = make(module, max_grad_norm=c, noise_multiplier=1.7, expected_batch_size=32.0, update=UpdateRule("sgd", lr=1000.0 / c))
+    optimizer = make(
+        module, max_grad_norm=c, noise_multiplier=1.7, expected_batch_size=32.0, update=UpdateRule("sgd", lr=1000.0 / c)
+    )
     optimizer.step()
     step = (optimizer.flat.data - before).double() / (1000.0 / c)
     expected = 1.7 * c / 32

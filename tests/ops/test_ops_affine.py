@@ -31,9 +31,7 @@ def test_bias(isa: str, shape: tuple[int, ...], dim: int, layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["dense", "channels_last", "sliced", "bf16"])
-@pytest.mark.parametrize(
-    ("channels", "groups", "spatial"), [(6, 3, (5, 7)), (40, 4, (4, 4)), (3, 1, (1, 1)), (32, 32, (9,))]
-)
+@pytest.mark.parametrize(("channels", "groups", "spatial"), [(6, 3, (5, 7)), (40, 4, (4, 4)), (3, 1, (1, 1)), (32, 32, (9,))])
 def test_group_norm(isa: str, channels: int, groups: int, spatial: tuple[int, ...], layout: str) -> None:
     rows, k = 6, 3
     x = variant(torch.randn(rows, channels, *spatial) + 50, layout)  # a mean that a cancelling formula would lose to

@@ -27,9 +27,7 @@ DEVICES = ("cpu", "emulated")  # "emulated": the .cu file, run on the host
     bound=st.floats(1e-30, 1e30),
     weight=st.sampled_from([None, 1.0, 0.0, 0.5, 1 / 3]),
 )
-def test_a_contribution_never_exceeds_the_bound(
-    module: Any, sq_norm: float, bound: float, weight: float | None
-) -> None:
+def test_a_contribution_never_exceeds_the_bound(module: Any, sq_norm: float, bound: float, weight: float | None) -> None:
     given_weight = None if weight is None else torch.tensor([weight], dtype=torch.float64)
     factor = module.clip_factors(torch.tensor([sq_norm], dtype=torch.float64), bound, given_weight)
     assert factor.dtype == torch.float32

@@ -14,9 +14,7 @@ from ops_helpers import LAYOUTS, assert_norms, assert_sums, variant
 from privimage_fast import ops
 from privimage_fast.ops import native, reference
 
-fixtures_are_constant = settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+fixtures_are_constant = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def conv_case(
@@ -162,9 +160,7 @@ def test_linear(isa: str, sizes: tuple[int, int, int, int, int], layout: str) ->
     sq_norms, weights = native.linear_weight_grad(x, g, multiplicity=k)
     assert_sums(weights, expected, magnitude)
     assert_norms(sq_norms, weights)
-    torch.testing.assert_close(
-        native.linear_weight_grad(x, g, multiplicity=k, store=False)[0], sq_norms, rtol=1e-12, atol=0
-    )
+    torch.testing.assert_close(native.linear_weight_grad(x, g, multiplicity=k, store=False)[0], sq_norms, rtol=1e-12, atol=0)
     out = torch.ones_like(weights)
     sq_norms, _ = native.linear_weight_grad(x, g, multiplicity=k, out=out)
     assert_sums(out, expected + 1, magnitude + 1)
@@ -247,6 +243,4 @@ def test_type_errors() -> None:
 @pytest.mark.parametrize("bad", [-1, 5])
 def test_embedding_refuses_ids_outside_the_table(bad: int) -> None:
     with pytest.raises(ValueError, match=r"embedding_grad: range of ids"):
-        ops.embedding_grad(
-            torch.tensor([[0, bad]]), torch.zeros(1, 2, 3), num_embeddings=5, padding_idx=None, multiplicity=1
-        )
+        ops.embedding_grad(torch.tensor([[0, bad]]), torch.zeros(1, 2, 3), num_embeddings=5, padding_idx=None, multiplicity=1)

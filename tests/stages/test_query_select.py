@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import PRIVATE, PUBLIC
 from torch import Tensor
 
 from privimage_fast.data import ImageSet
@@ -20,7 +21,6 @@ from privimage_fast.dp.noise import NoiseKey
 from privimage_fast.stages.folder import RunError, RunFolder
 from privimage_fast.stages.query import QueryConfig, load_onnx, run_query, vote
 from privimage_fast.stages.select import SelectConfig, assign_labels, labels_per_class, run_select, selected_subset
-from tiny import PRIVATE, PUBLIC
 
 
 def wide_public(labels: int) -> ImageSet:
