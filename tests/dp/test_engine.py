@@ -170,6 +170,23 @@ def test_tokens_flattened_into_the_batch() -> None:
     assert_matches_loop(Flat(), row_loss, (torch.randn(6, 3, 4), torch.randn(6)), multiplicity=2)
 
 
+def test_keyword_arguments_and_several_inputs() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.image, self.label, self.out = nn.Conv2d(1, 4, 3), nn.Embedding(3, 4), nn.Linear(4, 1)
+
+        def forward(self, *, image: Tensor, label: Tensor) -> Tensor:
+            h = F.conv2d(input=image, weight=self.image.weight, bias=self.image.bias, padding=1)
+            return F.linear(input=(h.mean((2, 3)) + self.label(label)).tanh(), weight=self.out.weight, bias=self.out.bias)
+
+    def loss(module: nn.Module, image: Tensor, label: Tensor) -> Tensor:
+        return module(label=label, image=image)[:, 0].square()
+
+    torch.manual_seed(0)
+    assert_matches_loop(Two(), loss, (torch.randn(6, 1, 5, 5), torch.randint(3, (6,))), multiplicity=2)
+
+
 # ------------------------------------------------------------------------------------------------------- guarantees
 
 
