@@ -131,6 +131,8 @@ def _run(argv: list[str], *, command: str = "run", base: str | None = None) -> N
     from privimage_fast.report import summary_table
 
     run = Run(config)
+    if not flags.dry_run:
+        run.check_new(resume=flags.resume)
     plan = run.plan() if flags.dry_run or not flags.resume else None
     if plan is not None:
         print(plan.table())

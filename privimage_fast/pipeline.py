@@ -151,6 +151,11 @@ class Run:
 
     # ---- opening
 
+    def check_new(self, *, resume: bool) -> None:
+        """Refuses a folder that holds a run, unless it is to be gone on with."""
+        if self.folder.config.exists() and not resume:
+            raise RunError(f"{self.folder.path} already holds a run; go on with --resume, or choose another --out")
+
     @contextmanager
     def opened(self, *, resume: bool) -> Iterator[Run]:
         """Locks the folder, resolves the configuration against what is there, and saves it.
@@ -158,8 +163,7 @@ class Run:
         Raises:
             RunError: the folder holds a run and ``resume`` is off, or holds one with other settings.
         """
-        if self.folder.config.exists() and not resume:
-            raise RunError(f"{self.folder.path} already holds a run; go on with --resume, or choose another --out")
+        self.check_new(resume=resume)
         with self.folder.locked():
             saved = load_config(self.folder.config) if self.folder.config.exists() else None
             self.config = self._resolved(saved)
@@ -170,12 +174,36 @@ class Run:
                         f"{self.folder.path} was started with other settings ({', '.join(changed)}); "
                         "restore them, or choose another --out"
                     )
+            self._check_ledger()
             atomic_write_text(self.folder.config, self.config.to_yaml())
             try:
                 yield self
             finally:
+                self.__dict__.pop("noise_key", None)  # an interrupted step's place in the noise must not be met again
                 if "ledger" in self.__dict__:
                     self.__dict__.pop("ledger").close()
+
+    def _check_ledger(self) -> None:
+        """What the folder holds of the sensitive images must be in its ledger: a lost ledger would read as ε = 0.
+
+        Raises:
+            RunError: naming the file that has no charge.
+        """
+        folder = self.folder
+        records = Ledger.read(folder.ledger).records() if folder.ledger.exists() else []
+        advice = f"Restore {folder.ledger}, or start over with another --out: nothing can be said about ε without it"
+        if folder.query.exists():
+            sigma = folder.read_json(folder.query, "query")["noise_multiplier"]
+            if not any(r.stage == "query" and r.event == GaussianEvent(sigma) for r in records):
+                raise RunError(f"{folder.query} holds a query with σ₁ = {sigma:g} that the ledger does not charge. {advice}")
+        charged = sum(r.event.steps for r in records if r.stage == "finetune" and isinstance(r.event, DPSGDEvent))
+        for name in ("finetune", "finetune-progress"):
+            path = folder.checkpoint(name)
+            if path.exists():
+                tensors, metadata = folder.load_tensors(path, "finetune")
+                taken = int(tensors["steps"]) if name == "finetune-progress" else int(metadata["steps"])
+                if taken > charged:
+                    raise RunError(f"{path} has taken {taken} steps, the ledger charges {charged}. {advice}")
 
     def _resolved(self, saved: RunConfig | None) -> RunConfig:
         """Fills every null from the saved run, or from the data, so that the saved configuration says what was done."""

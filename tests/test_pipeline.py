@@ -104,14 +104,26 @@ def test_printed_epsilon_ledger_report_and_card_agree(finished: Run) -> None:
 
 
 def test_nothing_private_is_written_unmarked(finished: Run) -> None:
-    """Losses, norms and realised batch sizes appear nowhere; scores against real data are marked."""
+    """An allow-list of everything written in JSON: a loss, a norm, a batch size or a stage's time would be a new key."""
+    allowed = {
+        "query.json": "fingerprint labels classes counts votes_per_image noise_std noise_multiplier semantic_function",
+        "selection.json": "mode public_images labels_per_class seed assignment classes selected_images ratio",
+        "budget.json": "target_epsilon delta population sample_rate steps noise_multiplier max_grad_norm multiplicity "
+        "expected_batch_size query_noise_multiplier",
+        "stages.json": "query select pretrain finetune sample evaluate",
+        "metrics.json": "metrics",
+        "model/config.json": "format unet edm resolution channels class_names privacy sampler",
+    }
+    found = {str(p.relative_to(finished.folder.path)) for p in finished.folder.path.rglob("*.json")}
+    assert found == set(allowed)
+    for name, keys in allowed.items():
+        assert set(json.loads((finished.folder.path / name).read_text())) == set(keys.split()), name
+    for stage, record in json.loads(finished.folder.stages.read_text()).items():
+        sensitive = stage in ("query", "finetune", "evaluate")
+        assert set(record) == {"fingerprint"} | (set() if sensitive else {"seconds"})
     for metric in json.loads(finished.folder.metrics.read_text())["metrics"]:
         assert metric["private"] == (metric["name"] == "accuracy, trained and tested on synthetic")
-    words = ("loss", "grad_norm", "realised", "drawn")
-    for path in finished.folder.path.rglob("*.json*"):
-        text = path.read_text().lower()
-        assert not any(f'"{w}' in text for w in words), path
-    assert not (finished.folder.samples / "neighbours.png").exists()
+    assert {p.name for p in finished.folder.samples.iterdir()} == {"after.png", "before.png", "public.png"}
 
 
 def test_no_key_is_stored_and_nothing_is_pickled(finished: Run) -> None:
@@ -175,6 +187,81 @@ def test_an_empty_draw_is_a_charged_step(tmp_path: Path, monkeypatch: pytest.Mon
     assert any(not torch.equal(before[n], after[n]) for n in before)  # noise alone moved it
 
 
+def test_what_runs_is_what_is_charged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stage's wiring: noise, divisor, sample rate, padding weights and randomness, seen where they are used."""
+    from privimage_fast import ops
+    from privimage_fast.dp.sampling import OSRandom
+
+    steps, samplers, weights = [], [], []
+    original_step, original_accumulate = ops.private_step_, finetune_module.PrivateOptimizer.accumulate
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        steps.append(kwargs)
+        return original_step(*args, **kwargs)
+
+    def accumulate(self: Any, loss_fn: Any, args: Any, sample_weight: Any = None) -> Any:
+        assert sample_weight is not None and args[0].shape[0] == 2 * len(sample_weight)
+        blank = (args[0] == 0).flatten(1).all(1).view(-1, 2).all(1)
+        assert torch.equal(blank, sample_weight == 0)  # padding, and only padding, is blank and weighs nothing
+        weights.append(float(sample_weight.sum()))
+        return original_accumulate(self, loss_fn, args, sample_weight)
+
+    class Watching(finetune_module.PoissonSampler):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            samplers.append((self, drawn := []))
+            self.drawn = drawn
+
+        def draw(self) -> np.ndarray:
+            found = super().draw()
+            self.drawn.append(len(found))
+            return found
+
+    monkeypatch.setattr(ops, "private_step_", step)
+    monkeypatch.setattr(finetune_module.PrivateOptimizer, "accumulate", accumulate)
+    monkeypatch.setattr(finetune_module, "PoissonSampler", Watching)
+    run = run_all(tmp_path / "a", test=None)
+    (event,) = set(dpsgd(run))
+    assert len(steps) == STEPS
+    assert {s["noise_std"] for s in steps} == {event.noise_multiplier * run.config.finetune.max_grad_norm}
+    assert {s["denominator"] for s in steps} == {event.sample_rate * 120} == {30.0}
+    assert len({s["key"] for s in steps}) == 1 and len({s["step"] for s in steps}) == STEPS
+    ((sampler, drawn),) = samplers
+    assert sampler.sample_rate == event.sample_rate and sampler.population == 120
+    assert isinstance(sampler.randomness, OSRandom)
+    assert sum(weights) == sum(drawn)
+
+
+def test_secure_runs_of_one_seed_differ(tmp_path: Path) -> None:
+    """Neither the noise nor the batches nor the noise levels of a run follow from its configuration."""
+    runs = [run_all(tmp_path / name, test=None) for name in "ab"]
+    assert runs[0].folder.query.read_text() != runs[1].folder.query.read_text()
+    noise = run_all(tmp_path / "c", test=None, select={"mode": "none"}, privacy={"epsilon": math.inf})
+    again = run_all(tmp_path / "d", test=None, select={"mode": "none"}, privacy={"epsilon": math.inf})
+    a, b = (r.folder.load_tensors(r.folder.checkpoint("finetune"), "x")[0] for r in (noise, again))
+    assert any(not torch.equal(a[n], b[n]) for n in a)  # without noise: the draws alone differ
+    with runs[0].opened(resume=True):
+        assert runs[0].noise_key.seeded is False
+
+
+def test_loss_draws_come_from_the_secret_randomness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known draws, given to places in the batch, let one image move the gradients of all behind it."""
+    seeds = []
+    original = torch.Generator.manual_seed
+
+    def watching(self: torch.Generator, seed: int) -> torch.Generator:
+        seeds.append(seed)
+        return original(self, seed)
+
+    class Watched(torch.Generator):
+        manual_seed = watching
+
+    monkeypatch.setattr(finetune_module.torch, "Generator", Watched)
+    run_all(tmp_path / "a", test=None)
+    drawn = [s for s in seeds if s > 2**40]
+    assert len(set(drawn)) == STEPS  # 63 secret bits a step
+
+
 # ----------------------------------------------------------------------------------------------- stop and go on
 
 
@@ -230,20 +317,29 @@ def test_a_query_killed_before_it_was_kept_is_paid_twice(tmp_path: Path, monkeyp
     assert ledger.epsilon() <= 5.0 and ledger.steps_charged("finetune") == STEPS  # σ was solved for two queries
 
 
-def test_a_checkpoint_without_its_ledger_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = finetune_module.PrivateOptimizer.step
-
-    def failing(self: Any) -> None:
-        if self.steps == 4:
-            raise KeyboardInterrupt
-        original(self)
-
+@pytest.mark.parametrize("following", ["select", "sample", "report", None])
+def test_a_run_without_its_ledger_is_refused(tmp_path: Path, following: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the query, after fine-tuning and at the end: a lost or replaced ledger must not read as ε = 0."""
     with monkeypatch.context() as patch:
-        patch.setattr(finetune_module.PrivateOptimizer, "step", failing)
-        with pytest.raises(KeyboardInterrupt):
+        if following:
+            patch.setattr(Run, following, lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                run_all(tmp_path / "a")
+        else:
             run_all(tmp_path / "a")
     (tmp_path / "a" / "ledger.jsonl").unlink()
     with pytest.raises(RunError, match="ledger"):
+        run_all(tmp_path / "a", resume=True)
+    assert not (tmp_path / "a" / "ledger.jsonl").exists()
+
+
+def test_a_ledger_with_fewer_steps_than_the_weights_is_refused(finished: Run, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(finished.folder.path, tmp_path / "a")
+    ledger = tmp_path / "a" / "ledger.jsonl"
+    ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(keepends=True)[:-2]))
+    with pytest.raises(RunError, match=f"taken {STEPS} steps, the ledger charges {STEPS - 2}"):
         run_all(tmp_path / "a", resume=True)
 
 
@@ -391,6 +487,13 @@ def test_python_api_end_to_end(tmp_path: Path) -> None:
     assert (tmp_path / "saved" / "README.md").read_text()
     with pytest.raises(ValueError, match="labels must be"):
         model.sample(2, np.array([0, 9]))
+
+
+def test_another_test_set_is_another_evaluation(tmp_path: Path) -> None:
+    model = pf.PrivImage(tiny_config(tmp_path)).fit(PUBLIC, PRIVATE, out=tmp_path / "a")
+    blank = pf.ImageSet(np.zeros_like(TEST.images), TEST.labels, TEST.label_names)
+    first, second = ({m["name"]: m["value"] for m in model.evaluate(t)["metrics"]} for t in (TEST, blank))
+    assert first != second
 
 
 def test_a_model_file_that_is_none_is_refused(tmp_path: Path) -> None:

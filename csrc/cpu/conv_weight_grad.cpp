@@ -240,7 +240,7 @@ struct Plan {
     flat = offsets == 1 && p.stride[0] == 1 && p.stride[1] == 1 && p.padding[0] == 0 && p.padding[1] == 0;
     gh = p.out_size[0];
     gw = p.out_size[1];
-    // Exactly what the kernel reads; input past the last window (a stride's remainder) is packed only if it fits.
+    // All of the input, past the last window too: a stride's remainder is not worth a special case.
     xh = p.in_size[0] + 2 * p.padding[0];
     xw = p.in_size[1] + 2 * p.padding[1];
     if (flat) {

@@ -3,7 +3,8 @@
 Formal guarantee: with ``multiplicity`` K, each sample's gradient g_b — the gradient of the sum of its K per-row losses —
 enters the returned sum as c_b·g_b with ‖c_b·g_b‖₂ ≤ max_grad_norm·(1 + 1e-6); a sample whose gradient is not finite
 enters as zero. Adding or removing one sample therefore changes the sum by at most that in L2 norm, whatever the other
-samples are, provided that the module treats rows independently (see :func:`check_per_sample`).
+samples are. That a module keeps samples apart is looked at on its first calls (``_probe_rows``); what gradients cannot show
+(samples mixed by detached values) is for :func:`check_per_sample`.
 
 The method is ghost clipping in one pass (Li et al. 2022; Bu et al. 2023): autograd computes gradients of activations
 only, and the engine everything about weights. What it adds: per-sample weight gradients are either *stored* (B·d·p, then
@@ -12,9 +13,13 @@ the clipped sum is one weighted read) or *deferred* (norm now, one ordinary weig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +34,32 @@ STRATEGIES = ("auto", "store", "gram", "norm-only")
 # more than was found keeps the contribution under the bound (relative, on the squared norm).
 _DEFERRED_SLACK = 8e-6
 
+# Below, clip factors are denormal floats and no longer precise.
+_MIN_GRAD_NORM = 1e-30
+
 LossFunction = Callable[..., Tensor]
+
+# Module → shapes of calls whose rows were seen to be independent, and how often that was tried in vain.
+_probed: WeakKeyDictionary[nn.Module, Counter[Any]] = WeakKeyDictionary()
+_PROBE_ATTEMPTS = 5
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """No autocast and no TF32: a norm of 10-bit products is off by more than the bound allows."""
+    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        if matmul != "highest":
+            torch.set_float32_matmul_precision("highest")
+        if device.type == "cuda":
+            torch.backends.cudnn.allow_tf32 = False
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if matmul != "highest":
+            torch.set_float32_matmul_precision(matmul)
+        if device.type == "cuda":
+            torch.backends.cudnn.allow_tf32 = cudnn
 
 
 class ClippedGrad(NamedTuple):
@@ -62,12 +92,13 @@ class _Collector:
     def __call__(self, use: Use) -> None:
         rows = use.x.shape[0]
         if use.x.dim() == 0 or rows % self.rows:
-            raise UncoveredParameterError(
-                f"{use.rule.describe()} was applied to shape {tuple(use.x.shape)}, whose first dimension is not a multiple of "
-                f"the {self.rows} rows of the batch; rows must stay the first dimension"
-            )
+            raise UncoveredParameterError(_misplaced(use, self.rows))
         if use.x.dtype == torch.bfloat16 or use.x.dtype == torch.float16:
             use = Use(use.rule, use.x.float(), use.g.float(), tuple(s.float() for s in use.saved))
+        with full_precision(use.g.device):
+            self._collect(use, rows)
+
+    def _collect(self, use: Use, rows: int) -> None:
         multiplicity = self.multiplicity * (rows // self.rows)
         if self._is_deferred(use):
             self._defer(use, multiplicity)
@@ -102,8 +133,7 @@ class _Collector:
 
     def add_to(self, sums: dict[str, Tensor], factors: Tensor) -> None:
         """sums[name] += Σ_b factors_b · gradient_b, for every parameter that took part."""
-        names = list(self.stored)
-        ops.weighted_sum_([sums[n] for n in names], [self.stored[n] for n in names], factors)
+        deferred = []  # computed first: where one fails, nothing has been added
         for entry in self.deferred:
             x, g = entry.use.x, entry.use.g
             per_row = factors.repeat_interleave(x.shape[0] // self.samples).view(-1, *([1] * (g.dim() - 1)))
@@ -111,7 +141,12 @@ class _Collector:
             kept = per_row != 0
             g = torch.where(kept, g, 0) * per_row
             x = torch.where(kept.view(-1, *([1] * (x.dim() - 1))), x, 0)
-            sums[entry.name] += entry.use.rule.weighted_weight_grad(x, g)
+            assert isinstance(entry.use.rule, MatrixRule)
+            deferred.append(entry.use.rule.weighted_weight_grad(x, g))
+        names = list(self.stored)
+        ops.weighted_sum_([sums[n] for n in names], [self.stored[n] for n in names], factors)
+        for entry, grad in zip(self.deferred, deferred, strict=True):
+            sums[entry.name] += grad
 
 
 def accumulate_clipped(
@@ -135,31 +170,116 @@ def accumulate_clipped(
     parameters = trainable_parameters(module)
     if not parameters:
         raise ValueError(f"{type(module).__name__} has no trainable parameter: every requires_grad is False")
-    collector: _Collector | None = None
+    receivers: list[Callable[[Use], None]] = []
 
     def sink(use: Use) -> None:
-        assert collector is not None
-        collector(use)
+        if not receivers:
+            raise UncoveredParameterError(
+                f"a gradient was taken through {use.rule.describe()} inside loss_fn (a gradient penalty?); the engine forms "
+                "per-sample gradients of first-order losses only"
+            )
+        receivers[-1](use)
 
     tracker = Tracker(parameters, args, sink)
+    versions = {name: buffer._version for name, buffer in module.named_buffers()}
     with torch.enable_grad(), tracker:
         losses = loss_fn(module, *args)
+    for name, buffer in module.named_buffers():
+        if versions.get(name) != buffer._version:
+            raise UncoveredParameterError(
+                f"the forward pass changes the buffer {name!r}: statistics of the batch would be kept without noise; turn "
+                "running statistics off (track_running_stats=False), or put the layer in eval() mode"
+            )
     rows = _check_losses(losses, args, multiplicity)
     if rows == 0:
         return torch.zeros(0, dtype=torch.float64, device=losses.device), losses.detach()
-    collector = _Collector(rows, multiplicity, strategy, memory_budget, tracker)
     if not losses.requires_grad:
         raise UncoveredParameterError("the losses do not depend on any trainable parameter; was the forward pass detached?")
-    leaks = torch.autograd.grad(losses.sum(), [tracker.anchor, *parameters.values()], allow_unused=True)[1:]
+    collector = _Collector(rows, multiplicity, strategy, memory_budget, tracker)
+    with torch.autocast(losses.device.type, enabled=False):
+        _probe_rows(module, losses, args, multiplicity, tracker, receivers)
+        receivers.append(collector)
+        leaks = torch.autograd.grad(losses.sum(), [tracker.anchor, *parameters.values()], allow_unused=True)[1:]
     for name, leak in zip(parameters, leaks, strict=True):
         if leak is not None:
             raise UncoveredParameterError(
                 f"parameter {name!r} reached the loss by a way the engine cannot see (a custom autograd function?), so its "
                 "gradient is not per sample; freeze it with requires_grad_(False) or use it through torch functions"
             )
-    sq_norms = collector.total_sq_norms(losses.device)
-    collector.add_to(sums, ops.clip_factors(sq_norms, max_grad_norm, sample_weight))
+    for name, function in tracker.without_grad.items():
+        if not tracker.calls[name]:
+            raise UncoveredParameterError(
+                f"parameter {name!r} is used by {function} only where gradients are off (no_grad, or checkpointing with "
+                "use_reentrant=True): it would not train; freeze it, or use checkpointing with use_reentrant=False"
+            )
+    with full_precision(losses.device):
+        sq_norms = collector.total_sq_norms(losses.device)
+        if sample_weight is not None:
+            sample_weight = _checked_weight(sample_weight, collector.samples)
+        collector.add_to(sums, ops.clip_factors(sq_norms, max_grad_norm, sample_weight))
     return sq_norms.sqrt(), losses.detach()
+
+
+def _probe_rows(
+    module: nn.Module, losses: Tensor, args: Sequence[Any], multiplicity: int, tracker: Tracker,
+    receivers: list[Callable[[Use], None]],
+) -> None:  # fmt: skip
+    """Sees to it, once for each module and shape, that a sample's rows are where the engine takes them to be.
+
+    The losses of half of the samples are differentiated alone: the output gradients of every call must then be zero on all
+    rows of the other samples. Real and fake images concatenated behind each other, a sequence-first layer, positions
+    broadcast over the batch and means over it all fail here, whatever their shapes.
+
+    Raises:
+        UncoveredParameterError: naming the parameters of the call.
+    """
+    rows = losses.shape[0]
+    samples = rows // multiplicity
+    key = (multiplicity, module.training, tuple(tuple(t.shape) for t in batch_tensors(list(args))))
+    seen = _probed.setdefault(module, Counter())
+    if samples < 2 or seen[key] >= _PROBE_ATTEMPTS:
+        return
+    chosen = torch.zeros(samples, dtype=torch.bool, device=losses.device)
+    chosen[random.SystemRandom().sample(range(samples), samples // 2)] = True  # leaves the user's generators alone
+    silent = False
+
+    def receive(use: Use) -> None:
+        nonlocal silent
+        if use.g.shape[0] % rows:
+            raise UncoveredParameterError(_misplaced(use, rows))
+        per_sample = use.g.detach().reshape(samples, -1)
+        # 0·inf of a sample that is not finite is no evidence.
+        found = (per_sample != 0) & per_sample.isfinite()
+        if found[~chosen].any():
+            raise UncoveredParameterError(
+                f"{use.rule.describe()}, applied to shape {tuple(use.x.shape)}, carries one sample's loss in the rows of "
+                f"another: the {rows} rows of the batch are not its first dimension, sample after sample, or samples are mixed. "
+                "Keep the rows of one sample adjacent (interleave real and fake rather than concatenate them), and rows first"
+            )
+        silent |= not bool(found.any())
+
+    receivers.append(receive)
+    part = losses[chosen.repeat_interleave(multiplicity)].sum()
+    torch.autograd.grad(part, [tracker.anchor], allow_unused=True, retain_graph=True)
+    receivers.pop()
+    # A layer behind a zero-initialised one shows nothing yet: it is looked at again, a few times.
+    seen[key] += 1 if silent else _PROBE_ATTEMPTS
+
+
+def _misplaced(use: Use, rows: int) -> str:
+    return (
+        f"{use.rule.describe()} was applied to shape {tuple(use.x.shape)}, whose first dimension is not a multiple of "
+        f"the {rows} rows of the batch; rows must stay the first dimension"
+    )
+
+
+def _checked_weight(sample_weight: Tensor, samples: int) -> Tensor:
+    if sample_weight.shape != (samples,):
+        raise ValueError(f"sample_weight must have shape ({samples},), found {tuple(sample_weight.shape)}")
+    if sample_weight.device.type == "cpu" and not ((sample_weight == 0) | (sample_weight == 1)).all():
+        raise ValueError("sample_weight may hold 0 and 1 only: another weight would scale the clip bound")
+    # On a GPU looking at the values would wait for it; the clamp keeps the bound whatever they are.
+    return sample_weight.nan_to_num(0.0).clamp(0, 1)
 
 
 def clipped_grad(
@@ -187,16 +307,18 @@ def clipped_grad(
         sample_weight: (B,), 1 or 0: padding samples contribute nothing.
 
     Returns:
-        ``(grads, norms, losses)``: {name: fp32 tensor}, (B,) float64 norms before clipping, (B·K,) losses. Norms and
+        ``(grads, norms, losses)``: {name: fp32 tensor (fp64 for a double parameter)}, (B,) float64 norms before
+        clipping, (B·K,) losses. Norms and
         losses are *not* private.
 
     Raises:
         UncoveredParameterError: a trainable parameter has no per-sample rule, named with the reason.
         ValueError: losses already reduced, rows not a multiple of K, options out of range.
     """
-    sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in trainable_parameters(module).items()}
-    if any(p.dtype == torch.float64 for p in module.parameters()):
-        sums = {name: s.double() for name, s in sums.items()}
+    sums = {
+        name: torch.zeros_like(p, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32)
+        for name, p in trainable_parameters(module).items()
+    }
     norms, losses = accumulate_clipped(
         module, loss_fn, args, sums, max_grad_norm=max_grad_norm, multiplicity=multiplicity, strategy=strategy,
         memory_budget=memory_budget, sample_weight=sample_weight,
@@ -230,8 +352,8 @@ def check_per_sample(
 
 
 def _check_options(max_grad_norm: float, multiplicity: int, strategy: str, memory_budget: int | None) -> None:
-    if not 0 < max_grad_norm < float("inf"):
-        raise ValueError(f"max_grad_norm must be a positive number, found {max_grad_norm}")
+    if not _MIN_GRAD_NORM <= max_grad_norm < float("inf"):
+        raise ValueError(f"max_grad_norm must be a positive number of at least {_MIN_GRAD_NORM:g}, found {max_grad_norm}")
     if not (isinstance(multiplicity, int) and multiplicity >= 1):
         raise ValueError(f"multiplicity must be a whole number ≥ 1, found {multiplicity!r}")
     if strategy not in STRATEGIES:

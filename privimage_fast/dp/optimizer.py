@@ -53,6 +53,18 @@ class FlatParameters:
         for p, view in zip(parameters.values(), self.views(self.data).values(), strict=True):
             p.data = view
 
+    def check(self, module: nn.Module) -> None:
+        """Raises ValueError where the module's parameters are no longer the views: ``step`` would move nothing."""
+        parameters = trainable_parameters(module)
+        if parameters.keys() != self.shapes.keys():
+            changed = sorted(parameters.keys() ^ self.shapes.keys())
+            raise ValueError(f"{changed[0]!r} was frozen or unfrozen after the optimizer was made; make a new PrivateOptimizer")
+        for (name, p), view in zip(parameters.items(), self.views(self.data).values(), strict=True):
+            if p.data_ptr() != view.data_ptr():
+                raise ValueError(
+                    f"parameter {name!r} was moved or cast after the optimizer was made; make a new PrivateOptimizer"
+                )
+
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """Name → view of a flat tensor laid out like the parameters."""
         parts = flat.split([shape.numel() for shape in self.shapes.values()])
@@ -110,6 +122,7 @@ class PrivateOptimizer:
         self, loss_fn: LossFunction, args: Sequence[Any], sample_weight: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Adds one micro-batch's clipped gradients; returns (norms, losses), which are not private."""
+        self.flat.check(self.module)
         return accumulate_clipped(
             self.module, loss_fn, args, self._sums, max_grad_norm=self.max_grad_norm, multiplicity=self.multiplicity,
             strategy=self.strategy, memory_budget=self.memory_budget, sample_weight=sample_weight,

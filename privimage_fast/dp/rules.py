@@ -287,6 +287,11 @@ def _conv_call(dims: int) -> Callable[..., tuple[Tensor, Rule]]:
         names: dict[str, str], input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
         padding: Any = 0, dilation: Any = 1, groups: int = 1,
     ) -> tuple[Tensor, Rule]:  # fmt: skip
+        if input.dim() != dims + 2:
+            raise UncoveredParameterError(
+                f"conv{dims}d ({', '.join(names.values())}) of shape {tuple(input.shape)}; expected rows first and "
+                f"{dims + 2} dimensions"
+            )
         dilation = _expand(dilation, dims)
         if padding == "valid":
             padding = 0
@@ -307,6 +312,10 @@ def _conv_call(dims: int) -> Callable[..., tuple[Tensor, Rule]]:
 
 
 def _linear_call(names: dict[str, str], input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Rule]:
+    if weight.dim() != 2:
+        raise UncoveredParameterError(
+            f"linear with a weight of shape {tuple(weight.shape)} ({', '.join(names.values())}); expected (outputs, inputs)"
+        )
     return input, LinearRule("linear", names, weight, bias, {"channel_dim": -1})
 
 

@@ -70,6 +70,7 @@ class Tracker(TorchFunctionMode):
         self._batch = WeakIdKeyDictionary()
         self.anchor = torch.zeros((), requires_grad=True)
         self.calls: Counter[str] = Counter()
+        self.without_grad: dict[str, str] = {}  # parameter → function that used it where gradients are off
         for tensor in _tensors(inputs):
             self._batch[tensor] = True
 
@@ -89,6 +90,8 @@ class Tracker(TorchFunctionMode):
             out = self._covered(func, args, kwargs, tracked)
         else:
             out = func(*args, **kwargs)
+            if tracked and func.__name__ not in ("detach", "__get__") and any(t.is_floating_point() for t in _tensors(out)):
+                self.without_grad |= dict.fromkeys(tracked, _function_name(func))
         if any(self._depends_on_batch(t) for t in tensors if id(t) not in self._names):
             # In-place calls change their first argument and may return nothing (``buffer[:, :n] = x``).
             for tensor in (*_tensors(out), *_tensors(args[:1] if out is None else ())):
@@ -116,6 +119,10 @@ class Tracker(TorchFunctionMode):
                     f"{_function_name(func)} mixes the parameter {tracked[0]!r} with a computed {role} that needs a gradient "
                     f"itself; compute the {role} without gradient, or freeze {tracked[0]!r}"
                 )
+        if len(set(names.values())) < len(names):
+            raise UncoveredParameterError(
+                f"parameter {tracked[0]!r} is both weight and bias of one {_function_name(func)} call; use two parameters"
+            )
         if id(call["input"]) in self._names:
             raise UncoveredParameterError(
                 f"parameter {self._names[id(call['input'])]!r} is the input of {_function_name(func)}; only weights and biases "
@@ -171,9 +178,9 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def _function_name(func: Callable[..., Any]) -> str:
+    name = getattr(func, "__name__", repr(func))
     # Property getters arrive as their slot wrapper's __get__, whose own name says nothing.
-    owner = getattr(func, "__self__", None)
-    return getattr(owner, "__name__", None) or getattr(func, "__name__", repr(func))
+    return getattr(func.__self__, "__name__", name) if name == "__get__" else name
 
 
 def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -64,7 +64,8 @@ def denoising_batch(
 ) -> DenoisingBatch:  # fmt: skip
     """Draws K noise levels, noises and label drops for each of B samples: images (B, C, H, W), labels (B,) → R = B·K rows.
 
-    These draws are part of the loss, not of the privacy mechanism, so an ordinary generator serves.
+    The draws go to rows by their place in the batch. In DP-SGD they must therefore be secret and fresh in every step: known
+    draws would let one image more change the gradients of all images behind it.
     """
     images, labels = images.repeat_interleave(multiplicity, 0), labels.repeat_interleave(multiplicity, 0)
     rows = images.shape[0]

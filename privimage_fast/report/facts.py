@@ -141,7 +141,7 @@ def read_facts(run_dir: Path) -> Facts:
         releases=_releases(run_dir, metrics),
         problems=problems,
         finished=frozenset(seconds),
-        has_neighbours=(run_dir / "samples" / "neighbours.png").exists(),
+        has_neighbours=(run_dir / "samples" / "neighbours-not-private.png").exists(),
     )
 
 
@@ -214,11 +214,12 @@ def _selection(value: Any) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def _seconds(value: Any) -> dict[str, float] | None:
+def _seconds(value: Any) -> dict[str, float | None] | None:
     if value is None:
         return None
-    seconds = {str(stage): float(record["seconds"]) for stage, record in value.items()}
-    if not all(math.isfinite(s) and s >= 0 for s in seconds.values()):
+    # Stages that read sensitive images leave their time out.
+    seconds = {str(stage): float(record["seconds"]) if "seconds" in record else None for stage, record in value.items()}
+    if not all(s is None or (math.isfinite(s) and s >= 0) for s in seconds.values()):
         raise ValueError("a time is not a finite number of seconds")
     return seconds
 
@@ -301,7 +302,9 @@ def _releases(run_dir: Path, metrics: list[Metric]) -> list[Release]:
     if any(not m.private for m in metrics):
         rows.append(Release("Metrics marked not private", "metrics.json", False, "computed on real images, without noise"))
     rows += [
-        Release("Nearest sensitive images", "samples/neighbours.png", False, "SHOWS SENSITIVE IMAGES; never pass it on"),
-        Release("Running times", "stages.json", False, "the time of stages that read sensitive data depends on it a little"),
+        Release(
+            "Nearest sensitive images", "samples/neighbours-not-private.png", False, "SHOWS SENSITIVE IMAGES: do not pass on"
+        ),
+        Release("Running times", "stages.json", False, "of stages that read no sensitive image; the others' are not written"),
     ]
     return [row for row in rows if (run_dir / row.path).exists()]

@@ -48,8 +48,7 @@ def run_evaluate(
     if test.label_names != synthetic.label_names:
         raise RunError(f"the test set's classes {test.label_names} are not the synthetic ones {synthetic.label_names}")
     stamp = fingerprint(config, weights, seed, len(synthetic), len(test))
-    if folder.metrics.exists() and folder.finished("evaluate", stamp):
-        return folder.read_json(folder.metrics, "evaluate")
+    # Never taken from an earlier call: telling one test set from another would need a hash of sensitive images on disk.
     with timed(folder, "evaluate", stamp):
         metrics = utility(config, synthetic, test, seed=seed, device=device)
         metrics += fidelity(config, synthetic, test, feature_network, seed=seed, device=device)
@@ -114,7 +113,7 @@ def _features(network: Classifier, images: np.ndarray, device: str) -> np.ndarra
 
 
 def _neighbour_sheet(folder: RunFolder, synthetic: ImageSet, private: ImageSet, *, rows: int = 10, nearest: int = 5) -> None:
-    """samples/neighbours.png: a synthetic image (left) and the sensitive images nearest to it in pixels."""
+    """samples/neighbours-not-private.png: a synthetic image (left) and the sensitive images nearest to it in pixels."""
     queries = np.linspace(0, len(synthetic) - 1, rows).astype(int)
     flat = (s.reshape(len(s), -1).astype(np.float32) for s in (synthetic.images[queries], private.images))
     indices, _ = nearest_neighbours(*flat, k=min(nearest, len(private)))
@@ -123,5 +122,5 @@ def _neighbour_sheet(folder: RunFolder, synthetic: ImageSet, private: ImageSet, 
     )
     folder.samples.mkdir(exist_ok=True)
     sheet: Image.Image = image_sheet(cells, rows, 1 + indices.shape[1], scale=max(1, 48 // synthetic.resolution))
-    with atomic_path(folder.samples / "neighbours.png") as temporary:
+    with atomic_path(folder.samples / "neighbours-not-private.png") as temporary:
         sheet.save(temporary, format="PNG")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,10 @@ from torch import Tensor
 
 from privimage_fast.data import ImageSet
 from privimage_fast.data.atomic import atomic_path, atomic_write_text
+
+logger = logging.getLogger(__name__)
+
+SENSITIVE_STAGES = ("query", "finetune", "evaluate")
 
 
 class RunError(RuntimeError):
@@ -100,9 +105,12 @@ class RunFolder:
 
     def record(self, stage: str, fingerprint: str, seconds: float) -> None:
         records = self._records()
-        spent = records.get(stage, {}).get("seconds", 0.0) if records.get(stage, {}).get("fingerprint") == fingerprint else 0.0
-        # Two digits: how long a stage took depends, if faintly, on how many sensitive images its batches drew.
-        records[stage] = {"fingerprint": fingerprint, "seconds": float(f"{spent + seconds:.2g}")}
+        before = records.get(stage, {})
+        spent = before.get("seconds", 0.0) if before.get("fingerprint") == fingerprint else 0.0
+        records[stage] = {"fingerprint": fingerprint}
+        # How long a stage took tells, if faintly, how many sensitive images its batches drew: not written down.
+        if stage not in SENSITIVE_STAGES:
+            records[stage]["seconds"] = round(spent + seconds, 2)
         self.write_json(self.stages, records)
 
     def _records(self) -> dict[str, Any]:
@@ -114,7 +122,9 @@ def timed(folder: RunFolder, stage: str, fingerprint: str) -> Iterator[None]:
     """Records the stage as finished when the block ends without an error."""
     start = time.perf_counter()
     yield
-    folder.record(stage, fingerprint, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    logger.info("%s: %.0f s", stage, seconds)
+    folder.record(stage, fingerprint, seconds)
 
 
 def fingerprint(*parts: Any) -> str:

@@ -262,18 +262,27 @@ def test_no_rows_is_an_empty_sum() -> None:
     assert all(not g.any() for g in found.grads.values()) and found.norms.shape == (0,)
 
 
-def test_bf16_autocast_keeps_the_bound() -> None:
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("around", [True, False])
+def test_bf16_autocast_keeps_the_bound(strategy: str, native: bool, around: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autocast in the loss, or around the whole call: norms and sums stay fp32."""
+    from privimage_fast.ops import native as native_ops
+
+    if not native:
+        monkeypatch.setattr(native_ops, "supports", lambda name, tensors: False)
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.SiLU(), nn.Linear(16, 2))
+    module = nn.Sequential(nn.Linear(64, 96), nn.LayerNorm(96), nn.SiLU(), nn.Linear(96, 8))
 
     def loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not around):
             out = m(x)
-        return (out.float() - y[:, None]).square().mean(1)
+        return (out.float() - y[:, None, None]).square().mean((1, 2))
 
-    for row in range(8):
-        x = torch.randn(1, 8, generator=torch.Generator().manual_seed(row))
-        grads = pf.clipped_grad(module, loss, (x, torch.full((1,), 9.0)), max_grad_norm=0.1).grads
+    for row in range(4):
+        x = torch.randn(1, 7, 64, generator=torch.Generator().manual_seed(row))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=around):
+            grads = pf.clipped_grad(module, loss, (x, torch.full((1,), 9.0)), max_grad_norm=0.1, strategy=strategy).grads
         assert sum(float(g.double().square().sum()) for g in grads.values()) ** 0.5 <= 0.1 * (1 + 1e-6)
 
 
@@ -347,11 +356,145 @@ class TimeFirst(nn.Module):
         (nn.Sequential(nn.ConvTranspose1d(3, 3, 1)), (4, 3, 5), "'0.weight' is used by conv_transpose1d"),
         (nn.Sequential(nn.PReLU(), nn.Linear(3, 1)), (4, 3), "'0.weight' is used by prelu"),
         (TimeFirst(), (4, 5, 3), "rows must stay the first dimension"),
+        (TimeFirst(), (4, 4, 3), "rows of another"),
+        (TimeFirst(), (4, 12, 3), "rows of another"),
     ],
 )
 def test_an_uncovered_parameter_is_refused_by_name(module: nn.Module, shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(pf.UncoveredParameterError, match=message):
         pf.clipped_grad(module, row_loss, (torch.randn(shape), torch.randn(shape[0])), max_grad_norm=1.0)
+
+
+class Concatenated(nn.Module):
+    """Real rows, then fake rows: the first dimension is twice the rows, but a sample's two are not adjacent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.d = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        real, fake = self.d(torch.cat([x, x * 2])).chunk(2)
+        return real.square() - fake
+
+
+class PositionsLikeTheBatch(nn.Module):
+    """Positions that only look as if they came from the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pos, self.out = nn.Linear(1, 3), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x + self.pos(torch.arange(4.0).type_as(x)[:, None])[None])
+
+
+class MeanOver(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.b(h - h.mean(0))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("module", "shape"), [(Concatenated(), (4, 3)), (PositionsLikeTheBatch(), (4, 4, 3)), (MeanOver(), (4, 3))]
+)
+def test_one_sample_in_the_rows_of_another_is_refused(module: nn.Module, shape: tuple[int, ...], strategy: str) -> None:
+    """Each of these would let one sample contribute up to 4·C, with shapes that look right."""
+    with pytest.raises(pf.UncoveredParameterError, match="rows of another"):
+        pf.clipped_grad(module, row_loss, (torch.randn(shape), torch.randn(4)), max_grad_norm=1e-3, strategy=strategy)
+
+
+def test_a_layer_silent_at_first_is_looked_at_again() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixing, self.gate, self.head = MeanOver(), nn.Linear(1, 1), nn.Linear(3, 1)
+            nn.init.zeros_(self.gate.weight)
+            self.gate.bias.requires_grad_(False).zero_()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x) + self.gate(self.mixing(x))
+
+    module, args = Gated(), (torch.randn(4, 3), torch.randn(4))
+    pf.clipped_grad(module, row_loss, args, max_grad_norm=1.0)
+    nn.init.ones_(module.gate.weight)
+    with pytest.raises(pf.UncoveredParameterError, match="rows of another"):
+        pf.clipped_grad(module, row_loss, args, max_grad_norm=1.0)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("multiplicity", [1, 3])
+def test_adding_a_sample_changes_the_sum_by_at_most_c(strategy: str, multiplicity: int) -> None:
+    """Neighbouring batches: the difference of the sums themselves, not a reported norm; and it is not less than C either."""
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv2d(2, 5, 3, padding=1, padding_mode="circular"), nn.GroupNorm(1, 5), nn.SiLU(), nn.Flatten(), nn.Linear(80, 2)
+    )
+    x, target = torch.randn(5 * multiplicity, 2, 4, 4), torch.full((5 * multiplicity,), 30.0)
+    c = 0.01
+    whole = pf.clipped_grad(module, row_loss, (x, target), max_grad_norm=c, multiplicity=multiplicity, strategy=strategy).grads
+    for gone in range(5):
+        left = [i for i in range(5 * multiplicity) if i // multiplicity != gone]
+        part = pf.clipped_grad(
+            module, row_loss, (x[left], target[left]), max_grad_norm=c, multiplicity=multiplicity, strategy=strategy
+        )
+        change = sum((whole[n].double() - g.double()).square().sum() for n, g in part.grads.items()) ** 0.5
+        assert float(change) == pytest.approx(c, rel=2e-5)
+
+
+def test_weights_are_zero_or_one() -> None:
+    module, args = nn.Linear(3, 1), (torch.randn(2, 3), torch.randn(2))
+    for bad in ([5.0, 1.0], [0.5, 1.0], [float("nan"), 1.0], [1.0]):
+        with pytest.raises(ValueError, match="sample_weight"):
+            pf.clipped_grad(module, row_loss, args, max_grad_norm=1.0, sample_weight=torch.tensor(bad))
+
+
+def test_a_parameter_that_is_weight_and_bias_is_refused() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.layer_norm(x, (4,), self.p, self.p)
+
+    with pytest.raises(pf.UncoveredParameterError, match="both weight and bias"):
+        pf.clipped_grad(Both(), row_loss, (torch.randn(3, 4), torch.randn(3)), max_grad_norm=1.0)
+
+
+def test_buffers_that_keep_statistics_are_refused_by_name() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Unflatten(1, (2, 2)), nn.InstanceNorm1d(2, track_running_stats=True))
+    with pytest.raises(pf.UncoveredParameterError, match=r"buffer '2\.(running_mean|num_batches_tracked)'"):
+        pf.clipped_grad(module, row_loss, (torch.randn(3, 4), torch.randn(3)), max_grad_norm=1.0)
+
+
+def test_checkpointing_covers_or_refuses() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(checkpoint(self.a, x, use_reentrant=True).tanh())
+
+    with pytest.raises(pf.UncoveredParameterError, match=r"'a\.weight' is used by linear only where gradients are off"):
+        pf.clipped_grad(Checkpointed(), row_loss, (torch.randn(3, 3), torch.randn(3)), max_grad_norm=1.0)
+
+
+def test_a_gradient_taken_inside_the_loss_is_named() -> None:
+    def penalty(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        x = x.requires_grad_()
+        (g,) = torch.autograd.grad(module(x).sum(), x, create_graph=True)
+        return g.square().sum(1)
+
+    with pytest.raises(pf.UncoveredParameterError, match="inside loss_fn"):
+        pf.clipped_grad(nn.Linear(3, 1), penalty, (torch.randn(3, 3), torch.randn(3)), max_grad_norm=1.0)
 
 
 def test_frozen_uncovered_parameters_are_no_obstacle() -> None:
@@ -375,13 +518,11 @@ def test_check_per_sample_finds_what_rules_cannot() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             h = self.a(x)
-            return self.b(h - h.mean(0))
+            return self.b(h - h.mean(0).detach())  # gradients alone look independent
 
     torch.manual_seed(0)
-    square = torch.randn(4, 4, 3)  # as many tokens as rows: the shapes alone look right
-    for module, x in ((Mixing(), torch.randn(4, 3)), (TimeFirst(), square)):
-        with pytest.raises(pf.UncoveredParameterError, match="mixes samples"):
-            pf.check_per_sample(module, row_loss, (x, torch.randn(4)))
+    with pytest.raises(pf.UncoveredParameterError, match="mixes samples"):
+        pf.check_per_sample(Mixing(), row_loss, (torch.randn(4, 3), torch.randn(4)))
     pf.check_per_sample(nn.Linear(3, 1), row_loss, (torch.randn(4, 3), torch.randn(4)))
 
 

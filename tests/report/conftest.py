@@ -72,7 +72,7 @@ def write_run(
     for name, value in write.items():
         (folder / name).write_text(json.dumps(value))
     (folder / "config.yaml").write_text("data:\n  public: embedded:letters\n  private: /home/ward/patients\n")
-    for i, name in enumerate(("before", "after", "public", "neighbours")):
+    for i, name in enumerate(("before", "after", "public", "neighbours-not-private")):
         Image.fromarray(np.full((28 + i, 28), 60 * i, np.uint8)).save(folder / "samples" / f"{name}.png")
     labels_drawn = np.repeat([0, 1], [7, 4])
     np.savez(folder / "synthetic.npz", images=np.zeros((11, 14, 14, 1), np.uint8), labels=labels_drawn)

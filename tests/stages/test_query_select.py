@@ -103,7 +103,7 @@ def test_the_charge_is_written_before_the_first_sensitive_image_is_read(tmp_path
 
     with pytest.raises(RuntimeError, match="charged"):
         query(tmp_path, 2, 5.0, ledger=Refusing(), semantic_function=watching)
-    assert touched == [2, 1, 1]  # the trial on two public images, together and alone
+    assert touched == [6, 1, 1, 1, 1, 1, 1]  # the trial on public images, together and alone
     assert not RunFolder(tmp_path).query.exists()
 
 
@@ -119,7 +119,7 @@ def test_the_table_is_drawn_once_and_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda x: torch.zeros(len(x), 5), r"gives shape \(2, 5\).*expected \(2, 6\)"),
+        (lambda x: torch.zeros(len(x), 5), r"gives shape \(6, 5\).*expected \(6, 6\)"),
         (lambda x: x @ torch.zeros(3, 3), "fails on images of shape"),
         (lambda x: torch.full((len(x), 6), float(len(x))), "otherwise alone than in a batch"),
     ],
