@@ -1,7 +1,8 @@
 """The denoising U-Net: DDPM++ blocks (Song et al. 2021) in the arrangement of Karras et al. 2022, class-conditional.
 
 Differences to the published network, each for the sake of the DP step: class labels enter by an embedding (a table look-up
-has a cheap per-sample norm), and resampling is average pooling and nearest neighbour, so that any size from 8 works.
+has a cheap per-sample norm), blocks that enlarge already have the width of the level they lead to (a quarter less time a
+step), and resampling is average pooling and nearest neighbour, so that any size from 8 works.
 """
 
 from __future__ import annotations
@@ -135,7 +136,8 @@ class UNet(nn.Module):
                 self.up.append(ResidualBlock(c + skips.pop(), c_out, width, heads[level]))
                 c = c_out
             if level:
-                self.up.append(ResidualBlock(c, c, width, None, "up"))
+                # Narrowed while it is enlarged: at the full width, this block would be the dearest of the network.
+                self.up.append(ResidualBlock(c, c := widths[level - 1], width, None, "up"))
         self.norm_out = _group_norm(c)
         self.image_out = _zero(nn.Conv2d(c, channels, 3, padding=1))
 
