@@ -196,10 +196,14 @@ def accumulate_clipped(
     if not losses.requires_grad:
         raise UncoveredParameterError("the losses do not depend on any trainable parameter; was the forward pass detached?")
     collector = _Collector(rows, multiplicity, strategy, memory_budget, tracker)
-    with torch.autocast(losses.device.type, enabled=False):
-        _probe_rows(module, losses, args, multiplicity, tracker, receivers)
-        receivers.append(collector)
-        leaks = torch.autograd.grad(losses.sum(), [tracker.anchor, *parameters.values()], allow_unused=True)[1:]
+    try:
+        with torch.autocast(losses.device.type, enabled=False):
+            _probe_rows(module, losses, args, multiplicity, tracker, receivers)
+            receivers.append(collector)
+            leaks = torch.autograd.grad(losses.sum(), [tracker.anchor, *parameters.values()], allow_unused=True)[1:]
+    finally:
+        # The graph's nodes hold the sink: without this, stored gradients would wait in a cycle for the garbage collector.
+        receivers.clear()
     for name, leak in zip(parameters, leaks, strict=True):
         if leak is not None:
             raise UncoveredParameterError(

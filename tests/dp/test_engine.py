@@ -554,3 +554,19 @@ def test_the_oracle_clips() -> None:
 def test_config_bounds() -> None:
     with pytest.raises(ValueError, match="attention_levels"):
         UNetConfig(channel_mult=(1, 2), attention_levels=(2,))
+
+
+def test_stored_gradients_die_with_the_call() -> None:
+    """No reference cycle keeps a step's per-sample gradients until the garbage collector comes by."""
+    import gc
+
+    module, args = nn.Sequential(nn.Linear(300, 400), nn.Tanh(), nn.Linear(400, 1)), (torch.randn(8, 300), torch.randn(8))
+    pf.clipped_grad(module, row_loss, args, max_grad_norm=1.0, strategy="store")
+    gc.collect()
+    gc.disable()
+    try:
+        pf.clipped_grad(module, row_loss, args, max_grad_norm=1.0, strategy="store")
+        left = [t for t in gc.get_objects() if isinstance(t, Tensor) and t.dim() == 3 and t.shape[0] == 8]
+    finally:
+        gc.enable()
+    assert left == []
