@@ -59,7 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         commands[argv[0]](argv[1:])
     except KeyboardInterrupt:
-        print("\nprivimage: interrupted; nothing is lost: the same command with --resume goes on", file=sys.stderr)
+        print(
+            "\nprivimage: interrupted; the same command with --resume goes on. DP-SGD steps since the "
+            "last checkpoint are repeated, and charged again",
+            file=sys.stderr,
+        )
         return 130
     except (ValueError, RuntimeError, OSError) as error:
         # Deliberate errors are subclasses of these two, with messages for users; anything else shows its traceback.
@@ -174,13 +178,15 @@ def _stage(stage: str, argv: list[str]) -> None:
         for metric in result["metrics"]:
             value = "n/a" if metric["value"] is None else f"{metric['value']:.4f}"
             print(f"{metric['name']:<48} {value:>10}  {'private' if metric['private'] else 'NOT private'}")
+    if stage == "sample":
+        print(f"{len(result)} images in {run.folder.synthetic}")
     print(f"{stage}: done in {run.folder.path}")
 
 
 def _keys(argv: list[str]) -> None:
-    from privimage_fast.config import RunConfig
+    from privimage_fast.config import documented_yaml
 
-    print(RunConfig().to_yaml(), end="")
+    print(documented_yaml(), end="")
 
 
 # ------------------------------------------------------------------------------------------------------ without data
@@ -228,7 +234,7 @@ def _budget(argv: list[str]) -> None:
         )
         if a.epsilon is not None:
             alone = acc.solve_noise_multiplier(target_epsilon=a.epsilon, delta=delta, sample_rate=rate, steps=steps)
-            print(f"without it, σ {alone:.4f} would do for ε {a.epsilon:g}")
+            print(f"without the query, σ {alone:.4f} would do for ε {a.epsilon:g}")
 
 
 def _data(argv: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -243,3 +244,38 @@ def nest(dotted: dict[str, Any]) -> dict[str, Any]:
             inner = inner.setdefault(section, {})
         inner[last] = value
     return out
+
+
+def documented_yaml() -> str:
+    """The defaults as YAML, each key with what the docstring of its dataclass says of it."""
+    return "\n".join(_documented(RunConfig(), "")) + "\n"
+
+
+def _documented(config: Any, indent: str) -> list[str]:
+    notes = _argument_notes(type(config))
+    lines = []
+    for f in fields(config):
+        value = getattr(config, f.name)
+        note = notes.get(f.name)
+        if is_dataclass(value):
+            lines += [f"{indent}{f.name}:" + (f"  # {note}" if note else ""), *_documented(value, indent + "  ")]
+        else:
+            text = yaml.safe_dump(_plain(value), default_flow_style=True, allow_unicode=True).replace("\n...", "").strip()
+            lines.append(f"{indent}{f.name}: {text}" + (f"  # {note}" if note else ""))
+    return lines
+
+
+def _argument_notes(config: type) -> dict[str, str]:
+    """Name → text of the ``Args:`` section of a docstring; "a, b: text" speaks of both."""
+    notes: dict[str, str] = {}
+    names: list[str] = []
+    section = (config.__doc__ or "").partition("Args:\n")[2]
+    for line in section.splitlines():
+        head = re.match(r" {8}([a-z_]+(?:, [a-z_]+)*): (.*)", line)
+        if head:
+            names = head[1].split(", ")
+            notes |= dict.fromkeys(names, head[2])
+        elif line.strip():
+            for name in names:
+                notes[name] += " " + line.strip()
+    return notes

@@ -78,7 +78,7 @@ class Plan:
         total = self.pretrain_seconds + self.finetune_seconds + self.sample_seconds
         rows = [
             ("budget", f"ε = {self.epsilon:g}, δ = {self.delta:.3g}, N = {self.population} (public)"),
-            ("query", f"{query}; without it the same σ would cost ε = {self.epsilon_without_query:.3f}"),
+            ("query", f"{query}; without the query the same σ would cost ε = {self.epsilon_without_query:.3f}"),
             ("selection", f"{self.labels_per_class} public labels a class"),
             ("DP-SGD", f"σ = {self.noise_multiplier:.4f}, q = {self.sample_rate:.4g}, {self.steps} steps"),
             ("network", f"{self.parameters:,} parameters"),
@@ -151,8 +151,26 @@ class Run:
 
     # ---- opening
 
+    def check_inputs(self) -> None:
+        """Finds out before anything is spent what would stop a later stage.
+
+        Raises:
+            ConfigError: a test set of other classes, or an ONNX classifier that is not there.
+        """
+        test, private = self.test, self.private
+        if test is not None and test.label_names != private.label_names:
+            odd = sorted(set(test.label_names) ^ set(private.label_names))
+            raise ConfigError(
+                f"data.test has other classes than data.private: {', '.join(odd) or 'the same names in another order'}; the test "
+                "set needs the same class folders (or label_names)"
+            )
+        if self.config.query.onnx and not Path(self.config.query.onnx).is_file():
+            raise ConfigError(f"query.onnx: no file {self.config.query.onnx}")
+
     def check_new(self, *, resume: bool) -> None:
-        """Refuses a folder that holds a run, unless it is to be gone on with."""
+        """Refuses a folder that holds a run, unless it is to be gone on with, and a path that is no folder."""
+        if self.folder.path.exists() and not self.folder.path.is_dir():
+            raise RunError(f"{self.folder.path} is a file, but a run needs a folder; choose another --out")
         if self.folder.config.exists() and not resume:
             raise RunError(f"{self.folder.path} already holds a run; go on with --resume, or choose another --out")
 
@@ -175,6 +193,7 @@ class Run:
                         "restore them, or choose another --out"
                     )
             self._check_ledger()
+            self.check_inputs()
             atomic_write_text(self.folder.config, self.config.to_yaml())
             try:
                 yield self
@@ -352,6 +371,7 @@ class Run:
 
     def plan(self) -> Plan:
         """Needs the sizes of both sets, and spends nothing."""
+        self.check_inputs()
         c = self._resolved(None)
         assert c.privacy.population and c.privacy.delta and c.finetune.steps and c.select.labels_per_class
         rate = c.finetune.sample_rate(c.privacy.population)

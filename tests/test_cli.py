@@ -9,6 +9,7 @@ import yaml
 from tiny import PRIVATE, PUBLIC, SECTIONS, TEST
 
 from privimage_fast.cli import STAGES, main
+from privimage_fast.config import RunConfig, build_config
 from privimage_fast.data import save_npz
 
 
@@ -33,7 +34,7 @@ def test_budget_solves_sigma_with_and_without_the_query(capsys: pytest.CaptureFi
     arguments = "budget --population 4000 --batch-size 400 --epochs 10 --epsilon 3 --query-noise-multiplier 5"
     assert main(arguments.split()) == 0
     out = capsys.readouterr().out
-    assert "steps 100" in out and "without it, σ" in out
+    assert "steps 100" in out and "without the query, σ" in out
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,9 @@ def test_help_version_doctor_keys_and_a_near_miss(capsys: pytest.CaptureFixture[
     assert main(["doctor"]) == 0
     assert "CPU kernels" in capsys.readouterr().out
     assert main(["keys"]) == 0
-    assert yaml.safe_load(capsys.readouterr().out)["privacy"]["epsilon"] == 10.0
+    out = capsys.readouterr().out
+    assert build_config(yaml.safe_load(out)) == RunConfig()
+    assert "epsilon: 10.0  # target ε" in out and "steps: null  # noised steps; null derives them from `epochs`." in out
     assert main(["smaple"]) == 2
     assert "did you mean sample" in capsys.readouterr().err
 

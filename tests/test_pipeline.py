@@ -262,6 +262,18 @@ def test_loss_draws_come_from_the_secret_randomness(tmp_path: Path, monkeypatch:
     assert len(set(drawn)) == STEPS  # 63 secret bits a step
 
 
+def test_what_would_stop_a_later_stage_is_found_before_anything_is_spent(tmp_path: Path) -> None:
+    other = pf.ImageSet(TEST.images, TEST.labels, ("digit0", "digit1", "three"))
+    with pytest.raises(ConfigError, match=r"other classes than data\.private: digit2, three"):
+        run_all(tmp_path / "a", test=other)
+    with pytest.raises(ConfigError, match=r"no file nowhere\.onnx"):
+        run_all(tmp_path / "b", query={**SECTIONS["query"], "onnx": "nowhere.onnx"})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="is a file"):
+        run_all(tmp_path / "file")
+    assert not list(tmp_path.rglob("ledger.jsonl"))
+
+
 # ----------------------------------------------------------------------------------------------- stop and go on
 
 

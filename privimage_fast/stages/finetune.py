@@ -233,7 +233,7 @@ def physical_batch_size(model: Any, config: FinetuneConfig) -> int:
         return config.physical_batch_size
     per_image = activation_bytes(model) * config.multiplicity + 4 * sum(p.numel() for p in model.parameters())
     fits = config.memory_budget_mib * 2**20 // per_image
-    return int(max(1, min(fits, max(1, 256 // config.multiplicity), 2 * config.batch_size)))
+    return int(max(1, min(fits, max(1, 256 // config.multiplicity), config.batch_size)))
 
 
 def activation_bytes(model: Denoiser) -> int:
