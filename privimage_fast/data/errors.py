@@ -30,5 +30,5 @@ class Faults:
 
     def report(self, path: str, reason: str) -> None:
         if not self.skip_bad:
-            raise DataError(f"{path}: {reason}. Mend or remove it, or leave such files out with --skip-bad (in Python: skip_bad=True)")
+            raise DataError(f"{path}: {reason}. Mend or remove it, or leave such files out: --skip-bad, skip_bad=True")
         self.skipped.append(SkippedFile(path, reason))
