@@ -55,7 +55,7 @@ def test_no_import_runs_back(path: Path) -> None:
 @pytest.mark.parametrize("module", NO_TORCH)
 def test_imports_no_torch(module: str) -> None:
     code = f"import sys, privimage_fast.{module}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
 
 
 def test_native_code_includes_no_torch_header_and_one_file_knows_pybind() -> None:

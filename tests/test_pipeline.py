@@ -383,7 +383,7 @@ def test_killed_for_real_and_resumed_by_command(tmp_path: Path) -> None:
     data = {**SECTIONS["data"], **{name: str(tmp_path / f"{name}.npz") for name in ("public", "private", "test")}}
     config = {**SECTIONS, "data": data, "finetune": {**SECTIONS["finetune"], "steps": 60, "checkpoint_steps": 20}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**config, "out": str(tmp_path / "out")}))
-    command = [sys.executable, "-m", "privimage_fast", "run", "--config", str(tmp_path / "run.yaml")]
+    command = [sys.executable, "-P", "-m", "privimage_fast", "run", "--config", str(tmp_path / "run.yaml")]
     ledger = tmp_path / "out" / "ledger.jsonl"
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120

@@ -137,7 +137,7 @@ def test_a_missing_package_is_named(monkeypatch, name, module):
 def test_importing_the_layer_imports_neither_torch_nor_plotting():
     heavy = "torch mlxtend sklearn matplotlib".split()
     code = f"import sys, privimage_fast.data; print([m for m in {heavy!r} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
 
 

@@ -286,5 +286,5 @@ def test_accounting_and_ledger_load_neither_torch_nor_opacus() -> None:
         "bad = {'torch', 'opacus'} & set(sys.modules)\n"
         "assert not bad, bad\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

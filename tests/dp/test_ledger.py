@@ -110,7 +110,7 @@ def test_kill_in_the_middle_loses_no_charge(tmp_path: Path) -> None:
                 ledger.charge(DPSGDEvent(2.0, 0.05), stage="finetune")
                 print("touched", step, file=data, flush=True)
     """
-    child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])
+    child = subprocess.Popen([sys.executable, "-P", "-c", textwrap.dedent(code)])
     try:
         deadline = time.monotonic() + 60
         while not touched.exists() or touched.stat().st_size < 600:
@@ -221,7 +221,7 @@ def test_a_second_writer_is_refused_and_a_reader_is_not(path: Path) -> None:
     with Ledger(path, **PROMISE) as ledger:
         ledger.charge(STEP, stage="finetune")
         code = f"from privimage_fast.dp.ledger import Ledger; Ledger.resume({str(path)!r})"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
         assert done.returncode and "in use by another run" in done.stderr
         assert len(Ledger.read(path).records()) == 1
     Ledger.resume(path).close()

@@ -21,7 +21,7 @@ needs_source = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="not a so
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=False
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=False
     )
 
 

@@ -395,4 +395,4 @@ from pathlib import Path
 from privimage_fast.report import build_card, summary_table
 summary_table(Path({str(run)!r})), build_card(Path({str(run)!r}))
 assert "torch" not in sys.modules"""
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
