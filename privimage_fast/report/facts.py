@@ -25,6 +25,7 @@ from privimage_fast.report.privacy import Privacy, read_privacy, without_folder
 T = TypeVar("T")
 
 STAGES = ("query", "select", "pretrain", "finetune", "sample", "evaluate")
+READ_REAL_IMAGES = ("query", "finetune", "evaluate")  # their running times say something of those images
 # What decoders and the checks below raise on a file that is not what a stage writes.
 _UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, OSError, RecursionError, EOFError, ArithmeticError,
                NotImplementedError, yaml.YAMLError, zipfile.BadZipFile, zlib.error)  # fmt: skip
@@ -74,6 +75,7 @@ class Facts:
     class_counts: list[tuple[str, int]]
     image_shape: str | None
     timings: list[tuple[str, float | None, bool]]
+    secret_times: bool  # a time is written that the stages leave out today
     releases: list[Release]
     problems: list[str]
     finished: frozenset[str]
@@ -125,6 +127,7 @@ def read_facts(run_dir: Path) -> Facts:
     privacy = read_privacy(run_dir, budget or {}, query, config, "finetune" in seconds)
     if not privacy.holds:  # "computed from synthetic images alone" is worth nothing then
         metrics = [replace(metric, private=False) for metric in metrics]
+    secret_times = any(seconds.get(stage) is not None for stage in READ_REAL_IMAGES)
     return Facts(
         name=run_dir.resolve().name,
         config_text=config_text,
@@ -137,8 +140,9 @@ def read_facts(run_dir: Path) -> Facts:
         metrics=metrics,
         class_counts=counted[0] if counted else [],
         image_shape=counted[1] if counted else None,
-        timings=[(stage, seconds.get(stage), stage in ("query", "finetune", "evaluate")) for stage in STAGES],
-        releases=_releases(run_dir, metrics),
+        timings=[(stage, seconds.get(stage), stage in READ_REAL_IMAGES) for stage in STAGES],
+        secret_times=secret_times,
+        releases=_releases(run_dir, metrics, secret_times),
         problems=problems,
         finished=frozenset(seconds),
         has_neighbours=(run_dir / "samples" / "neighbours-not-private.png").exists(),
@@ -278,7 +282,7 @@ def _picture(path: Path) -> Picture | None:
     return Picture(Markup(base64.b64encode(data).decode()), width, height)
 
 
-def _releases(run_dir: Path, metrics: list[Metric]) -> list[Release]:
+def _releases(run_dir: Path, metrics: list[Metric], secret_times: bool) -> list[Release]:
     training = "trained on noised gradient sums only; all intermediate weights are covered"
     rows = [
         Release("Synthetic images", "synthetic.npz", True, "drawn from the private model; drawing more costs nothing"),
@@ -305,6 +309,8 @@ def _releases(run_dir: Path, metrics: list[Metric]) -> list[Release]:
         Release(
             "Nearest sensitive images", "samples/neighbours-not-private.png", False, "SHOWS SENSITIVE IMAGES: do not pass on"
         ),
-        Release("Running times", "stages.json", True, "of stages that read no sensitive image; the others' are not written"),
+        Release("Running times", "stages.json", False, "include those of stages that read real images")
+        if secret_times
+        else Release("Running times", "stages.json", True, "of stages that read no real image; the others' are not written"),
     ]
     return [row for row in rows if (run_dir / row.path).exists()]

@@ -66,8 +66,10 @@ def write_run(
             {"name": metric, "value": 0.784, "unit": "fraction", "private": False, "detail": "real test images"},
             {"name": "accuracy on synthetic", "value": None, "unit": "fraction", "private": True, "detail": "synthetic only"},
         ]},
-        "stages.json": {s: {"fingerprint": "f", "seconds": 61.0 + i} for i, s in enumerate(
-            ("query", "select", "pretrain", "finetune", "sample", "evaluate"))},
+        "stages.json": {  # no time where real images are read
+            "query": {"fingerprint": "f"}, "select": {"fingerprint": "f", "seconds": 0.5}, "pretrain": {"seconds": 64.0},
+            "finetune": {"fingerprint": "f"}, "sample": {"fingerprint": "f", "seconds": 4000.0}, "evaluate": {},
+        },
     }  # fmt: skip
     for name, value in write.items():
         (folder / name).write_text(json.dumps(value))

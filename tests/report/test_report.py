@@ -107,7 +107,8 @@ def test_full_run_shows_every_section(make_run: MakeRun) -> None:
     assert page.row("fine-tuning: steps") == ["fine-tuning: steps", "5", "5", "equal"]
     assert page.row("fine-tuning: noise multiplier σ")[1:] == ["2", "2", "equal"]
     assert page.row("RDP (Opacus)")[2].startswith("+")
-    assert "1 min 04 s" in page.text
+    assert page.row("pretrain") == ["pretrain", "1 min 04 s", "no"]
+    assert page.row("evaluate") == ["evaluate", "not written", "yes, so its time is not written"]
 
 
 def test_sheets_are_embedded_whole_and_the_sensitive_one_is_not(make_run: MakeRun) -> None:
@@ -146,6 +147,21 @@ def test_a_metric_that_does_not_say_it_is_private_is_not(make_run: MakeRun) -> N
     page = report(run)
     assert page.row("silent")[2] == page.row("odd")[2] == "not private"
     assert summary_table(run).count("NOT private") == 2
+
+
+def test_the_page_names_all_that_is_not_private_on_it(make_run: MakeRun) -> None:
+    run = make_run()
+    assert "It does contain what is marked not private: metrics. Leave that out" in report(run).text
+    assert report(run).row("Running times")[2] == "covered"
+    (run / "metrics.json").write_text(json.dumps({"metrics": [{"name": "own", "value": 1, "private": True}]}))
+    assert "contains no sensitive image." in report(run).text and "does contain" not in report(run).text
+    stages = json.loads((run / "stages.json").read_text())
+    stages["finetune"]["seconds"] = 3.0
+    (run / "stages.json").write_text(json.dumps(stages))
+    page = report(run)
+    assert "It does contain what is marked not private: running times. Leave that out" in page.text
+    assert page.row("Running times")[2] == "not private"
+    assert ["finetune", "3.0 s", "yes, time not private"] in [[cell.strip() for cell in row] for row in page.rows]
 
 
 def test_the_card_names_no_private_folder(make_run: MakeRun) -> None:
