@@ -501,6 +501,11 @@ def test_python_api_end_to_end(tmp_path: Path) -> None:
         model.sample(2, np.array([0, 9]))
 
 
+def test_the_neighbour_sheet_is_written_only_when_asked_for(tmp_path: Path) -> None:
+    run = run_all(tmp_path / "a", evaluate={"neighbours": True})
+    assert (run.folder.samples / "neighbours-not-private.png").stat().st_size > 100
+
+
 def test_another_test_set_is_another_evaluation(tmp_path: Path) -> None:
     model = pf.PrivImage(tiny_config(tmp_path)).fit(PUBLIC, PRIVATE, out=tmp_path / "a")
     blank = pf.ImageSet(np.zeros_like(TEST.images), TEST.labels, TEST.label_names)
