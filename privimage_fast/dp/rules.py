@@ -180,20 +180,25 @@ class ConvRule(MatrixRule):
         return self._backward(x, g, [False, True, False])
 
 
+def _dense(x: Tensor) -> Tensor:
+    """x in a layout that torch's group norm takes: contiguous, or channels last."""
+    return x if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+
+
 class GroupNormRule(Rule):
     """Affine terms of group normalisation; statistics are per row, so samples never mix."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         rows, channels = x.shape[:2]
         y, mean, rstd = torch.native_group_norm(
-            x, self.weight, self.bias, rows, channels, math.prod(x.shape[2:]), self.options["num_groups"], self.options["eps"]
+            _dense(x), self.weight, self.bias, rows, channels, math.prod(x.shape[2:]), self.options["num_groups"], self.options["eps"]
         )
         return y, (mean, rstd)
 
     def input_grad(self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
         rows, channels = x.shape[:2]
         return torch.ops.aten.native_group_norm_backward(
-            g.contiguous(), x.contiguous(), *saved, self.weight, rows, channels, math.prod(x.shape[2:]),
+            _dense(g), _dense(x), *saved, self.weight, rows, channels, math.prod(x.shape[2:]),
             self.options["num_groups"], [True, False, False],
         )[0]  # fmt: skip
 
