@@ -13,11 +13,11 @@ the clipped sum is one weighted read) or *deferred* (norm now, one ordinary weig
 
 from __future__ import annotations
 
+import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -25,14 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from privimage_fast import ops
-from privimage_fast.dp.rules import MatrixRule, UncoveredParameterError
-from privimage_fast.dp.tracker import Tracker, Use, batch_tensors, trainable_parameters
+from privimage_fast.dp.collector import Collector, fixed, full_precision, misplaced
+from privimage_fast.dp.rules import UncoveredParameterError
+from privimage_fast.dp.tracker import Sink, Tracker, Use, batch_tensors, trainable_parameters
+
+logger = logging.getLogger(__name__)
 
 STRATEGIES = ("auto", "store", "gram", "norm-only")
-
-# Deferred layers measure the norm in one computation and contribute through another; both round. Measuring this much
-# more than was found keeps the contribution under the bound (relative, on the squared norm).
-_DEFERRED_SLACK = 8e-6
 
 # Below, clip factors are denormal floats and no longer precise.
 _MIN_GRAD_NORM = 1e-30
@@ -42,24 +41,7 @@ LossFunction = Callable[..., Tensor]
 # Module → shapes of calls whose rows were seen to be independent, and how often that was tried in vain.
 _probed: WeakKeyDictionary[nn.Module, Counter[Any]] = WeakKeyDictionary()
 _PROBE_ATTEMPTS = 5
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """No autocast and no TF32: a norm of 10-bit products is off by more than the bound allows."""
-    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    try:
-        if matmul != "highest":
-            torch.set_float32_matmul_precision("highest")
-        if device.type == "cuda":
-            torch.backends.cudnn.allow_tf32 = False
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        if matmul != "highest":
-            torch.set_float32_matmul_precision(matmul)
-        if device.type == "cuda":
-            torch.backends.cudnn.allow_tf32 = cudnn
+_told: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 class ClippedGrad(NamedTuple):
@@ -68,85 +50,6 @@ class ClippedGrad(NamedTuple):
     grads: dict[str, Tensor]
     norms: Tensor
     losses: Tensor
-
-
-@dataclass
-class _Deferred:
-    """A matrix whose clipped sum is computed after the norms are known."""
-
-    name: str
-    use: Use
-
-
-class _Collector:
-    """Receives the uses of one backward pass and keeps each parameter's per-sample gradients or the means to sum them."""
-
-    def __init__(self, rows: int, multiplicity: int, strategy: str, memory_budget: int | None, tracker: Tracker) -> None:
-        self.rows, self.multiplicity, self.samples = rows, multiplicity, rows // multiplicity
-        self.strategy, self.tracker = strategy, tracker
-        self.budget = float("inf") if memory_budget is None else memory_budget
-        self.stored: dict[str, Tensor] = {}
-        self.sq_norms: dict[str, Tensor] = {}
-        self.deferred: list[_Deferred] = []
-
-    def __call__(self, use: Use) -> None:
-        rows = use.x.shape[0]
-        if use.x.dim() == 0 or rows % self.rows:
-            raise UncoveredParameterError(_misplaced(use, self.rows))
-        if use.x.dtype == torch.bfloat16 or use.x.dtype == torch.float16:
-            use = Use(use.rule, use.x.float(), use.g.float(), tuple(s.float() for s in use.saved))
-        with full_precision(use.g.device):
-            self._collect(use, rows)
-
-    def _collect(self, use: Use, rows: int) -> None:
-        multiplicity = self.multiplicity * (rows // self.rows)
-        if self._is_deferred(use):
-            self._defer(use, multiplicity)
-            return
-        for term in use.rule.per_sample(use.x, use.g, use.saved, multiplicity, self.stored):
-            # One entry a parameter: a parameter used twice has its gradients added before the norm is taken.
-            self.stored[term.name], self.sq_norms[term.name] = term.stored, term.sq_norms
-            self.budget -= term.stored.numel() * term.stored.element_size()
-
-    def _is_deferred(self, use: Use) -> bool:
-        name = use.rule.names.get("weight")
-        if not isinstance(use.rule, MatrixRule) or name is None or self.tracker.calls[name] > 1:
-            return False  # the norm of a sum over several calls needs their gradients, not their norms
-        if self.strategy == "auto":
-            return 4 * self.samples * use.rule.weight_numel() > self.budget
-        return self.strategy != "store"
-
-    def _defer(self, use: Use, multiplicity: int) -> None:
-        assert isinstance(use.rule, MatrixRule)
-        how = "gram" if self.strategy == "gram" else "norm-only"
-        name = use.rule.names["weight"]
-        self.sq_norms[name] = use.rule.weight_norms(use.x, use.g, multiplicity, how) * (1 + _DEFERRED_SLACK)
-        self.deferred.append(_Deferred(name, use))
-        for term in use.rule.bias_terms(use.g, multiplicity, self.stored):
-            self.stored[term.name], self.sq_norms[term.name] = term.stored, term.sq_norms
-
-    def total_sq_norms(self, device: torch.device) -> Tensor:
-        total = torch.zeros(self.samples, dtype=torch.float64, device=device)
-        for sq in self.sq_norms.values():
-            total += sq.double()
-        return total
-
-    def add_to(self, sums: dict[str, Tensor], factors: Tensor) -> None:
-        """sums[name] += Σ_b factors_b · gradient_b, for every parameter that took part."""
-        deferred = []  # computed first: where one fails, nothing has been added
-        for entry in self.deferred:
-            x, g = entry.use.x, entry.use.g
-            per_row = factors.repeat_interleave(x.shape[0] // self.samples).view(-1, *([1] * (g.dim() - 1)))
-            # Multiplying by zero would let an infinite sample through as NaN; such rows are replaced, input and all.
-            kept = per_row != 0
-            g = torch.where(kept, g, 0) * per_row
-            x = torch.where(kept.view(-1, *([1] * (x.dim() - 1))), x, 0)
-            assert isinstance(entry.use.rule, MatrixRule)
-            deferred.append(entry.use.rule.weighted_weight_grad(x, g))
-        names = list(self.stored)
-        ops.weighted_sum_([sums[n] for n in names], [self.stored[n] for n in names], factors)
-        for entry, grad in zip(self.deferred, deferred, strict=True):
-            sums[entry.name] += grad
 
 
 def accumulate_clipped(
@@ -170,52 +73,27 @@ def accumulate_clipped(
     parameters = trainable_parameters(module)
     if not parameters:
         raise ValueError(f"{type(module).__name__} has no trainable parameter: every requires_grad is False")
-    receivers: list[Callable[[Use], None]] = []
-
-    def sink(use: Use) -> None:
-        if not receivers:
-            raise UncoveredParameterError(
-                f"a gradient was taken through {use.rule.describe()} inside loss_fn (a gradient penalty?); the engine forms "
-                "per-sample gradients of first-order losses only"
-            )
-        receivers[-1](use)
-
-    tracker = Tracker(parameters, args, sink)
-    versions = {name: buffer._version for name, buffer in module.named_buffers()}
-    with torch.enable_grad(), tracker:
+    sink = Sink()
+    tracker = Tracker(module, args, sink)
+    with torch.enable_grad(), eagerly(module), tracker:
         losses = loss_fn(module, *args)
-    for name, buffer in module.named_buffers():
-        if versions.get(name) != buffer._version:
-            raise UncoveredParameterError(
-                f"the forward pass changes the buffer {name!r}: statistics of the batch would be kept without noise; turn "
-                "running statistics off (track_running_stats=False), or put the layer in eval() mode"
-            )
+    tracker.check_buffers()
     rows = _check_losses(losses, args, multiplicity)
     if rows == 0:
         return torch.zeros(0, dtype=torch.float64, device=losses.device), losses.detach()
     if not losses.requires_grad:
         raise UncoveredParameterError("the losses do not depend on any trainable parameter; was the forward pass detached?")
-    collector = _Collector(rows, multiplicity, strategy, memory_budget, tracker)
+    collector = Collector(rows, multiplicity, sink.calls, fixed(strategy))
     try:
-        with torch.autocast(losses.device.type, enabled=False):
-            _probe_rows(module, losses, args, multiplicity, tracker, receivers)
-            receivers.append(collector)
-            leaks = torch.autograd.grad(losses.sum(), [tracker.anchor, *parameters.values()], allow_unused=True)[1:]
+        with torch.autocast(losses.device.type, enabled=False), eagerly(module):
+            probe_rows(module, lambda keep: losses[keep.to(losses.device)].sum(), args, rows, multiplicity, tracker, sink)
+            sink.receiver = collector
+            leaks = _backward(tracker, losses.sum(), [tracker.anchor, *parameters.values()])[1:]
+            tracker.check_gradients(dict(zip(parameters, leaks, strict=True)))
+            collector.pull_back(tracker.derived, parameters)
     finally:
         # The graph's nodes hold the sink: without this, stored gradients would wait in a cycle for the garbage collector.
-        receivers.clear()
-    for name, leak in zip(parameters, leaks, strict=True):
-        if leak is not None:
-            raise UncoveredParameterError(
-                f"parameter {name!r} reached the loss by a way the engine cannot see (a custom autograd function?), so its "
-                "gradient is not per sample; freeze it with requires_grad_(False) or use it through torch functions"
-            )
-    for name, function in tracker.without_grad.items():
-        if not tracker.calls[name]:
-            raise UncoveredParameterError(
-                f"parameter {name!r} is used by {function} only where gradients are off (no_grad, or checkpointing with "
-                "use_reentrant=True): it would not train; freeze it, or use checkpointing with use_reentrant=False"
-            )
+        sink.receiver = None
     with full_precision(losses.device):
         sq_norms = collector.total_sq_norms(losses.device)
         if sample_weight is not None:
@@ -224,36 +102,71 @@ def accumulate_clipped(
     return sq_norms.sqrt(), losses.detach()
 
 
-def _probe_rows(
-    module: nn.Module, losses: Tensor, args: Sequence[Any], multiplicity: int, tracker: Tracker,
-    receivers: list[Callable[[Use], None]],
+def _backward(
+    tracker: Tracker, output: Tensor, inputs: Sequence[Tensor], *, retain_graph: bool = False
+) -> Sequence[Tensor | None]:
+    """Gradients of the scalar ``output`` with the tracker active, so that checkpointed parts run through it once more."""
+    tracker.recording = False
+    try:
+        with tracker:  # torch.autograd.grad would suspend the mode, so the engine is called directly
+            return torch.autograd.Variable._execution_engine.run_backward(  # type: ignore[attr-defined]
+                (output,), (torch.ones_like(output),), retain_graph, False, tuple(inputs), True, accumulate_grad=False
+            )
+    finally:
+        tracker.recording = True
+
+
+@contextmanager
+def eagerly(module: nn.Module) -> Iterator[None]:
+    """Runs compiled parts of ``module`` as written: what is inside compiled code cannot be watched."""
+    compiled = next((name or "the module" for name, m in module.named_modules() if is_compiled(m)), None)
+    if compiled is None:
+        yield
+        return
+    if not hasattr(torch.compiler, "set_stance"):  # torch < 2.6
+        raise UncoveredParameterError(
+            f"{compiled!r} is compiled by torch.compile, and its calls cannot be seen; pass the module that was compiled"
+        )
+    if module not in _told:
+        _told[module] = True
+        logger.warning("%s is compiled by torch.compile; per-sample gradients need its calls one by one, so it runs eagerly", compiled)
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def probe_rows(
+    module: nn.Module, part_of: Callable[[Tensor], Tensor], args: Any, rows: int, multiplicity: int, tracker: Tracker, sink: Sink,
 ) -> None:  # fmt: skip
     """Sees to it, once for each module and shape, that a sample's rows are where the engine takes them to be.
 
-    The losses of half of the samples are differentiated alone: the output gradients of every call must then be zero on all
-    rows of the other samples. Real and fake images concatenated behind each other, a sequence-first layer, positions
-    broadcast over the batch and means over it all fail here, whatever their shapes.
+    ``part_of(keep)`` is a scalar that depends on the rows in ``keep`` only, if rows are independent; ``keep`` (rows,) is True on
+    half of the samples. Differentiated alone, it must leave the output gradients of every call zero on all rows of the other
+    samples. Real and fake images concatenated behind each other, a sequence-first layer, positions broadcast over the batch and
+    means over it all fail here, whatever their shapes.
 
     Raises:
         UncoveredParameterError: naming the parameters of the call.
     """
-    rows = losses.shape[0]
     samples = rows // multiplicity
-    key = (multiplicity, module.training, tuple(tuple(t.shape) for t in batch_tensors(list(args))))
+    key = (multiplicity, module.training, tuple(tuple(t.shape) for t in batch_tensors(args)))
     seen = _probed.setdefault(module, Counter())
     if samples < 2 or seen[key] >= _PROBE_ATTEMPTS:
         return
-    chosen = torch.zeros(samples, dtype=torch.bool, device=losses.device)
+    chosen = torch.zeros(samples, dtype=torch.bool)
     chosen[random.SystemRandom().sample(range(samples), samples // 2)] = True  # leaves the user's generators alone
     silent = False
 
     def receive(use: Use) -> None:
         nonlocal silent
-        if use.g.shape[0] % rows:
-            raise UncoveredParameterError(_misplaced(use, rows))
-        per_sample = use.g.detach().reshape(samples, -1)
+        if use.incoming.shape[0] % rows:
+            raise UncoveredParameterError(misplaced(use, rows))
+        per_sample = use.incoming.detach().reshape(samples, -1)
         # 0·inf of a sample that is not finite is no evidence.
-        found = (per_sample != 0) & per_sample.isfinite()
+        found = ((per_sample != 0) & per_sample.isfinite()).any(1).cpu()
         if found[~chosen].any():
             raise UncoveredParameterError(
                 f"{use.rule.describe()}, applied to shape {tuple(use.x.shape)}, carries one sample's loss in the rows of "
@@ -262,19 +175,13 @@ def _probe_rows(
             )
         silent |= not bool(found.any())
 
-    receivers.append(receive)
-    part = losses[chosen.repeat_interleave(multiplicity)].sum()
-    torch.autograd.grad(part, [tracker.anchor], allow_unused=True, retain_graph=True)
-    receivers.pop()
+    sink.receiver = receive
+    try:
+        _backward(tracker, part_of(chosen.repeat_interleave(multiplicity)), [tracker.anchor], retain_graph=True)
+    finally:
+        sink.receiver = None
     # A layer behind a zero-initialised one shows nothing yet: it is looked at again, a few times.
     seen[key] += 1 if silent else _PROBE_ATTEMPTS
-
-
-def _misplaced(use: Use, rows: int) -> str:
-    return (
-        f"{use.rule.describe()} was applied to shape {tuple(use.x.shape)}, whose first dimension is not a multiple of "
-        f"the {rows} rows of the batch; rows must stay the first dimension"
-    )
 
 
 def _checked_weight(sample_weight: Tensor, samples: int) -> Tensor:

@@ -6,6 +6,9 @@ without keeping them. Rules are tied to *functions* (``F.conv2d``), not to modul
 and again through ``torch.nn.functional``, circular padding, or the order in which layers were registered are then
 no special cases.
 
+Weights may be parameters or tensors derived from them (``weight.t()``, a normalised weight); ``names`` holds the key under which
+the collector keeps their gradients, and the tracker pulls those of derived tensors back to parameters.
+
 Rows of a batch: sample b owns the K adjacent rows b·K … b·K+K−1; a call may see a whole multiple n of them (tokens or
 patches flattened into the batch), and then uses K·n rows a sample.
 """
@@ -14,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -50,12 +53,17 @@ class Rule:
     bias: Tensor | None
     options: dict[str, Any] = field(default_factory=dict)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Returns y and what the backward pass needs beside x."""
+    def forward(self, x: Tensor, *more: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Returns y and what the backward pass needs beside its inputs."""
         raise NotImplementedError
 
     def input_grad(self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...]) -> Tensor | None:
         raise NotImplementedError
+
+    def input_grads(
+        self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...], needs: Sequence[bool]
+    ) -> tuple[Tensor | None, ...]:
+        return (self.input_grad(x, g, saved) if needs[0] else None,)
 
     def per_sample(
         self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...], multiplicity: int, out: dict[str, Tensor]
@@ -63,12 +71,68 @@ class Rule:
         """Per-sample gradients of every trainable parameter of the call; ``out[name]`` is accumulated into."""
         raise NotImplementedError
 
+    def without_affine(self, x: Tensor) -> Tensor | None:
+        """A normalisation without weight and bias, on x with its graph; None for what is no normalisation."""
+        return None
+
+    def scale_view(self, x: Tensor) -> tuple[int, ...]:
+        """Shape in which a normalisation's weight broadcasts against x."""
+        raise NotImplementedError
+
+    def scale_rule(self, x: Tensor) -> tuple[ExpandRule, tuple[int, ...]]:
+        """The normalisation's weight as a factor for each row, and the shape in which it broadcasts against x."""
+        assert self.weight is not None
+        rule = ExpandRule("expand", {"weight": self.names["weight"]}, self.weight, None, {"shape": tuple(self.weight.shape)})
+        return rule, (x.shape[0], *self.scale_view(x)[1:])
+
     def describe(self) -> str:
-        return f"{self.function}({', '.join(sorted(self.names.values()))})"
+        return f"{self.function}({', '.join(sorted(n.split(' at ')[0] for n in self.names.values()))})"
+
+
+class ExpandRule(Rule):
+    """A parameter copied for each row (``options["shape"]``: of a row); x is an empty tensor that tells the rows."""
+
+    def forward(self, x: Tensor, *more: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        assert self.weight is not None
+        return self.weight.expand(x.shape[0], *self.options["shape"]).clone(), ()
+
+    def input_grad(self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...]) -> None:
+        return None
+
+    def per_sample(
+        self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...], multiplicity: int, out: dict[str, Tensor]
+    ) -> list[Term]:
+        assert self.weight is not None
+        name, shape = self.names["weight"], self.options["shape"]
+        samples = x.shape[0] // multiplicity
+        g = g.reshape(samples, multiplicity, *shape)
+        own = tuple(self.weight.shape)
+        own = (1,) * (len(shape) - len(own)) + own[max(0, len(own) - len(shape)) :]
+        dims = [1, *(i + 2 for i, (o, s) in enumerate(zip(own, shape, strict=True)) if o == 1 and s != 1)]
+        dtype = torch.float64 if g.dtype == torch.float64 else torch.float32
+        stored = g.sum(dims, dtype=dtype).reshape(samples, *self.weight.shape)
+        return [_added(name, stored, out)]
+
+
+def _added(name: str, stored: Tensor, out: dict[str, Tensor]) -> Term:
+    """The term of ``stored``, after what an earlier call of the parameter left."""
+    if name in out:
+        stored = out[name].add_(stored)
+    return Term(name, squared_norms(stored), stored)
+
+
+def squared_norms(stored: Tensor) -> Tensor:
+    """(B, *shape) → (B,) float64, summed in double."""
+    if stored[:1].numel() == 0:
+        return torch.zeros(stored.shape[0], dtype=torch.float64, device=stored.device)
+    return torch.linalg.vector_norm(stored.reshape(stored.shape[0], -1), dim=1, dtype=torch.float64).square()
 
 
 class MatrixRule(Rule):
-    """A rule whose weight gradient is a contraction over positions, so that norms can be had without storing it."""
+    """A rule whose weight gradient is a contraction over positions, so that norms can be had without storing it.
+
+    The call is linear in x and in its weight, so its second-order gradients are contractions of the same kind.
+    """
 
     def weight_norms(self, x: Tensor, g: Tensor, multiplicity: int, strategy: str) -> Tensor:
         """(B,) float64 squared norms of the weight's per-sample gradients; ``strategy`` is "gram" or "norm-only"."""
@@ -77,6 +141,9 @@ class MatrixRule(Rule):
     def weighted_weight_grad(self, x: Tensor, g: Tensor) -> Tensor:
         """The ordinary weight gradient for output gradients g that already carry the clip factors."""
         raise NotImplementedError
+
+    def without_bias(self) -> MatrixRule:
+        return replace(self, bias=None, names={k: v for k, v in self.names.items() if k == "weight"})
 
     def weight_numel(self) -> int:
         assert self.weight is not None
@@ -93,7 +160,7 @@ class MatrixRule(Rule):
 class LinearRule(MatrixRule):
     """y = x Wᵀ + b on the last dimension; every dimension between the rows and the last is a position."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, x: Tensor, *more: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         return F.linear(x, self.weight, self.bias), ()
 
     def input_grad(self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
@@ -130,7 +197,7 @@ class ConvRule(MatrixRule):
     def _arguments(self) -> dict[str, Any]:
         return {key: self.options[key] for key in ("stride", "padding", "dilation", "groups")}
 
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, x: Tensor, *more: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         convolution = F.conv1d if x.dim() == 3 else F.conv2d
         return convolution(x, self.weight, self.bias, **self._arguments()), ()
 
@@ -180,6 +247,34 @@ class ConvRule(MatrixRule):
         return self._backward(x, g, [False, True, False])
 
 
+class ConvTransposeRule(ConvRule):
+    """Transposed convolution: the adjoint of a convolution, so input and output change places in the weight gradient."""
+
+    def forward(self, x: Tensor, *more: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        convolution = F.conv_transpose1d if x.dim() == 3 else F.conv_transpose2d
+        return convolution(x, self.weight, self.bias, output_padding=self.options["output_padding"], **self._arguments()), ()
+
+    def input_grad(self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
+        convolution = F.conv1d if x.dim() == 3 else F.conv2d
+        return convolution(g, self.weight, None, **self._arguments())
+
+    def per_sample(
+        self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...], multiplicity: int, out: dict[str, Tensor]
+    ) -> list[Term]:
+        terms = self.bias_terms(g, multiplicity, out)
+        name = self.names.get("weight")
+        if name is not None:
+            sq, stored = ops.conv_weight_grad(g, x, multiplicity=multiplicity, out=out.get(name), **self._kernel())
+            terms.append(Term(name, sq, stored))
+        return terms
+
+    def weight_norms(self, x: Tensor, g: Tensor, multiplicity: int, strategy: str) -> Tensor:
+        return super().weight_norms(g, x, multiplicity, strategy)
+
+    def weighted_weight_grad(self, x: Tensor, g: Tensor) -> Tensor:
+        return super().weighted_weight_grad(g, x)
+
+
 def _dense(x: Tensor) -> Tensor:
     """x in a layout that torch's group norm takes: contiguous, or channels last."""
     return x if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
@@ -188,12 +283,18 @@ def _dense(x: Tensor) -> Tensor:
 class GroupNormRule(Rule):
     """Affine terms of group normalisation; statistics are per row, so samples never mix."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, x: Tensor, *more: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         rows, channels = x.shape[:2]
         y, mean, rstd = torch.native_group_norm(
             _dense(x), self.weight, self.bias, rows, channels, math.prod(x.shape[2:]), self.options["num_groups"], self.options["eps"]
         )
         return y, (mean, rstd)
+
+    def without_affine(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, self.options["num_groups"], None, None, self.options["eps"])
+
+    def scale_view(self, x: Tensor) -> tuple[int, ...]:
+        return (1, x.shape[1], *[1] * (x.dim() - 2))
 
     def input_grad(self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
         rows, channels = x.shape[:2]
@@ -216,9 +317,16 @@ class GroupNormRule(Rule):
 class LayerNormRule(Rule):
     """Affine terms of layer normalisation over the trailing ``normalized_shape``."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, x: Tensor, *more: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         y, mean, rstd = torch.native_layer_norm(x, self.options["normalized_shape"], self.weight, self.bias, self.options["eps"])
         return y, (mean, rstd)
+
+    def without_affine(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.options["normalized_shape"], None, None, self.options["eps"])
+
+    def scale_view(self, x: Tensor) -> tuple[int, ...]:
+        shape = self.options["normalized_shape"]
+        return (*[1] * (x.dim() - len(shape)), *shape)
 
     def input_grad(self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
         return torch.ops.aten.native_layer_norm_backward(
@@ -244,7 +352,7 @@ class LayerNormRule(Rule):
 class EmbeddingRule(Rule):
     """Rows of a table looked up by integer ids of shape (rows, …)."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, x: Tensor, *more: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         return F.embedding(x, self.weight), ()
 
     def input_grad(self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...]) -> None:
@@ -259,11 +367,107 @@ class EmbeddingRule(Rule):
             x.flatten(1) if x.dim() > 1 else x.unsqueeze(1), g.reshape(g.shape[0], -1, g.shape[-1]),
             num_embeddings=self.weight.shape[0], padding_idx=self.options["padding_idx"], multiplicity=multiplicity,
         )  # fmt: skip
-        if name in out:
-            out[name] += stored
-            stored = out[name]
-            sq = stored.flatten(1).double().square().sum(1)
-        return [Term(name, sq, stored)]
+        return [_added(name, stored, out)] if name in out else [Term(name, sq, stored)]
+
+
+@dataclass
+class GeneralRule(Rule):
+    """Any function that treats rows alike: each sample's gradient is taken alone. Slow, and right.
+
+    x and ``more`` are the call's tensors of the batch; ``weights`` its parameters, by the roles "weight0", "weight1", …
+    """
+
+    func: Callable[..., Any] = lambda: None
+    call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+    weights: tuple[Tensor, ...] = ()
+    places: dict[int, tuple[str, int]] = field(default_factory=dict)  # id of an argument → ("data" | "weight", number)
+    rows: int = 0
+    autocast: tuple[str, torch.dtype, bool] = ("cpu", torch.bfloat16, False)
+
+    @classmethod
+    def make(
+        cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, weights: list[Tensor], names: list[str],
+        data: list[Tensor], rows: int, where: str,
+    ) -> GeneralRule:  # fmt: skip
+        for t in data:
+            if t.dim() == 0 or t.shape[0] % rows:
+                raise UncoveredParameterError(
+                    f"{where} was given a tensor of shape {tuple(t.shape)}, whose first dimension is not a multiple of the {rows} "
+                    "rows of the batch; rows must stay the first dimension"
+                )
+        places = {id(t): ("data", i) for i, t in enumerate(data)} | {id(t): ("weight", i) for i, t in enumerate(weights)}
+        device = data[0].device.type
+        autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        roles = {f"weight{i}": name for i, name in enumerate(names)}
+        return cls(
+            where, roles, None, None, {}, func, (args, kwargs), tuple(w.detach() for w in weights), places, rows, autocast
+        )
+
+    def _run(self, data: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+        def filled(tree: Any) -> Any:
+            if isinstance(tree, Tensor):
+                kind, number = self.places.get(id(tree), ("constant", 0))
+                return data[number] if kind == "data" else weights[number] if kind == "weight" else tree
+            if isinstance(tree, dict):
+                return {key: filled(value) for key, value in tree.items()}
+            return type(tree)(filled(value) for value in tree) if isinstance(tree, list | tuple) else tree
+
+        device, dtype, enabled = self.autocast
+        with torch.autocast(device, dtype=dtype, enabled=enabled):
+            return self.func(*filled(self.call[0]), **filled(self.call[1]))
+
+    def _part(self, t: Tensor, index: int, parts: int) -> Tensor:
+        size = t.shape[0] // parts
+        return t[index * size : (index + 1) * size]
+
+    def check_rows(self, out: Tensor, data: Sequence[Tensor]) -> None:
+        """Raises UncoveredParameterError unless the function gives rows alone what it gives them in the batch."""
+        with torch.no_grad():
+            for row in {0, self.rows - 1}:
+                try:
+                    alone = self._run([self._part(t.detach(), row, self.rows) for t in data], self.weights)
+                    whole = self._part(out, row, self.rows)
+                    same = alone.shape == whole.shape and torch.allclose(alone, whole, 1e-3, 1e-5, equal_nan=True)
+                except (RuntimeError, ValueError, IndexError):
+                    same = False
+                if not same:
+                    raise UncoveredParameterError(
+                        f"{self.describe()} has no per-sample gradient rule, and the general one does not apply: row {row} alone "
+                        "gives another result than in the batch (rows not first, samples mixed, or a random function). Freeze the "
+                        "parameter with requires_grad_(False), or express it through linear, convolution, normalisation, "
+                        "embedding or broadcasting functions"
+                    )
+
+    def forward(self, x: Tensor, *more: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return self._run((x, *more), self.weights), ()
+
+    def input_grads(
+        self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...], needs: Sequence[bool]
+    ) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            data = [t.detach().requires_grad_(need) for t, need in zip((x, *saved), needs, strict=True)]
+            wanted = [t for t in data if t.requires_grad]
+            found = iter(torch.autograd.grad(self._run(data, self.weights), wanted, g, allow_unused=True) if wanted else ())
+        return tuple(next(found) if t.requires_grad else None for t in data)
+
+    def per_sample(
+        self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...], multiplicity: int, out: dict[str, Tensor]
+    ) -> list[Term]:
+        samples = x.shape[0] // multiplicity
+        dtypes = [torch.float64 if w.dtype == torch.float64 else torch.float32 for w in self.weights]
+        stored = [torch.zeros(samples, *w.shape, dtype=t, device=w.device) for w, t in zip(self.weights, dtypes, strict=True)]
+        for b in range(samples):
+            with torch.enable_grad():
+                weights = [w.detach().requires_grad_() for w in self.weights]
+                y = self._run([self._part(t.detach(), b, samples) for t in (x, *saved)], weights)
+                grads = torch.autograd.grad(y, weights, self._part(g, b, samples), allow_unused=True)
+            for into, grad in zip(stored, grads, strict=True):
+                if grad is not None:
+                    into[b] = grad
+        return [_added(self.names[f"weight{i}"], s, out) for i, s in enumerate(stored)]
+
+    def describe(self) -> str:
+        return self.function
 
 
 def _gram_norms(x: Tensor, g: Tensor, multiplicity: int) -> Tensor:
@@ -316,6 +520,25 @@ def _conv_call(dims: int) -> Callable[..., tuple[Tensor, Rule]]:
     return parse
 
 
+def _conv_transpose_call(dims: int) -> Callable[..., tuple[Tensor, Rule]]:
+    def parse(
+        names: dict[str, str], input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
+        output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
+    ) -> tuple[Tensor, Rule]:  # fmt: skip
+        if input.dim() != dims + 2:
+            raise UncoveredParameterError(
+                f"conv_transpose{dims}d ({', '.join(names.values())}) of shape {tuple(input.shape)}; expected rows first and "
+                f"{dims + 2} dimensions"
+            )
+        options = {
+            "stride": _expand(stride, dims), "padding": _expand(padding, dims), "dilation": _expand(dilation, dims),
+            "groups": groups, "output_padding": _expand(output_padding, dims), "channel_dim": 1,
+        }  # fmt: skip
+        return input, ConvTransposeRule(f"conv_transpose{dims}d", names, weight, bias, options)
+
+    return parse
+
+
 def _linear_call(names: dict[str, str], input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Rule]:
     if weight.dim() != 2:
         raise UncoveredParameterError(
@@ -356,6 +579,8 @@ def _embedding_call(
 RULES: dict[Callable[..., Any], Callable[..., tuple[Tensor, Rule]]] = {
     F.conv1d: _conv_call(1),
     F.conv2d: _conv_call(2),
+    F.conv_transpose1d: _conv_transpose_call(1),
+    F.conv_transpose2d: _conv_transpose_call(2),
     F.linear: _linear_call,
     F.group_norm: _group_norm_call,
     F.layer_norm: _layer_norm_call,

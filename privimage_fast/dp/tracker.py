@@ -1,10 +1,11 @@
 """Watches one forward pass and replaces every call on a trainable parameter by its rule.
 
-Inside ``with tracker:`` each torch function call is seen with its arguments. A call that takes a trainable parameter
-is run through an autograd function whose backward computes the input gradient only and hands (rule, x, g) to the
-tracker; autograd itself never forms a weight gradient. A call on a parameter for which there is no rule is refused by
-the parameter's name, and so is one whose input does not depend on the batch: its output gradient would already be
-summed over the samples, and the clip bound silently lost.
+Inside ``with tracker:`` each torch function call is seen with its arguments. Tensors are of three kinds: those that come
+from the *batch*, those *derived* from trainable parameters alone (``weight.t()``, a normalised weight, LoRA's product; the
+parameters themselves too), and constants. Functions of one kind run as they are. Where a derived tensor meets the batch, the
+call is run through an autograd function whose backward computes the input gradient only and hands (rule, x, g) to the
+collector; autograd itself never forms a weight gradient. Per-sample gradients of derived tensors are pulled back to their
+parameters later. What no rule covers is tried by the general rule, and what that cannot cover is refused by name.
 """
 
 from __future__ import annotations
@@ -18,140 +19,379 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from privimage_fast.dp.rules import RULES, Rule, UncoveredParameterError
+from privimage_fast.dp.calls import (
+    BORROWS_ONLY, ELEMENTWISE, EXPANDS, REWRITES, batch_norm_training, elementwise_rows, expanded_source,
+)  # fmt: skip
+from privimage_fast.dp.rules import RULES, ExpandRule, GeneralRule, MatrixRule, Rule, UncoveredParameterError
 
 
 @dataclass
 class Use:
-    """What the backward pass left of one call: the rule, its input, its output gradient, and what forward saved."""
+    """What the backward pass left of one call: the rule, its input, its output gradient, and what forward saved.
+
+    ``second_order``: x is the gradient that came back, and g belongs to an earlier pass (a gradient penalty).
+    """
 
     rule: Rule
     x: Tensor
     g: Tensor
     saved: tuple[Tensor, ...]
+    second_order: bool = False
+
+    @property
+    def incoming(self) -> Tensor:
+        """What the backward pass brought: zero on rows whose loss is not differentiated."""
+        return self.x if self.second_order else self.g
+
+
+class Sink:
+    """Where uses go: nowhere until a receiver is set. ``calls`` counts how often each parameter is used in a step."""
+
+    def __init__(self) -> None:
+        self.receiver: Callable[[Use], None] | None = None
+        self.calls: Counter[str] = Counter()
+
+    def __call__(self, use: Use) -> None:
+        if self.receiver is not None:
+            self.receiver(use)
+
+
+def _wanted(anchor: Tensor) -> bool:
+    """Whether the backward pass that is running asks for weight gradients.
+
+    A gradient penalty differentiates with respect to inputs; nothing of that pass is a parameter's gradient.
+    """
+    return torch._C._will_engine_execute_node(anchor.grad_fn)  # type: ignore[attr-defined]
 
 
 class _Call(torch.autograd.Function):
     """y = rule(x). The anchor keeps the call in the graph when x itself needs no gradient (first layers, ids)."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, x: Tensor, rule: Rule, sink: Callable[[Use], None]) -> Tensor:
-        y, saved = rule.forward(x)
-        ctx.rule, ctx.sink = rule, sink
-        ctx.save_for_backward(x, *saved)
+    def forward(ctx: Any, anchor: Tensor, rule: Rule, sink: Sink, x: Tensor, *more: Tensor) -> Tensor:
+        y, saved = rule.forward(x, *more)
+        if y._is_view():  # F.linear's reshaped product: a view made in here could not be changed in place outside
+            y = torch.ops.aten._unsafe_view(y, y.shape)
+        ctx.rule, ctx.sink, ctx.anchor, ctx.inputs = rule, sink, anchor, 1 + len(more)
+        ctx.save_for_backward(x, *more, *saved)
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor | None, None, None]:
-        x, *saved = ctx.saved_tensors
-        input_grad = ctx.rule.input_grad(x, g, tuple(saved)) if ctx.needs_input_grad[1] else None
-        ctx.sink(Use(ctx.rule, x, g, tuple(saved)))
-        return None, input_grad, None, None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, *rest = ctx.saved_tensors
+        needs = ctx.needs_input_grad[3:]
+        if torch.is_grad_enabled():  # create_graph: the gradient has to be differentiable, and its use of weights seen
+            grads = _differentiable_input_grad(ctx, x, g, rest) if any(needs) else (None,) * ctx.inputs
+        else:
+            grads = ctx.rule.input_grads(x, g, tuple(rest), needs)
+        if _wanted(ctx.anchor):
+            ctx.sink(Use(ctx.rule, x.detach(), g.detach(), tuple(rest)))
+        return None, None, None, *grads
+
+
+def _differentiable_input_grad(ctx: Any, x: Tensor, g: Tensor, rest: list[Tensor]) -> tuple[Tensor | None, ...]:
+    rule: Rule = ctx.rule
+    if isinstance(rule, MatrixRule):
+        ctx.sink.calls.update([rule.names["weight"]] if "weight" in rule.names else [])
+        return (_InputGrad.apply(ctx.anchor, rule.without_bias(), ctx.sink, g, x.detach()),)
+    plain = rule.without_affine(x)
+    if plain is None:
+        raise UncoveredParameterError(
+            f"a gradient was taken through {rule.describe()} with create_graph=True (a gradient penalty?); the engine covers that "
+            "for linear, convolution and normalisation layers and broadcast parameters only"
+        )
+    if "weight" in rule.names:
+        ctx.sink.calls[rule.names["weight"]] += 1
+        scale, view = rule.scale_rule(x)
+        g = g * _Call.apply(ctx.anchor, scale, ctx.sink, x.new_empty(x.shape[0], 0)).view(view)
+    elif rule.weight is not None:
+        g = g * rule.weight.view(rule.scale_view(x))
+    return torch.autograd.grad(plain, x, g, create_graph=True)
+
+
+class _InputGrad(torch.autograd.Function):
+    """dx = ∂⟨g, f(x, W)⟩/∂x of a call f that is linear in x and in W; itself a use of W, with ``gg`` in the place of x."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, rule: Rule, sink: Sink, g: Tensor, x: Tensor) -> Tensor:
+        ctx.rule, ctx.sink, ctx.anchor = rule, sink, anchor
+        ctx.save_for_backward(g)
+        return rule.input_grad(x, g, ())
+
+    @staticmethod
+    def backward(ctx: Any, gg: Tensor) -> tuple[None, None, None, Tensor, None]:
+        (g,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            raise UncoveredParameterError(f"third-order gradients through {ctx.rule.describe()} are not covered")
+        if _wanted(ctx.anchor):
+            ctx.sink(Use(ctx.rule, gg.detach(), g.detach(), (), second_order=True))
+        return None, None, None, ctx.rule.forward(gg)[0], None
 
 
 class Tracker(TorchFunctionMode):
     """Context in which a module's forward pass runs.
 
     Args:
-        parameters: qualified name → trainable parameter; a tied parameter appears once.
-        inputs: the tensors that carry the batch (directly or nested in tuples, lists and dicts).
-        sink: receives each :class:`Use` during the backward pass, last call first.
+        module: its trainable parameters are tracked, its buffers watched.
+        inputs: the tensors that carry the batch (directly or nested in tuples, lists and dicts), rows first.
+        sink: receives each :class:`Use` during the backward pass, last call first; shared by the forward passes of one step.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], inputs: Any, sink: Callable[[Use], None]) -> None:
+    def __init__(self, module: nn.Module, inputs: Any, sink: Sink) -> None:
         super().__init__()
-        self._names = {id(p): name for name, p in parameters.items()}
+        self.parameters = trainable_parameters(module)
+        self._names = {id(p): name for name, p in self.parameters.items()}
+        self._buffers = {id(b): name for name, b in module.named_buffers()}
+        self._versions = {name: b._version for name, b in module.named_buffers()}
+        self._module = module
         self._sink = sink
         self._batch = WeakIdKeyDictionary()
+        self._derived = WeakIdKeyDictionary()  # tensor → True
+        self._keys = WeakIdKeyDictionary()  # derived tensor that met the batch → its key
         self.anchor = torch.zeros((), requires_grad=True)
-        self.calls: Counter[str] = Counter()
+        self._anchor = self.anchor * 1  # not a leaf: the engine can be asked whether it will be reached
+        self.calls = sink.calls
+        self.derived: dict[str, Tensor] = {}
         self.without_grad: dict[str, str] = {}  # parameter → function that used it where gradients are off
+        self._data_free: dict[str, int] = {}  # buffer → version up to which only parameters changed it
+        self.recording = True  # False while checkpointed parts are computed again
+        first = next((t for t in _tensors(inputs) if t.dim()), None)
+        self.rows = 0 if first is None else first.shape[0]
         for tensor in _tensors(inputs):
             self._batch[tensor] = True
 
-    def _depends_on_batch(self, tensor: Tensor) -> bool:
-        # Parameters reach the graph only through calls on batch inputs, so a gradient path implies the batch as well.
-        return tensor.requires_grad or tensor in self._batch
+    # --- kinds of tensors
+
+    def _is_derived(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._names or (bool(self._derived) and tensor in self._derived)
+
+    def _from_batch(self, tensor: Tensor) -> bool:
+        # What reaches the graph unseen (a custom autograd function) counts as the batch's.
+        return tensor in self._batch or (tensor.requires_grad and not self._is_derived(tensor))
+
+    def _mark_derived(self, out: Any) -> None:
+        for t in _tensors(out):
+            if t.requires_grad and id(t) not in self._names:
+                self._derived[t] = True
+
+    def _parameters_of(self, tensor: Tensor) -> list[str]:
+        """Names of the parameters that a derived tensor is computed from."""
+        if id(tensor) in self._names:
+            return [self._names[id(tensor)]]
+        found, seen, stack = [], set(), [tensor.grad_fn]
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            variable = getattr(node, "variable", None)
+            if variable is not None and id(variable) in self._names:
+                found.append(self._names[id(variable)])
+            stack.extend(f for f, _ in node.next_functions)
+        return sorted(set(found))
+
+    def _key(self, tensor: Tensor) -> str:
+        """The name under which per-sample gradients of a parameter or derived tensor are collected; counts the call."""
+        if id(tensor) in self._names:
+            key = self._names[id(tensor)]
+        else:
+            key = self._keys.get(tensor)
+            if key is None:
+                # The numbers of a checkpointed part's second run are never collected, so they need not match.
+                key = f"{len(self.derived)} derived from {', '.join(self._parameters_of(tensor))} at {id(self)}"
+                self._keys[tensor] = key
+                if self.recording:
+                    self.derived[key] = tensor
+                    # Counted as called often, so that both are stored: the pull-back reads the one and adds to the others.
+                    self.calls.update(dict.fromkeys((key, *self._parameters_of(tensor)), 2))
+        if self.recording:
+            self.calls[key] += 1
+        return key
+
+    # --- the mode
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         tensors = list(_tensors((args, kwargs)))
-        tracked = [self._names[id(t)] for t in tensors if id(t) in self._names]
-        if func in (F.batch_norm, torch.batch_norm):
-            self._refuse_batch_norm(func, args, kwargs, tracked)
-        if tracked and torch.is_grad_enabled():
-            out = self._covered(func, args, kwargs, tracked)
-        else:
+        weights = [t for t in tensors if self._is_derived(t)]
+        touched = [t for t in tensors if id(t) in self._buffers]
+        versions = [t._version for t in touched]
+        if func in (F.batch_norm, torch.batch_norm) and batch_norm_training(args, kwargs):
+            self._refuse_batch_norm(weights)
+        if not weights:
             out = func(*args, **kwargs)
-            if tracked and func.__name__ not in ("detach", "__get__") and any(t.is_floating_point() for t in _tensors(out)):
-                self.without_grad |= dict.fromkeys(tracked, _function_name(func))
-        if any(self._depends_on_batch(t) for t in tensors if id(t) not in self._names):
+        elif not torch.is_grad_enabled():
+            out = func(*args, **kwargs)
+            if func.__name__ not in ("detach", "__get__") and any(t.is_floating_point() for t in _tensors(out)):
+                for t in weights:
+                    if id(t) in self._names:
+                        self.without_grad.setdefault(self._names[id(t)], _function_name(func))
+            if not any(self._from_batch(t) for t in tensors):
+                self._mark_derived(out)  # some views require a gradient even here
+        else:
+            out = self._on_parameters(func, args, kwargs, tensors, weights)
+        self._watch_buffers(tensors, touched, versions)
+        if any(self._from_batch(t) for t in tensors):
             # In-place calls change their first argument and may return nothing (``buffer[:, :n] = x``).
             for tensor in (*_tensors(out), *_tensors(args[:1] if out is None else ())):
-                self._batch[tensor] = True
+                if not self._is_derived(tensor):
+                    self._batch[tensor] = True
         return out
 
-    def _covered(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tracked: list[str]) -> Any:
-        parse = RULES.get(func)
-        if parse is None:
+    def _on_parameters(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor],
+        weights: list[Tensor],
+    ) -> Any:  # fmt: skip
+        rows_of_constants = func in RULES and self._constant_rows(func, args, kwargs)
+        meets_batch = rows_of_constants or any(self._from_batch(t) for t in tensors)
+        source = expanded_source(func, args, kwargs, self.rows) if func in EXPANDS and self.rows else None
+        if source is not None and any(source[0] is w for w in weights):
+            return self._expand(*source)
+        if self.rows == 0:
+            return func(*args, **kwargs)  # nothing to keep apart
+        if not meets_batch or func in BORROWS_ONLY:
             out = func(*args, **kwargs)
-            # Reading a shape or detaching is harmless; anything differentiable is a use that nobody clips.
-            if any(t.requires_grad for t in _tensors(out) if id(t) not in self._names):
-                raise UncoveredParameterError(
-                    f"parameter {tracked[0]!r} is used by {_function_name(func)}, for which there is no per-sample gradient "
-                    f"rule (known: {', '.join(sorted(_function_name(f) for f in RULES))}); freeze it with "
-                    "requires_grad_(False) or express it through one of those functions"
-                )
+            self._mark_derived(out)
             return out
+        if func in RULES:
+            out = self._by_rule(func, args, kwargs)
+            if out is not None:
+                return out
+        if func in REWRITES:
+            with self:
+                return REWRITES[func](*args, **kwargs)
+        if func in ELEMENTWISE:
+            out = self._elementwise(func, args, kwargs, weights)
+            if out is not None:
+                return out
+        return self._generally(func, args, kwargs, weights)
+
+    def _constant_rows(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """An input made inside the loss (a GAN's noise) with one row for each row of the batch counts as the batch's.
+
+        If it is not (positions, as many as there are rows), ``_probe_rows`` finds out.
+        """
+        x = kwargs.get("input", args[0] if args else None)
+        return isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1 and x.shape[0] == self.rows and not self._is_derived(x)
+
+    def _apply(self, rule: Rule, x: Tensor, *more: Tensor) -> Tensor:
+        return _Call.apply(self._anchor.to(x.device), rule, self._sink, x, *more)
+
+    def _expand(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """A parameter repeated for each row, as a tensor of the batch whose rows carry their own gradient."""
+        rule = ExpandRule("expand", {"weight": self._key(tensor)}, tensor.detach(), None, {"shape": shape[1:]})
+        out = self._apply(rule, tensor.new_empty(shape[0], 0))
+        self._batch[out] = True
+        return out
+
+    def _elementwise(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], weights: list[Tensor]
+    ) -> Any | None:
+        """Broadcasting a parameter against the batch is broadcasting its own copy for each row."""
+        found = elementwise_rows(func, args, kwargs, lambda t: self._is_derived(t), self.rows)
+        if found is None:
+            return None
+        copies: dict[int, Tensor] = {}
+        for t in weights:
+            shape = found(t)
+            if shape is None:
+                return None
+            copies[id(t)] = self._expand(t, shape)
+        return func(*_replaced(args, copies), **_replaced(kwargs, copies))
+
+    def _by_rule(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The call through its rule; None where it has a form that the rule does not cover."""
+        parse = RULES[func]
         call = inspect.signature(parse).bind({}, *args, **kwargs).arguments
-        names = {role: self._names[id(call[role])] for role in ("weight", "bias") if id(call.get(role)) in self._names}
-        for role in ("weight", "bias"):
-            other = call.get(role)
-            if isinstance(other, Tensor) and other.requires_grad and role not in names:
-                raise UncoveredParameterError(
-                    f"{_function_name(func)} mixes the parameter {tracked[0]!r} with a computed {role} that needs a gradient "
-                    f"itself; compute the {role} without gradient, or freeze {tracked[0]!r}"
-                )
-        if len(set(names.values())) < len(names):
-            raise UncoveredParameterError(
-                f"parameter {tracked[0]!r} is both weight and bias of one {_function_name(func)} call; use two parameters"
-            )
-        if id(call["input"]) in self._names:
-            raise UncoveredParameterError(
-                f"parameter {self._names[id(call['input'])]!r} is the input of {_function_name(func)}; only weights and biases "
-                "have per-sample gradient rules; freeze it with requires_grad_(False)"
-            )
-        if not self._depends_on_batch(call["input"]):
-            raise UncoveredParameterError(
-                f"parameter {tracked[0]!r} is applied by {_function_name(func)} to a tensor that does not come from the batch "
-                f"(shape {tuple(call['input'].shape)}), so its gradient cannot be told apart by sample; pass every batch tensor "
-                "through `args`, and expand position ids to (rows, positions) before they are embedded"
-            )
-        self.calls.update(names.values())
-        detached = {role: call[role].detach() for role in ("weight", "bias") if isinstance(call.get(role), Tensor)}
+        if self._is_derived(call["input"]):
+            return None
+        roles = {role: call.get(role) for role in ("weight", "bias") if isinstance(call.get(role), Tensor)}
+        if any(self._from_batch(t) for t in roles.values()):
+            return None
+        trained = {role: t for role, t in roles.items() if self._is_derived(t)}
+        if len({id(t) for t in trained.values()}) < len(trained):
+            return None
+        names = {role: self._key(t) for role, t in trained.items()}
+        detached = {role: t.detach() for role, t in roles.items()}
         x, rule = parse(**{**call, **detached, "names": names})
         if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
             x, rule = _autocast(x, rule)
-        return _Call.apply(self.anchor.to(x.device), x, rule, self._sink)
+        return self._apply(rule, x)
 
-    def _refuse_batch_norm(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tracked: list[str]
-    ) -> None:
-        position = 5  # (input, running_mean, running_var, weight, bias, training, …); torch.batch_norm swaps 1–2 with 3–4
-        training = kwargs["training"] if "training" in kwargs else args[position] if len(args) > position else False
-        if training:
-            where = f" (parameter {tracked[0]!r})" if tracked else ""
+    def _generally(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], weights: list[Tensor]
+    ) -> Any:
+        """Any function that treats rows alike, one sample at a time in the backward pass."""
+        out = func(*args, **kwargs)
+        # Reading a shape or detaching is harmless; anything differentiable is a use to be clipped.
+        if not any(t.requires_grad for t in _tensors(out) if not self._is_derived(t)):
+            return out
+        name = _function_name(func)
+        unique = list({id(t): t for t in weights}.values())
+        data = list({id(t): t for t in _tensors((args, kwargs)) if self._from_batch(t) and not self._is_derived(t)}.values())
+        where = f"{name}({', '.join(sorted({n for t in unique for n in self._parameters_of(t)}))})"
+        if not isinstance(out, Tensor) or any(out is a for a in _tensors((args, kwargs))):
             raise UncoveredParameterError(
-                f"batch normalisation{where} uses the statistics of the whole batch, so one sample's gradient depends on the "
-                "others and cannot be clipped; use GroupNorm, or put the layer in eval() mode with frozen parameters"
+                f"{where} returns {type(out).__name__} or works in place; the general rule needs one new tensor. Freeze the "
+                "parameter with requires_grad_(False), or express it through other torch functions"
             )
+        rule = GeneralRule.make(
+            func, args, kwargs, weights=unique, names=[self._key(t) for t in unique], data=data, rows=self.rows, where=where
+        )
+        rule.check_rows(out.detach(), data)
+        return self._apply(rule, *data)
+
+    # --- refusals
+
+    def _refuse_batch_norm(self, weights: list[Tensor]) -> None:
+        names = sorted({n for t in weights for n in self._parameters_of(t)})
+        where = f" (parameter {names[-1]!r})" if names else ""
+        raise UncoveredParameterError(
+            f"batch normalisation{where} uses the statistics of the whole batch, so one sample's gradient depends on the "
+            "others and cannot be clipped; use GroupNorm, or put the layer in eval() mode"
+        )
+
+    def _watch_buffers(self, tensors: list[Tensor], touched: list[Tensor], versions: list[int]) -> None:
+        for t, before in zip(touched, versions, strict=True):
+            name = self._buffers[id(t)]
+            if t._version != before and not any(self._from_batch(o) for o in tensors if o is not t) and (
+                self._data_free.get(name, self._versions[name]) == before
+            ):  # fmt: skip
+                self._data_free[name] = t._version
+
+    def check_buffers(self) -> None:
+        """Raises UncoveredParameterError where the forward pass kept statistics of the batch, which nobody would noise."""
+        for name, buffer in self._module.named_buffers():
+            known = self._data_free.get(name, self._versions.get(name))
+            if buffer._version != known and not name.endswith("num_batches_tracked"):
+                raise UncoveredParameterError(
+                    f"the forward pass changes the buffer {name!r}: statistics of the batch would be kept without noise; turn "
+                    "running statistics off (track_running_stats=False), or put the layer in eval() mode"
+                )
+
+    def check_gradients(self, leaks: dict[str, Tensor | None]) -> None:
+        """Raises UncoveredParameterError for a parameter whose gradient did not come by way of a rule.
+
+        ``leaks``: what autograd itself found, by parameter; anything but None was summed over samples unseen.
+        """
+        for name, leak in leaks.items():
+            if leak is not None:
+                raise UncoveredParameterError(
+                    f"parameter {name!r} reached the loss by a way the engine cannot see (a custom autograd function, or a tensor "
+                    "that does not come from the batch), so its gradient is not per sample; freeze it with "
+                    "requires_grad_(False), use it through torch functions, or pass every batch tensor through `args`"
+                )
+        for name, function in self.without_grad.items():
+            if not self.calls[name]:
+                raise UncoveredParameterError(
+                    f"parameter {name!r} is used by {function} only where gradients are off (no_grad, or checkpointing with "
+                    "use_reentrant=True): it would not train; freeze it, or use checkpointing with use_reentrant=False"
+                )
 
 
 def _autocast(x: Tensor, rule: Rule) -> tuple[Tensor, Rule]:
@@ -164,6 +404,16 @@ def _autocast(x: Tensor, rule: Rule) -> tuple[Tensor, Rule]:
     rule.weight = None if rule.weight is None else rule.weight.to(dtype)
     rule.bias = None if rule.bias is None else rule.bias.to(dtype)
     return x.to(dtype), rule
+
+
+def _replaced(tree: Any, by_id: dict[int, Tensor]) -> Any:
+    if isinstance(tree, Tensor):
+        return by_id.get(id(tree), tree)
+    if isinstance(tree, dict):
+        return {key: _replaced(value, by_id) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(_replaced(value, by_id) for value in tree)
+    return tree
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

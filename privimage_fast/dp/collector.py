@@ -1,0 +1,198 @@
+"""Per-sample gradients of one micro-batch: received call by call during the backward pass, summed once clip factors are known.
+
+A weight's per-sample gradients are *stored* (B·d·p floats, then the clipped sum is one weighted read), or *deferred*: their
+norms are taken now ("gram", "norm-only") and x, g kept for one ordinary weight gradient of c_b·g later.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from privimage_fast import ops
+from privimage_fast.dp.rules import LinearRule, MatrixRule, UncoveredParameterError, squared_norms
+from privimage_fast.dp.tracker import Use
+
+# Deferred layers measure the norm in one computation and contribute through another; both round. Measuring this much
+# more than was found keeps the contribution under the bound (relative, on the squared norm).
+DEFERRED_SLACK = 8e-6
+
+# What decides how a call's weight gradient is had: (rule, x, g, multiplicity) → "store" | "gram" | "norm-only".
+Choice = Callable[[MatrixRule, Tensor, Tensor, int], str]
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """No autocast and no TF32: a norm of 10-bit products is off by more than the bound allows."""
+    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        if matmul != "highest":
+            torch.set_float32_matmul_precision("highest")
+        if device.type == "cuda":
+            torch.backends.cudnn.allow_tf32 = False
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if matmul != "highest":
+            torch.set_float32_matmul_precision(matmul)
+        if device.type == "cuda":
+            torch.backends.cudnn.allow_tf32 = cudnn
+
+
+@dataclass
+class _Deferred:
+    """A matrix whose clipped sum is computed after the norms are known."""
+
+    use: Use
+    multiplicity: int
+
+
+class Collector:
+    """Receives the uses of the backward passes of one micro-batch.
+
+    Args:
+        rows: rows of the batch; sample b owns rows b·K … b·K+K−1.
+        multiplicity: K.
+        calls: how often each parameter was called, complete before the first use arrives (or as far as known: a parameter
+            called again after it was deferred is stored after all).
+        choose: decides between storing and deferring.
+    """
+
+    def __init__(self, rows: int, multiplicity: int, calls: Counter[str], choose: Choice) -> None:
+        self.rows, self.multiplicity, self.samples = rows, multiplicity, rows // multiplicity
+        self._calls, self._choose = calls, choose
+        self.stored: dict[str, Tensor] = {}
+        self.sq_norms: dict[str, Tensor] = {}
+        self._deferred: dict[str, _Deferred] = {}
+
+    def __call__(self, use: Use) -> None:
+        rows = use.x.shape[0]
+        if use.x.dim() == 0 or rows % self.rows:
+            raise UncoveredParameterError(misplaced(use, self.rows))
+        with full_precision(use.g.device):
+            self._collect(use, self.multiplicity * (rows // self.rows))
+
+    def _collect(self, use: Use, multiplicity: int) -> None:
+        name = use.rule.names.get("weight")
+        if isinstance(use.rule, MatrixRule) and name is not None:
+            if name in self._deferred:  # called once more: the norm of a sum needs the gradients
+                first = self._deferred.pop(name)
+                self._store(first.use, first.multiplicity)
+            elif name not in self.stored and self._calls[name] <= 1:
+                how = self._choose(use.rule, use.x, use.g, multiplicity)
+                if how != "store":
+                    self._defer(use, multiplicity, how)
+                    return
+        self._store(use, multiplicity)
+
+    def _store(self, use: Use, multiplicity: int) -> None:
+        if use.x.dtype == torch.float16 or use.g.dtype == torch.float16:
+            use = _in_float(use)
+        for term in use.rule.per_sample(use.x, use.g, use.saved, multiplicity, self.stored):
+            # One entry a parameter: a parameter used twice has its gradients added before the norm is taken.
+            self.stored[term.name], self.sq_norms[term.name] = term.stored, term.sq_norms
+
+    def _defer(self, use: Use, multiplicity: int, how: str) -> None:
+        assert isinstance(use.rule, MatrixRule)
+        use = _in_float(use)
+        name = use.rule.names["weight"]
+        self.sq_norms[name] = use.rule.weight_norms(use.x, use.g, multiplicity, how) * (1 + DEFERRED_SLACK)
+        for term in use.rule.bias_terms(use.g, multiplicity, self.stored):
+            self.stored[term.name], self.sq_norms[term.name] = term.stored, term.sq_norms
+        self._deferred[name] = _Deferred(Use(use.rule.without_bias(), use.x, use.g, ()), multiplicity)
+
+    def pull_back(self, derived: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+        """Turns per-sample gradients of derived tensors into those of the parameters they are computed from."""
+        found = [key for key in derived if key in self.stored]
+        if not found:
+            return
+        targets = dict(parameters)
+        outputs, grads = [derived[key] for key in found], [self.stored[key] for key in found]
+        with full_precision(grads[0].device), torch.enable_grad():
+            pulled = _vector_jacobian_products(outputs, list(targets.values()), grads, self.samples)
+        for key in found:
+            del self.stored[key], self.sq_norms[key]
+        for name, grad in zip(targets, pulled, strict=True):
+            if grad is None:
+                continue
+            self.stored[name] = self.stored[name].add_(grad) if name in self.stored else grad
+            self.sq_norms[name] = squared_norms(self.stored[name])
+
+    def total_sq_norms(self, device: torch.device) -> Tensor:
+        total = torch.zeros(self.samples, dtype=torch.float64, device=device)
+        for sq in self.sq_norms.values():
+            total += sq.double()
+        return total
+
+    def add_to(self, sums: dict[str, Tensor], factors: Tensor | Mapping[str, Tensor]) -> None:
+        """sums[name] += Σ_b factors_b · gradient_b, for every parameter that took part; ``factors`` may be given by name."""
+
+        def of(name: str) -> Tensor:
+            return factors if isinstance(factors, Tensor) else factors[name]
+
+        deferred = {}  # computed first: where one fails, nothing has been added
+        for name, entry in self._deferred.items():
+            x, g = entry.use.x, entry.use.g
+            per_row = of(name).repeat_interleave(x.shape[0] // self.samples).view(-1, *([1] * (g.dim() - 1)))
+            # Multiplying by zero would let an infinite sample through as NaN; such rows are replaced, input and all.
+            kept = per_row != 0
+            if not bool(kept.all()) or g.device.type != "cpu":
+                g = torch.where(kept, g, 0) * per_row
+                x = torch.where(kept.view(-1, *([1] * (x.dim() - 1))), x, 0)
+            else:
+                g = g * per_row
+            assert isinstance(entry.use.rule, MatrixRule)
+            with full_precision(g.device):
+                deferred[name] = entry.use.rule.weighted_weight_grad(x, g)
+        if isinstance(factors, Tensor):
+            names = list(self.stored)
+            ops.weighted_sum_([sums[n] for n in names], [self.stored[n] for n in names], factors)
+        else:
+            for name, stored in self.stored.items():
+                ops.weighted_sum_([sums[name]], [stored], factors[name])
+        for name, grad in deferred.items():
+            sums[name] += grad
+
+
+def _in_float(use: Use) -> Use:
+    if use.g.dtype in (torch.float32, torch.float64):
+        return use
+    return Use(use.rule, use.x.float(), use.g.float(), tuple(s.float() for s in use.saved))
+
+
+def _vector_jacobian_products(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], grads: Sequence[Tensor], samples: int
+) -> list[Tensor | None]:
+    """For each sample, Σ_i grads_i[b]ᵀ ∂outputs_i/∂inputs: (B, *input) each, None where an input takes no part."""
+    grads = [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)]
+    rows: list[tuple[Tensor | None, ...]] = [
+        torch.autograd.grad(outputs, inputs, [g[b] for g in grads], retain_graph=True, allow_unused=True) for b in range(samples)
+    ]
+    return [
+        None if column[0] is None else torch.stack([c for c in column if c is not None]).to(
+            torch.float64 if column[0].dtype == torch.float64 else torch.float32
+        )
+        for column in zip(*rows, strict=True)
+    ]  # fmt: skip
+
+
+def misplaced(use: Use, rows: int) -> str:
+    return (
+        f"{use.rule.describe()} was applied to shape {tuple(use.x.shape)}, whose first dimension is not a multiple of "
+        f"the {rows} rows of the batch; rows must stay the first dimension"
+    )
+
+
+def fixed(strategy: str) -> Choice:
+    """The same way for every matrix."""
+    return lambda rule, x, g, multiplicity: strategy
+
+
+def rank_one(rule: MatrixRule, x: Tensor, multiplicity: int) -> bool:
+    """One position a sample: the norm is ‖a‖·‖g‖, and storing the outer product would cost more than it saves."""
+    return isinstance(rule, LinearRule) and multiplicity == 1 and x.dim() == 2
