@@ -13,11 +13,9 @@ the clipped sum is one weighted read) or *deferred* (norm now, one ordinary weig
 
 from __future__ import annotations
 
-import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -26,10 +24,9 @@ from torch import Tensor, nn
 
 from privimage_fast import ops
 from privimage_fast.dp.collector import Collector, fixed, full_precision, misplaced
+from privimage_fast.dp.passes import backward, eagerly
 from privimage_fast.dp.rules import UncoveredParameterError
 from privimage_fast.dp.tracker import Sink, Tracker, Use, batch_tensors, trainable_parameters
-
-logger = logging.getLogger(__name__)
 
 STRATEGIES = ("auto", "store", "gram", "norm-only")
 
@@ -41,7 +38,6 @@ LossFunction = Callable[..., Tensor]
 # Module → shapes of calls whose rows were seen to be independent, and how often that was tried in vain.
 _probed: WeakKeyDictionary[nn.Module, Counter[Any]] = WeakKeyDictionary()
 _PROBE_ATTEMPTS = 5
-_told: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 class ClippedGrad(NamedTuple):
@@ -88,7 +84,7 @@ def accumulate_clipped(
         with torch.autocast(losses.device.type, enabled=False), eagerly(module):
             probe_rows(module, lambda keep: losses[keep.to(losses.device)].sum(), args, rows, multiplicity, tracker, sink)
             sink.receiver = collector
-            leaks = _backward(tracker, losses.sum(), [tracker.anchor, *parameters.values()])[1:]
+            leaks = backward(tracker, losses.sum(), [tracker.anchor, *parameters.values()])[1:]
             tracker.check_gradients(dict(zip(parameters, leaks, strict=True)))
             collector.pull_back(tracker.derived, parameters)
     finally:
@@ -100,42 +96,6 @@ def accumulate_clipped(
             sample_weight = _checked_weight(sample_weight, collector.samples)
         collector.add_to(sums, ops.clip_factors(sq_norms, max_grad_norm, sample_weight))
     return sq_norms.sqrt(), losses.detach()
-
-
-def _backward(
-    tracker: Tracker, output: Tensor, inputs: Sequence[Tensor], *, retain_graph: bool = False
-) -> Sequence[Tensor | None]:
-    """Gradients of the scalar ``output`` with the tracker active, so that checkpointed parts run through it once more."""
-    tracker.recording = False
-    try:
-        with tracker:  # torch.autograd.grad would suspend the mode, so the engine is called directly
-            return torch.autograd.Variable._execution_engine.run_backward(  # type: ignore[attr-defined]
-                (output,), (torch.ones_like(output),), retain_graph, False, tuple(inputs), True, accumulate_grad=False
-            )
-    finally:
-        tracker.recording = True
-
-
-@contextmanager
-def eagerly(module: nn.Module) -> Iterator[None]:
-    """Runs compiled parts of ``module`` as written: what is inside compiled code cannot be watched."""
-    compiled = next((name or "the module" for name, m in module.named_modules() if is_compiled(m)), None)
-    if compiled is None:
-        yield
-        return
-    if not hasattr(torch.compiler, "set_stance"):  # torch < 2.6
-        raise UncoveredParameterError(
-            f"{compiled!r} is compiled by torch.compile, and its calls cannot be seen; pass the module that was compiled"
-        )
-    if module not in _told:
-        _told[module] = True
-        logger.warning("%s is compiled by torch.compile; per-sample gradients need its calls one by one, so it runs eagerly", compiled)
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
-def is_compiled(module: nn.Module) -> bool:
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def probe_rows(
@@ -177,7 +137,7 @@ def probe_rows(
 
     sink.receiver = receive
     try:
-        _backward(tracker, part_of(chosen.repeat_interleave(multiplicity)), [tracker.anchor], retain_graph=True)
+        backward(tracker, part_of(chosen.repeat_interleave(multiplicity)), [tracker.anchor], retain_graph=True)
     finally:
         sink.receiver = None
     # A layer behind a zero-initialised one shows nothing yet: it is looked at again, a few times.

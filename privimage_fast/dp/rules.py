@@ -201,6 +201,10 @@ class ConvRule(MatrixRule):
         convolution = F.conv1d if x.dim() == 3 else F.conv2d
         return convolution(x, self.weight, self.bias, **self._arguments()), ()
 
+    def contraction(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """What the weight gradient slides over, and what it is summed with position by position."""
+        return x, g
+
     def _backward(self, x: Tensor, g: Tensor, mask: list[bool]) -> Tensor:
         a = self._arguments()
         spatial = x.dim() - 2
@@ -222,11 +226,14 @@ class ConvRule(MatrixRule):
         terms = self.bias_terms(g, multiplicity, out)
         name = self.names.get("weight")
         if name is not None:
-            sq, stored = ops.conv_weight_grad(x, g, multiplicity=multiplicity, out=out.get(name), **self._kernel())
+            sq, stored = ops.conv_weight_grad(
+                *self.contraction(x, g), multiplicity=multiplicity, out=out.get(name), **self._kernel()
+            )
             terms.append(Term(name, sq, stored))
         return terms
 
     def weight_norms(self, x: Tensor, g: Tensor, multiplicity: int, strategy: str) -> Tensor:
+        x, g = self.contraction(x, g)
         if strategy == "norm-only":
             return ops.conv_weight_grad(x, g, multiplicity=multiplicity, store=False, **self._kernel())[0]
         a, kernel = self._arguments(), self._kernel()["kernel_size"]
@@ -244,11 +251,14 @@ class ConvRule(MatrixRule):
         return norms
 
     def weighted_weight_grad(self, x: Tensor, g: Tensor) -> Tensor:
-        return self._backward(x, g, [False, True, False])
+        return self._backward(*self.contraction(x, g), [False, True, False])
 
 
 class ConvTransposeRule(ConvRule):
     """Transposed convolution: the adjoint of a convolution, so input and output change places in the weight gradient."""
+
+    def contraction(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        return g, x
 
     def forward(self, x: Tensor, *more: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         convolution = F.conv_transpose1d if x.dim() == 3 else F.conv_transpose2d
@@ -257,22 +267,6 @@ class ConvTransposeRule(ConvRule):
     def input_grad(self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
         convolution = F.conv1d if x.dim() == 3 else F.conv2d
         return convolution(g, self.weight, None, **self._arguments())
-
-    def per_sample(
-        self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...], multiplicity: int, out: dict[str, Tensor]
-    ) -> list[Term]:
-        terms = self.bias_terms(g, multiplicity, out)
-        name = self.names.get("weight")
-        if name is not None:
-            sq, stored = ops.conv_weight_grad(g, x, multiplicity=multiplicity, out=out.get(name), **self._kernel())
-            terms.append(Term(name, sq, stored))
-        return terms
-
-    def weight_norms(self, x: Tensor, g: Tensor, multiplicity: int, strategy: str) -> Tensor:
-        return super().weight_norms(g, x, multiplicity, strategy)
-
-    def weighted_weight_grad(self, x: Tensor, g: Tensor) -> Tensor:
-        return super().weighted_weight_grad(g, x)
 
 
 def _dense(x: Tensor) -> Tensor:

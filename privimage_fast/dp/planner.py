@@ -1,0 +1,437 @@
+"""Which way to take for each layer, and how many samples at a time: from a memory budget and costs measured on this machine.
+
+A layer's weight W_b (d inputs × p outputs, T positions, K rows a sample) can be had in three ways (see ``collector``):
+
+- store: 2KTdp operations, 4dp bytes a sample kept until the clip factors are known, then read once;
+- gram: (KT)²(d'+p) operations for the norm (d' channels; half of it, by symmetry), and an ordinary weight gradient later;
+- norm-only: the operations of store, and an ordinary weight gradient later. Both keep x and g instead of W_b.
+
+Times come from rates measured once a process on this machine (:func:`machine_rates`). Bytes are counted, not modelled: a
+forward and backward pass on one and on two samples, with every tensor's storage watched, gives what one sample more costs at
+every point of the backward pass; what a way keeps is then added from the point on where it is kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from privimage_fast import ops
+from privimage_fast.dp.collector import Choice, rank_one
+from privimage_fast.dp.passes import backward, eagerly
+from privimage_fast.dp.rules import ConvRule, LinearRule, MatrixRule
+from privimage_fast.dp.tracker import Sink, Tracker, Use, batch_tensors
+
+WAYS = ("store", "gram", "norm-only")
+
+# Beyond counted tensors: packing buffers of the kernels and of torch's, and what the allocator keeps.
+_MARGIN, _SCRATCH = 1.10, 24 * 2**20
+
+
+class MemoryBudgetError(ValueError):
+    """The memory budget does not hold one sample, whatever way is taken."""
+
+
+# --- costs ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What this machine does a second: operations of the per-sample, ordinary and Gram kernels, and bytes of memory."""
+
+    conv: float  # per-sample 3×3 weight gradients
+    conv_sum: float  # ordinary ones
+    linear: float
+    linear_sum: float
+    gram: float
+    bytes: float
+
+
+def _rate(work: float, call: Callable[[], object], device: torch.device) -> float:
+    """Work a second of the best of five calls, after one to warm up."""
+
+    def timed() -> float:
+        begin = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - begin
+
+    timed()
+    return work / max(min(timed() for _ in range(5)), 1e-7)
+
+
+@functools.lru_cache(maxsize=8)
+def machine_rates(device: torch.device, threads: int) -> Rates:
+    """Measured once a process, in some fifty milliseconds; ``threads`` keys the cache when torch's number changes."""
+    b, c, size = 2, 64, 16
+    x, g = (torch.ones(b, c, size, size, device=device) for _ in range(2))
+    flat_x, flat_g = (t.flatten(2).transpose(1, 2).contiguous() for t in (x, g))
+    weight = torch.ones(c, c, 3, 3, device=device)
+    geometry = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1, "multiplicity": 1}
+    big = torch.ones(2**22, device=device)
+    t = size * size
+
+    def summed() -> object:
+        return torch.ops.aten.convolution_backward(
+            g, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
+        )
+
+    return Rates(
+        conv=_rate(2 * b * t * 9 * c * c, lambda: ops.conv_weight_grad(x, g, **geometry), device),
+        conv_sum=_rate(2 * b * t * 9 * c * c, summed, device),
+        linear=_rate(2 * b * t * c * c, lambda: ops.linear_weight_grad(flat_x, flat_g, multiplicity=1), device),
+        linear_sum=_rate(2 * b * t * c * c, lambda: flat_g.flatten(0, 1).T @ flat_x.flatten(0, 1), device),
+        gram=_rate(b * t * t * 2 * c, lambda: ops.linear_gram_norms(flat_x, flat_g, multiplicity=1), device),
+        bytes=_rate(8 * big.numel(), big.clone, device),
+    )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One sample's share of a layer: positions T·K, inputs d (with the kernel's offsets) and outputs p, its channels."""
+
+    kind: str  # "conv" | "linear"
+    positions: int
+    inputs: int
+    outputs: int
+    channels: int  # input channels
+    weights: int
+    kept_bytes: int  # x and g
+
+    @classmethod
+    def of(cls, rule: MatrixRule, x: Tensor, g: Tensor, multiplicity: int) -> Shape:
+        samples = x.shape[0] // multiplicity
+        kept = (x.numel() * x.element_size() + g.numel() * g.element_size()) // samples
+        weights = rule.weight_numel()
+        if isinstance(rule, LinearRule):
+            positions = multiplicity * math.prod(x.shape[1:-1])
+            return cls("linear", positions, x.shape[-1], g.shape[-1], x.shape[-1], weights, kept)
+        assert isinstance(rule, ConvRule)
+        groups = rule.options["groups"]
+        inside, outside = rule.contraction(x, g)
+        positions = multiplicity * math.prod(outside.shape[2:])
+        outputs = outside.shape[1]
+        return cls("conv", positions, weights // outputs, outputs, inside.shape[1] // groups, weights, kept)
+
+    @property
+    def operations(self) -> float:
+        return 2.0 * self.positions * self.weights
+
+    def seconds(self, rates: Rates) -> dict[str, float]:
+        """Way → seconds a sample."""
+        rate, rate_sum = (rates.linear, rates.linear_sum) if self.kind == "linear" else (rates.conv, rates.conv_sum)
+        once, again = self.operations / rate, self.operations / rate_sum
+        gram = self.positions * (self.positions + 1) / 2 * 2 * (self.channels + self.outputs)
+        if self.kind == "conv":  # the sums over kernel offsets
+            gram += self.positions * self.positions * (self.inputs / self.channels)
+        return {
+            "store": once + 2 * 4 * self.weights / rates.bytes,
+            "gram": gram / rates.gram + again,
+            "norm-only": once + again,
+        }
+
+    def bytes_kept(self, way: str) -> int:
+        return 4 * self.weights if way == "store" else self.kept_bytes
+
+
+def cheapest(device: torch.device) -> Choice:
+    """The fastest way for each call, whatever it keeps."""
+
+    def choose(rule: MatrixRule, x: Tensor, g: Tensor, multiplicity: int) -> str:
+        if device.type != "cpu" or x.dtype == torch.float64:
+            return "store"
+        if rank_one(rule, x, multiplicity):
+            return "gram"
+        seconds = Shape.of(rule, x, g, multiplicity).seconds(machine_rates(device, torch.get_num_threads()))
+        return min(WAYS, key=seconds.__getitem__)
+
+    return choose
+
+
+# --- what a pass keeps ------------------------------------------------------------------------------------------------
+
+
+class MemoryMeter(TorchDispatchMode):
+    """Counts the bytes of live tensor storages made while it is active; ``peak`` since it was last read by ``take``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self._peak = 0
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        before = {id(t.untyped_storage()) for t in batch_tensors((args, kwargs or {}))}
+        out = func(*args, **(kwargs or {}))
+        for t in batch_tensors(out):
+            storage = t.untyped_storage()
+            if id(storage) in before or storage in self._seen:
+                continue
+            size = storage.nbytes()
+            self._seen.add(storage)
+            self.live += size
+            weakref.finalize(storage, self._freed, size).atexit = False
+        self._peak = max(self._peak, self.live)
+        return out
+
+    def _freed(self, size: int) -> None:
+        self.live -= size
+
+    def take(self) -> int:
+        peak, self._peak = self._peak, self.live
+        return peak
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A matrix call as a profile saw it."""
+
+    name: str
+    function: str
+    shape: Shape
+    shared: bool  # used more than once, or through a derived weight: always stored
+    point: int  # its place in the backward pass
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Layers in the order of the backward pass, and bytes at each point of it: of no sample, and of each sample more."""
+
+    layers: tuple[Layer, ...]
+    fixed: tuple[float, ...]
+    slope: tuple[float, ...]
+    other_bytes: int  # per-sample gradients of everything that is no matrix, a sample
+    parameter_bytes: int
+
+
+def take_samples(args: Sequence[Any], rows: int, multiplicity: int, index: Sequence[int]) -> list[Any]:
+    """The rows of the given samples of every batch tensor in ``args`` (nested tuples, lists and dicts too)."""
+    wanted = [b * multiplicity + k for b in index for k in range(multiplicity)]
+
+    def take(tree: Any) -> Any:
+        if isinstance(tree, Tensor):
+            if not tree.dim() or tree.shape[0] != rows:
+                return tree
+            if wanted and wanted == list(range(wanted[0], wanted[-1] + 1)):
+                return tree[wanted[0] : wanted[-1] + 1]
+            return tree[torch.tensor(wanted, device=tree.device, dtype=torch.int64)]
+        if isinstance(tree, dict):
+            return {key: take(value) for key, value in tree.items()}
+        return type(tree)(take(value) for value in tree) if isinstance(tree, list | tuple) else tree
+
+    return [take(a) for a in args]
+
+
+def batch_rows(args: Sequence[Any]) -> int:
+    first = next((t for t in batch_tensors(list(args)) if t.dim()), None)
+    return 0 if first is None else first.shape[0]
+
+
+def profile(module: nn.Module, loss_fn: Callable[..., Tensor], args: Sequence[Any], multiplicity: int) -> Profile:
+    """Watches a pass on one sample and on two; their gradients are dropped. Random states are left as they were."""
+    rows = batch_rows(args)
+    if rows < multiplicity:
+        raise ValueError(f"a plan needs one sample ({multiplicity} rows) to look at, found {rows} rows")
+    points: list[list[int]] = []
+    layers: list[Layer] = []
+    other = 0
+    for samples in (1, 2):
+        part = take_samples(args, rows, multiplicity, [0] * samples)
+        sink, meter, seen = Sink(), MemoryMeter(), []
+        layers, other, own_rows = [], 0, samples * multiplicity
+
+        def receive(use: Use) -> None:
+            nonlocal other
+            rule, name = use.rule, use.rule.names.get("weight")
+            k = multiplicity * (use.x.shape[0] // own_rows)  # noqa: B023
+            if isinstance(rule, MatrixRule) and name is not None:
+                shape = Shape.of(rule, use.x, use.g, k)
+                layers.append(Layer(name, rule.function, shape, sink.calls[name] > 1, len(seen)))  # noqa: B023
+            other += sum(4 * w.numel() for w in (rule.weight, rule.bias) if w is not None and not isinstance(rule, MatrixRule))
+            seen.append(meter.take())  # noqa: B023
+
+        with torch.random.fork_rng(devices=[]), meter:
+            tracker = Tracker(module, part, sink)
+            with torch.enable_grad(), eagerly(module), tracker:
+                losses = loss_fn(module, *part)
+            seen.append(meter.take())
+            sink.receiver = receive
+            try:
+                with torch.autocast(losses.device.type, enabled=False), eagerly(module):
+                    backward(tracker, losses.sum(), [tracker.anchor])
+            finally:
+                sink.receiver = None
+            del losses, tracker
+        points.append([*seen, meter.take()])
+    one, two = points
+    if len(one) != len(two):
+        raise ValueError("the number of layer calls depends on the batch; give physical_batch_size instead of a memory budget")
+    slope = tuple(max(0.0, b - a) for a, b in zip(one, two, strict=True))
+    fixed = tuple(max(0.0, a - s) for a, s in zip(one, slope, strict=True))
+    parameter_bytes = sum(4 * p.numel() for p in module.parameters() if p.requires_grad)
+    return Profile(tuple(layers), fixed, slope, other, parameter_bytes)
+
+
+# --- plans ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """A layer and the way chosen for it; bytes and seconds are a sample's."""
+
+    layer: Layer
+    way: str
+    kept_bytes: int
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one micro-batch is done: a way for each matrix, and the number of samples at a time.
+
+    ``peak_bytes`` is what the pass is predicted to allocate beyond parameters, optimizer state and the batch itself.
+    """
+
+    layers: tuple[PlannedLayer, ...]
+    physical_batch_size: int
+    multiplicity: int
+    peak_bytes: int
+    memory_budget: int | None
+
+    @property
+    def ways(self) -> dict[str, str]:
+        return {p.layer.name: p.way for p in self.layers}
+
+    def choice(self) -> Choice:
+        ways = self.ways
+        return lambda rule, x, g, multiplicity: ways.get(rule.names["weight"], "store")
+
+    def table(self) -> str:
+        """The plan as aligned text: a line a layer (of one micro-batch), then the totals."""
+        n = self.physical_batch_size
+        head = ("layer", "function", "T·K", "inputs", "outputs", "way", "GFLOP", "kept MiB", "ms")
+        body = [
+            (
+                p.layer.name.split(" at ")[0], p.layer.function, str(s.positions), str(s.inputs), str(s.outputs), p.way,
+                f"{n * s.operations / 1e9:.3f}", f"{n * p.kept_bytes / 2**20:.2f}", f"{n * p.seconds[p.way] * 1e3:.2f}",
+            )
+            for p in self.layers
+            for s in (p.layer.shape,)
+        ]  # fmt: skip
+        widths = [max(len(row[i]) for row in (head, *body)) for i in range(len(head))]
+        lines = ["  ".join(c.ljust(w) if i in (0, 1, 5) else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+                 for row in (head, *body)]  # fmt: skip
+        counts = Counter(p.way for p in self.layers)
+        budget = "no limit" if self.memory_budget is None else f"of {self.memory_budget / 2**20:.0f} MiB"
+        lines.append(
+            f"micro-batch {n} samples × {self.multiplicity} rows, peak about {self.peak_bytes / 2**20:.0f} MiB ({budget}); "
+            f"weight gradients {n * sum(p.seconds[p.way] for p in self.layers) * 1e3:.0f} ms, "
+            f"kept {n * sum(p.kept_bytes for p in self.layers) / 2**20:.0f} MiB; "
+            + ", ".join(f"{counts[w]} {w}" for w in WAYS if counts[w])
+        )
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def _peak(found: Profile, ways: Sequence[str], samples: int) -> int:
+    """Predicted peak of one micro-batch in bytes."""
+    kept, peak, at = 0.0, 0.0, 0
+    for point, (fixed, slope) in enumerate(zip(found.fixed, found.slope, strict=True)):
+        while at < len(ways) and found.layers[at].point < point:
+            kept += samples * found.layers[at].shape.bytes_kept(ways[at])
+            at += 1
+        peak = max(peak, fixed + samples * slope + kept)
+    # After the pass: everything kept, and for a deferred layer g once more with its factors and one weight gradient.
+    deferred = [layer.shape for layer, way in zip(found.layers, ways, strict=True) if way != "store"]
+    again = max((samples * s.kept_bytes + 4 * s.weights for s in deferred), default=0)
+    everything = sum(samples * layer.shape.bytes_kept(way) for layer, way in zip(found.layers, ways, strict=True))
+    peak = max(peak, everything + again + sum(4 * s.weights for s in deferred))
+    return int(_MARGIN * (peak + samples * found.other_bytes)) + _SCRATCH
+
+
+def _choose(found: Profile, rates: Rates | None, strategy: str, samples: int, budget: int | None) -> list[str] | None:
+    """The fastest ways that fit; None where none do. ``budget`` -1: those that keep least."""
+
+    def allowed(layer: Layer) -> Sequence[str]:
+        return ("store",) if layer.shared else WAYS if strategy == "auto" else (strategy,)
+
+    def seconds(layer: Layer, way: str) -> float:
+        return layer.shape.seconds(rates)[way] if rates else 0.0
+
+    ways = [min(allowed(layer), key=lambda w, layer=layer: seconds(layer, w)) for layer in found.layers]  # type: ignore[misc]
+    if budget is None or (budget >= 0 and _peak(found, ways, samples) <= budget):
+        return ways
+    # Layer by layer, the change that saves most for its time.
+    changes = []
+    for i, layer in enumerate(found.layers):
+        least = min(allowed(layer), key=lambda w, layer=layer: (layer.shape.bytes_kept(w), seconds(layer, w)))  # type: ignore[misc]
+        saved = layer.shape.bytes_kept(ways[i]) - layer.shape.bytes_kept(least)
+        if saved > 0:
+            changes.append((max(0.0, seconds(layer, least) - seconds(layer, ways[i])) / saved, i, least))
+    for _, i, least in sorted(changes):
+        ways[i] = least
+        if 0 <= budget and _peak(found, ways, samples) <= budget:
+            return ways
+    return ways if budget < 0 or _peak(found, ways, samples) <= budget else None
+
+
+def make_plan(
+    module: nn.Module, loss_fn: Callable[..., Tensor], args: Sequence[Any], *, multiplicity: int = 1, strategy: str = "auto",
+    memory_budget: int | str | None = None, batch_size: int | None = None,
+) -> Plan:  # fmt: skip
+    """A plan for micro-batches like ``args`` (one sample of it is enough to look at).
+
+    Args:
+        memory_budget: bytes that a micro-batch may allocate beyond parameters, optimizer state and the batch; None for no
+            limit; "min" for the ways that keep least, at the whole batch.
+        batch_size: samples of the largest micro-batch wanted; default: those in ``args``.
+
+    Raises:
+        MemoryBudgetError: the budget does not hold one sample; says what would.
+    """
+    found = profile(module, loss_fn, args, multiplicity)
+    most = batch_size or batch_rows(args) // multiplicity
+    device = next(p for p in module.parameters() if p.requires_grad).device
+    rates = machine_rates(device, torch.get_num_threads()) if device.type == "cpu" else None
+    if rates is None and strategy == "auto" and memory_budget is None:
+        strategy = "store"
+    budget = -1 if memory_budget == "min" else memory_budget
+    assert budget is None or isinstance(budget, int)
+
+    def planned(samples: int) -> Plan | None:
+        ways = _choose(found, rates, strategy, samples, budget)
+        if ways is None:
+            return None
+        seconds = [layer.shape.seconds(rates) if rates else dict.fromkeys(WAYS, math.nan) for layer in found.layers]
+        layers = tuple(
+            PlannedLayer(layer, way, layer.shape.bytes_kept(way), times)
+            for layer, way, times in zip(found.layers, ways, seconds, strict=True)
+        )
+        return Plan(layers, samples, multiplicity, _peak(found, ways, samples), None if budget == -1 else budget)
+
+    samples, plan = most, planned(most)
+    while plan is None and samples > 1:  # a power of two below: the same few shapes whatever the batch
+        samples = 1 << ((samples - 1).bit_length() - 1)
+        plan = planned(samples)
+    if plan is None:
+        assert budget is not None
+        least = _choose(found, rates, strategy, 1, -1)
+        assert least is not None
+        needed = _peak(found, least, 1)
+        raise MemoryBudgetError(
+            f"memory_budget is {budget / 2**20:.1f} MiB, but one sample ({multiplicity} rows) needs about {needed / 2**20:.1f} MiB: "
+            f"raise it to {needed} bytes or more, lower the multiplicity, or train fewer parameters"
+        )
+    # As many samples again may fit with slower ways for some layers; a micro-batch of more samples saves little time from here.
+    return replace(plan, memory_budget=plan.memory_budget)
