@@ -52,41 +52,38 @@ struct LineLayout {
   int64_t rows, columns, pitch;  // of a segment in the matrix; pitch of the whole
 };
 
-// Rows i .. i+3 times NV vectors from v. With one vector, two sums take turns: four would wait for each other.
+// Adds `channels` more inner products of four values at a with NV vectors at b; the first `rows` of the four are kept in
+// out, `out_pitch` apart, vector n at column[n]. With one vector, two sums take turns: four would wait for each other.
 template <int NV>
-static void gram_tile(const double* a, const double* b, int64_t pitch, int64_t channels, int64_t i, int64_t v,
-                      const LineLayout& to, double* out) {
+static void gram_tile(const double* a, const double* b, int64_t pitch, int64_t channels, bool first, double* out,
+                      int64_t out_pitch, const int64_t* column, int64_t rows) {
   constexpr int kChains = NV == 1 ? 2 : 1;
   vd acc[kChains][kTileRows][NV] = {};
-  const double* ap = a + i;
-  const double* bp = b + v;
   int64_t c = 0;
   for (; c + kChains <= channels; c += kChains) {
 #pragma GCC unroll 2
     for (int k = 0; k < kChains; ++k) {
       vd x[NV];
 #pragma GCC unroll 3
-      for (int n = 0; n < NV; ++n) x[n] = load<vd>(bp + n * kDoubleLanes);
+      for (int n = 0; n < NV; ++n) x[n] = load<vd>(b + n * kDoubleLanes);
 #pragma GCC unroll 4
       for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 3
-        for (int n = 0; n < NV; ++n) acc[k][r][n] += x[n] * ap[r];
-      ap += pitch;
-      bp += pitch;
+        for (int n = 0; n < NV; ++n) acc[k][r][n] += x[n] * a[r];
+      a += pitch;
+      b += pitch;
     }
   }
   if (kChains == 2 && c < channels)
-    for (int r = 0; r < kTileRows; ++r) acc[0][r][0] += load<vd>(bp) * ap[r];
+    for (int r = 0; r < kTileRows; ++r) acc[0][r][0] += load<vd>(b) * a[r];
 #pragma GCC unroll 4
   for (int r = 0; r < kTileRows; ++r) {
-    const int64_t segment = (i + r) / to.lanes, row = (i + r) % to.lanes;
-    if (row >= to.count) continue;
-    double* line = out + (segment * to.rows + to.low + row) * to.pitch + to.low;
+    if (r >= rows) return;
 #pragma GCC unroll 3
     for (int n = 0; n < NV; ++n) {
-      const int64_t column = v + n * kDoubleLanes;
-      store(line + column / to.lanes * to.columns + column % to.lanes,
-            kChains == 2 ? acc[0][r][n] + acc[kChains - 1][r][n] : acc[0][r][n]);
+      double* at = out + r * out_pitch + column[n];
+      const vd sum = kChains == 2 ? acc[0][r][n] + acc[kChains - 1][r][n] : acc[0][r][n];
+      store(at, first ? sum : load<vd>(at) + sum);
     }
   }
 }
@@ -94,12 +91,25 @@ static void gram_tile(const double* a, const double* b, int64_t pitch, int64_t c
 // Inner products over channels of every position of line a (a_segments of them count) with every one of line b.
 static void gram(const double* a, const double* b, int64_t pitch, int64_t channels, int64_t a_segments,
                  const LineLayout& to, double* out) {
-  const int64_t rows = a_segments * to.lanes, vectors = to.segments * to.lanes / kDoubleLanes;
-  for (int64_t done = 0; done < vectors;) {
-    const int64_t left = vectors - done, take = left == 1 ? 1 : left == 2 || left == 4 ? 2 : 3;
-    auto* tile = take == 1 ? gram_tile<1> : take == 2 ? gram_tile<2> : gram_tile<3>;
-    for (int64_t i = 0; i < rows; i += kTileRows) tile(a, b, pitch, channels, i, done * kDoubleLanes, to, out);
-    done += take;
+  constexpr int64_t kRun = 64;  // channels: what a run reads of both lines stays in the first cache
+  const int64_t vectors = to.segments * to.lanes / kDoubleLanes;
+  for (int64_t c = 0; c < channels; c += kRun) {
+    const int64_t run = min64(kRun, channels - c);
+    for (int64_t done = 0; done < vectors;) {
+      const int64_t left = vectors - done, take = left == 1 ? 1 : left == 2 || left == 4 ? 2 : 3;
+      auto* tile = take == 1 ? gram_tile<1> : take == 2 ? gram_tile<2> : gram_tile<3>;
+      int64_t column[3] = {0, 0, 0};
+      for (int64_t n = 0; n < take; ++n) {
+        const int64_t at = (done + n) * kDoubleLanes;
+        column[n] = to.low + at / to.lanes * to.columns + at % to.lanes;
+      }
+      const double* line = a + c * pitch;
+      for (int64_t segment = 0; segment < a_segments; ++segment, line += to.lanes)
+        for (int64_t i = 0; i < to.count; i += kTileRows)
+          tile(line + i, b + c * pitch + done * kDoubleLanes, pitch, run, c == 0,
+               out + (segment * to.rows + to.low + i) * to.pitch, to.pitch, column, to.count - i);
+      done += take;
+    }
   }
 }
 
