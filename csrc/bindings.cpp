@@ -83,6 +83,34 @@ void conv_weight_grad(Address x, Address g, int x_dtype, int g_dtype, int64_t sa
   cpu_kernels().conv_weight_grad(p);
 }
 
+void conv_gram(Address x, Address g, int x_dtype, int g_dtype, int64_t samples, int64_t multiplicity, int64_t groups,
+               int64_t in_channels, int64_t out_channels, Pair in_size, Pair out_size, Pair kernel, Pair stride,
+               Pair padding, Pair dilation, std::array<int64_t, 4> x_stride, std::array<int64_t, 4> g_stride,
+               Address sq_norms, int num_threads) {
+  ConvGramParams p;
+  p.x = pointer<void>(x);
+  p.g = pointer<void>(g);
+  p.x_dtype = static_cast<DType>(x_dtype);
+  p.g_dtype = static_cast<DType>(g_dtype);
+  p.samples = samples;
+  p.multiplicity = multiplicity;
+  p.groups = groups;
+  p.in_channels = in_channels;
+  p.out_channels = out_channels;
+  copy(in_size, p.in_size);
+  copy(out_size, p.out_size);
+  copy(kernel, p.kernel);
+  copy(stride, p.stride);
+  copy(padding, p.padding);
+  copy(dilation, p.dilation);
+  copy(x_stride, p.x_stride);
+  copy(g_stride, p.g_stride);
+  p.sq_norms = pointer<double>(sq_norms);
+  p.num_threads = num_threads;
+  py::gil_scoped_release release;
+  cpu_kernels().conv_gram(p);
+}
+
 void affine_grad(Address x, Address g, int x_dtype, int g_dtype, bool channels_last, bool per_position, Address mean,
                  Address rstd, int64_t samples, int64_t multiplicity, int64_t channels, int64_t positions,
                  int64_t groups, Address weight, Address bias, bool accumulate_weight, bool accumulate_bias,
@@ -280,6 +308,9 @@ PYBIND11_MODULE(_C, m) {
         "multiplicity"_a, "groups"_a, "in_channels"_a, "out_channels"_a, "in_size"_a, "out_size"_a, "kernel"_a,
         "stride"_a, "padding"_a, "dilation"_a, "x_stride"_a, "g_stride"_a, "out"_a, "out_stride"_a, "accumulate"_a,
         "sq_norms"_a, "num_threads"_a);
+  m.def("conv_gram", &conv_gram, py::kw_only(), "x"_a, "g"_a, "x_dtype"_a, "g_dtype"_a, "samples"_a, "multiplicity"_a,
+        "groups"_a, "in_channels"_a, "out_channels"_a, "in_size"_a, "out_size"_a, "kernel"_a, "stride"_a, "padding"_a,
+        "dilation"_a, "x_stride"_a, "g_stride"_a, "sq_norms"_a, "num_threads"_a);
   m.def("affine_grad", &affine_grad, py::kw_only(), "x"_a, "g"_a, "x_dtype"_a, "g_dtype"_a, "channels_last"_a,
         "per_position"_a, "mean"_a, "rstd"_a, "samples"_a, "multiplicity"_a, "channels"_a, "positions"_a, "groups"_a,
         "weight"_a, "bias"_a, "accumulate_weight"_a, "accumulate_bias"_a, "sq_norms_weight"_a, "sq_norms_bias"_a,

@@ -31,6 +31,21 @@ struct ConvWeightGradParams {
   int num_threads = 1;
 };
 
+// The squared norms of the above alone, from inner products of pairs of positions; W_b is never formed.
+struct ConvGramParams {
+  const void* x = nullptr;
+  const void* g = nullptr;
+  DType x_dtype = DType::f32, g_dtype = DType::f32;
+  int64_t samples = 0, multiplicity = 1, groups = 1;
+  int64_t in_channels = 0, out_channels = 0;
+  int64_t in_size[2] = {1, 1}, out_size[2] = {1, 1};
+  int64_t kernel[2] = {1, 1}, stride[2] = {1, 1}, padding[2] = {0, 0}, dilation[2] = {1, 1};
+  int64_t x_stride[4] = {0, 0, 0, 0};  // row, channel, height, width
+  int64_t g_stride[4] = {0, 0, 0, 0};
+  double* sq_norms = nullptr;  // (samples,)
+  int num_threads = 1;
+};
+
 // Affine gradients: dbias_c = sum g, dweight_c = sum g * (x - mean) * rstd, over everything but sample and channel.
 // mean == nullptr: bias only. x and g share one layout.
 struct AffineGradParams {
@@ -131,6 +146,7 @@ struct PrivateStepParams {
 struct CpuKernels {
   const char* isa;
   void (*conv_weight_grad)(const ConvWeightGradParams&);
+  void (*conv_gram)(const ConvGramParams&);
   void (*affine_grad)(const AffineGradParams&);
   void (*embedding_grad)(const EmbeddingGradParams&);
   void (*weighted_sum)(const WeightedSumParams&);

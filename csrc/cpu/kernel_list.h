@@ -7,6 +7,7 @@ namespace privimage {
 namespace ISA_NAMESPACE {
 
 void conv_weight_grad(const ConvWeightGradParams& params);
+void conv_gram(const ConvGramParams& params);
 void affine_grad(const AffineGradParams& params);
 void embedding_grad(const EmbeddingGradParams& params);
 void weighted_sum(const WeightedSumParams& params);

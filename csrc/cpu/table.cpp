@@ -8,8 +8,8 @@ namespace ISA_NAMESPACE {
 #define PRIVIMAGE_STRING(s) PRIVIMAGE_STRING_(s)
 
 extern const CpuKernels kTable;
-const CpuKernels kTable = {PRIVIMAGE_STRING(PRIVIMAGE_ISA), conv_weight_grad, affine_grad, embedding_grad,
-                           weighted_sum, gaussian_noise, private_step};
+const CpuKernels kTable = {PRIVIMAGE_STRING(PRIVIMAGE_ISA), conv_weight_grad, conv_gram, affine_grad,
+                           embedding_grad, weighted_sum, gaussian_noise, private_step};
 
 }  // namespace ISA_NAMESPACE
 }  // namespace privimage

@@ -185,7 +185,7 @@ class LinearRule(MatrixRule):
         x, g = self._positions(x), self._positions(g)
         if strategy == "norm-only":
             return ops.linear_weight_grad(x, g, multiplicity=multiplicity, store=False)[0]
-        return _gram_norms(x, g, multiplicity)
+        return ops.linear_gram_norms(x, g, multiplicity=multiplicity)
 
     def weighted_weight_grad(self, x: Tensor, g: Tensor) -> Tensor:
         return g.flatten(0, -2).T @ x.flatten(0, -2)
@@ -236,19 +236,7 @@ class ConvRule(MatrixRule):
         x, g = self.contraction(x, g)
         if strategy == "norm-only":
             return ops.conv_weight_grad(x, g, multiplicity=multiplicity, store=False, **self._kernel())[0]
-        a, kernel = self._arguments(), self._kernel()["kernel_size"]
-        if x.dim() == 3:  # F.unfold knows images only
-            x, g = x.unsqueeze(2), g.unsqueeze(2)
-            kernel, a = (1, *kernel), {k: v if k == "groups" else ((0 if k == "padding" else 1), *v) for k, v in a.items()}
-        samples = x.shape[0] // multiplicity
-        norms = torch.zeros(samples, dtype=torch.float64, device=x.device)
-        # One group and one sample at a time: only that sample's unfolded input ever exists.
-        for b in range(samples):
-            rows = slice(b * multiplicity, (b + 1) * multiplicity)
-            for xs, gs in zip(x[rows].chunk(a["groups"], 1), g[rows].chunk(a["groups"], 1), strict=True):
-                columns = F.unfold(xs, kernel, dilation=a["dilation"], padding=a["padding"], stride=a["stride"])
-                norms[b] += _gram_norms(columns.transpose(1, 2), gs.flatten(2).transpose(1, 2), multiplicity)[0]
-        return norms
+        return ops.conv_gram_norms(x, g, multiplicity=multiplicity, **self._kernel())
 
     def weighted_weight_grad(self, x: Tensor, g: Tensor) -> Tensor:
         return self._backward(*self.contraction(x, g), [False, True, False])
@@ -462,13 +450,6 @@ class GeneralRule(Rule):
 
     def describe(self) -> str:
         return self.function
-
-
-def _gram_norms(x: Tensor, g: Tensor, multiplicity: int) -> Tensor:
-    """‖Σ_t g_t a_tᵀ‖² = ⟨A Aᵀ, G Gᵀ⟩ for positions of one sample. x (R, T, d), g (R, T, p) → (B,) float64."""
-    samples = x.shape[0] // multiplicity
-    x, g = x.reshape(samples, -1, x.shape[-1]).double(), g.reshape(samples, -1, g.shape[-1]).double()
-    return ((x @ x.transpose(1, 2)) * (g @ g.transpose(1, 2))).sum((1, 2)).clamp_min(0)
 
 
 def _affine_out(names: dict[str, str], out: dict[str, Tensor]) -> dict[str, Tensor | None]:

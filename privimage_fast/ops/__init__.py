@@ -17,9 +17,9 @@ from torch import Tensor
 from privimage_fast.ops import native, reference
 
 __all__ = [
-    "BuildInfo", "bias_grad", "build_info", "chacha20_block", "clip_factors", "conv_weight_grad", "embedding_grad",
-    "gaussian_noise", "group_norm_affine_grad", "layer_norm_affine_grad", "linear_weight_grad", "private_step_",
-    "weighted_sum_",
+    "BuildInfo", "bias_grad", "build_info", "chacha20_block", "clip_factors", "conv_gram_norms", "conv_weight_grad",
+    "embedding_grad", "gaussian_noise", "group_norm_affine_grad", "layer_norm_affine_grad", "linear_gram_norms",
+    "linear_weight_grad", "private_step_", "weighted_sum_",
 ]  # fmt: skip
 
 P = ParamSpec("P")
@@ -52,6 +52,8 @@ def _dispatch(plain: Callable[P, R]) -> Callable[P, R]:
 
 conv_weight_grad = _dispatch(reference.conv_weight_grad)
 linear_weight_grad = _dispatch(reference.linear_weight_grad)
+conv_gram_norms = _dispatch(reference.conv_gram_norms)
+linear_gram_norms = _dispatch(reference.linear_gram_norms)
 bias_grad = _dispatch(reference.bias_grad)
 group_norm_affine_grad = _dispatch(reference.group_norm_affine_grad)
 layer_norm_affine_grad = _dispatch(reference.layer_norm_affine_grad)

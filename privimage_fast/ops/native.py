@@ -36,6 +36,8 @@ _STATS = frozenset({torch.float32, torch.bfloat16})
 _SUPPORTED: dict[str, frozenset[torch.dtype]] = {
     "conv_weight_grad": _FLOATS,
     "linear_weight_grad": _FLOATS,
+    "conv_gram_norms": _FLOATS,
+    "linear_gram_norms": _FLOATS,
     "bias_grad": _FLOATS,
     "group_norm_affine_grad": _STATS,
     "layer_norm_affine_grad": _STATS,
@@ -69,6 +71,11 @@ def _norms(samples: int) -> Tensor:
     return torch.empty(samples, dtype=torch.float64)
 
 
+def _plane(t: Tensor) -> tuple[int, ...]:
+    """Strides of row, channel, height and width."""
+    return t.stride() if t.dim() == 4 else (t.stride(0), t.stride(1), 0, t.stride(2))
+
+
 def _conv(
     x: Tensor, g: Tensor, shape: checks.ConvShape, groups: int, multiplicity: int, x_stride: Sequence[int],
     g_stride: Sequence[int], weights: Tensor | None, weight_stride: Sequence[int], accumulate: bool,
@@ -99,9 +106,6 @@ def conv_weight_grad(
             multiplicity=multiplicity, store=store, out=out,
         )  # fmt: skip
 
-    def plane(t: Tensor) -> tuple[int, ...]:  # row, channel, height, width
-        return t.stride() if t.dim() == 4 else (t.stride(0), t.stride(1), 0, t.stride(2))
-
     weights = out
     if store and weights is None:
         # Channels innermost, the order in which the kernel produces them; weighted_sum_ puts the sum in torch's order.
@@ -111,7 +115,7 @@ def conv_weight_grad(
     if weights is not None:
         s = weights.stride()
         weight_stride = s if len(s) == 5 else (*s[:3], 0, s[3])
-    sq_norms = _conv(x, g, shape, groups, multiplicity, plane(x), plane(g), weights, weight_stride, out is not None)
+    sq_norms = _conv(x, g, shape, groups, multiplicity, _plane(x), _plane(g), weights, weight_stride, out is not None)
     return sq_norms, weights
 
 
@@ -133,6 +137,42 @@ def linear_weight_grad(
     weight_stride = (0,) * 5 if weights is None else (*weights.stride(), 0, 0)
     strides = [(t.stride(0), t.stride(2), 0, t.stride(1)) for t in (x, g)]
     return _conv(x, g, shape, 1, multiplicity, *strides, weights, weight_stride, out is not None), weights
+
+
+def _gram(
+    x: Tensor, g: Tensor, shape: checks.ConvShape, groups: int, multiplicity: int, x_stride: Sequence[int],
+    g_stride: Sequence[int],
+) -> Tensor:  # fmt: skip
+    sq_norms = _norms(shape.samples)
+    _C.conv_gram(
+        x=_pointer(x), g=_pointer(g), x_dtype=_DTYPES[x.dtype], g_dtype=_DTYPES[g.dtype], samples=shape.samples,
+        multiplicity=multiplicity, groups=groups, in_channels=shape.in_channels, out_channels=shape.out_channels,
+        in_size=shape.in_size, out_size=shape.out_size, kernel=shape.kernel, stride=shape.stride,
+        padding=shape.padding, dilation=shape.dilation, x_stride=x_stride, g_stride=g_stride,
+        sq_norms=_pointer(sq_norms), num_threads=torch.get_num_threads(),
+    )  # fmt: skip
+    return sq_norms
+
+
+def conv_gram_norms(
+    x: Tensor, g: Tensor, *, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int, multiplicity: int,
+) -> Tensor:  # fmt: skip
+    op = "conv_gram_norms"
+    shape = checks.conv_shape(op, x, g, kernel_size, stride, padding, dilation, groups, multiplicity)
+    if x.numel() == 0 or g.numel() == 0:
+        return torch.zeros(shape.samples, dtype=torch.float64)
+    return _gram(x, g, shape, groups, multiplicity, _plane(x), _plane(g))
+
+
+def linear_gram_norms(x: Tensor, g: Tensor, *, multiplicity: int) -> Tensor:
+    samples, outputs, inputs = checks.linear_shape("linear_gram_norms", x, g, multiplicity)
+    if x.numel() == 0 or g.numel() == 0:
+        return torch.zeros(samples, dtype=torch.float64)
+    # As in linear_weight_grad, a 1×1 convolution.
+    positions, one = x.shape[1], (1, 1)
+    shape = checks.ConvShape(samples, inputs, outputs, (1, positions), (1, positions), one, one, (0, 0), one, ())
+    return _gram(x, g, shape, 1, multiplicity, *((t.stride(0), t.stride(2), 0, t.stride(1)) for t in (x, g)))
 
 
 def _affine(

@@ -109,6 +109,62 @@ def linear_weight_grad(
     return _sq_norms(weights), weights
 
 
+def conv_gram_norms(
+    x: Tensor, g: Tensor, *, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int, multiplicity: int,
+) -> Tensor:  # fmt: skip
+    """Squared norms of :func:`conv_weight_grad`'s gradients from inner products of positions; no gradient is formed.
+
+    Cheaper than the gradient where a sample has few positions and many channels. Inner products are in double, since
+    their sum may be far below its terms.
+
+    Args:
+        x, g, kernel_size, stride, padding, dilation, groups, multiplicity: as in :func:`conv_weight_grad`.
+
+    Returns:
+        (B,) float64, not negative; not finite where the sample's x or g is not.
+    """
+    op = "conv_gram_norms"
+    shape = checks.conv_shape(op, x, g, kernel_size, stride, padding, dilation, groups, multiplicity)
+    norms = torch.zeros(shape.samples, dtype=torch.float64, device=x.device)
+    if x.numel() == 0 or g.numel() == 0:
+        return norms
+    x, g = x.reshape(*x.shape[:2], *shape.in_size), g.reshape(*g.shape[:2], *shape.out_size)
+    # One group and one sample at a time: only that sample's unfolded input ever exists.
+    for b in range(shape.samples):
+        rows = slice(b * multiplicity, (b + 1) * multiplicity)
+        for xs, gs in zip(x[rows].double().chunk(groups, 1), g[rows].double().chunk(groups, 1), strict=True):
+            columns = F.unfold(xs, shape.kernel, dilation=shape.dilation, padding=shape.padding, stride=shape.stride)
+            norms[b] += _position_norms(columns.mT, gs.flatten(2).mT, multiplicity)[0]
+    return norms
+
+
+def linear_gram_norms(x: Tensor, g: Tensor, *, multiplicity: int) -> Tensor:
+    """Squared norms of :func:`linear_weight_grad`'s gradients from inner products of positions.
+
+    ‖Σ_t g_t a_tᵀ‖² = ⟨A Aᵀ, G Gᵀ⟩ over a sample's K·T positions, in double.
+
+    Args:
+        x, g, multiplicity: as in :func:`linear_weight_grad`.
+
+    Returns:
+        (B,) float64, not negative; not finite where the sample's x or g is not.
+    """
+    samples, _, _ = checks.linear_shape("linear_gram_norms", x, g, multiplicity)
+    if x.numel() == 0 or g.numel() == 0:
+        return torch.zeros(samples, dtype=torch.float64, device=x.device)
+    return _position_norms(x.double(), g.double(), multiplicity)
+
+
+def _position_norms(x: Tensor, g: Tensor, multiplicity: int) -> Tensor:
+    """x (R, T, d), g (R, T, p), float64 → (B,), not negative."""
+    samples = x.shape[0] // multiplicity
+    x, g = x.reshape(samples, -1, x.shape[-1]), g.reshape(samples, -1, g.shape[-1])
+    norms = ((x @ x.mT) * (g @ g.mT)).sum((1, 2))
+    # Rounding may leave a zero norm below zero; what is not finite has to stay so.
+    return torch.where(norms.isfinite(), norms.clamp_min(0), norms.abs())
+
+
 def bias_grad(g: Tensor, *, channel_dim: int, multiplicity: int, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Per-sample bias gradient: the sum of g over everything but sample and channel.
 
