@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from privimage_fast import ops
-from privimage_fast.dp.collector import Collector, fixed, full_precision, misplaced
+from privimage_fast.dp.collector import Choice, Collector, fixed, full_precision, misplaced
 from privimage_fast.dp.passes import backward, eagerly
+from privimage_fast.dp.planner import Plan, batch_rows, cheapest, make_plan, take_samples
 from privimage_fast.dp.rules import UncoveredParameterError
 from privimage_fast.dp.tracker import Sink, Tracker, Use, batch_tensors, trainable_parameters
 
@@ -38,6 +39,7 @@ LossFunction = Callable[..., Tensor]
 # Module → shapes of calls whose rows were seen to be independent, and how often that was tried in vain.
 _probed: WeakKeyDictionary[nn.Module, Counter[Any]] = WeakKeyDictionary()
 _PROBE_ATTEMPTS = 5
+_plans: WeakKeyDictionary[nn.Module, dict[Any, Plan]] = WeakKeyDictionary()
 
 
 class ClippedGrad(NamedTuple):
@@ -57,15 +59,64 @@ def accumulate_clipped(
     max_grad_norm: float,
     multiplicity: int = 1,
     strategy: str = "auto",
-    memory_budget: int | None = None,
+    memory_budget: int | str | None = None,
     sample_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Adds one micro-batch's clipped gradients to ``sums`` (name → fp32, the parameter's shape) in place.
+    """Adds one batch's clipped gradients to ``sums`` (name → fp32, the parameter's shape) in place.
 
     ``sample_weight`` (B,) is 1 for samples and 0 for padding. Returns (norms, losses); see :func:`clipped_grad`.
     Nothing is added when an error is raised.
     """
     _check_options(max_grad_norm, multiplicity, strategy, memory_budget)
+    rows = batch_rows(args)
+    options: dict[str, Any] = {"max_grad_norm": max_grad_norm, "multiplicity": multiplicity}
+    if memory_budget is None or rows < multiplicity:
+        device = next((p.device for p in module.parameters() if p.requires_grad), torch.device("cpu"))
+        choose = cheapest(device) if strategy == "auto" else fixed(strategy)
+        return _accumulate(module, loss_fn, args, sums, choose=choose, sample_weight=sample_weight, **options)
+    _check_rows(rows, multiplicity)
+    samples = rows // multiplicity
+    plan = plan_for(module, loss_fn, args, multiplicity=multiplicity, strategy=strategy, memory_budget=memory_budget)
+    if sample_weight is not None:
+        sample_weight = _checked_weight(sample_weight, samples)
+    if plan.physical_batch_size >= samples:
+        return _accumulate(module, loss_fn, args, sums, choose=plan.choice(), sample_weight=sample_weight, **options)
+    before = {name: s.clone() for name, s in sums.items()}  # a later part may be refused
+    norms, losses = [], []
+    try:
+        for start in range(0, samples, plan.physical_batch_size):
+            index = range(start, min(samples, start + plan.physical_batch_size))
+            part = take_samples(args, rows, multiplicity, index)
+            weight = None if sample_weight is None else sample_weight[index.start : index.stop]
+            found = _accumulate(module, loss_fn, part, sums, choose=plan.choice(), sample_weight=weight, **options)
+            norms.append(found[0])
+            losses.append(found[1])
+    except BaseException:
+        for name, s in sums.items():
+            s.copy_(before[name])
+        raise
+    return torch.cat(norms), torch.cat(losses)
+
+
+def plan_for(
+    module: nn.Module, loss_fn: LossFunction, args: Sequence[Any], *, multiplicity: int, strategy: str = "auto",
+    memory_budget: int | str | None = None,
+) -> Plan:  # fmt: skip
+    """:func:`planner.make_plan`, made once for each module, budget and shape of a batch."""
+    shapes = tuple(tuple(t.shape) for t in batch_tensors(list(args)))
+    key = (multiplicity, strategy, memory_budget, module.training, shapes, torch.get_num_threads())
+    plans = _plans.setdefault(module, {})
+    if key not in plans:
+        plans[key] = make_plan(
+            module, loss_fn, args, multiplicity=multiplicity, strategy=strategy, memory_budget=memory_budget
+        )
+    return plans[key]
+
+
+def _accumulate(
+    module: nn.Module, loss_fn: LossFunction, args: Sequence[Any], sums: dict[str, Tensor], *, choose: Choice,
+    max_grad_norm: float, multiplicity: int, sample_weight: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     parameters = trainable_parameters(module)
     if not parameters:
         raise ValueError(f"{type(module).__name__} has no trainable parameter: every requires_grad is False")
@@ -79,7 +130,7 @@ def accumulate_clipped(
         return torch.zeros(0, dtype=torch.float64, device=losses.device), losses.detach()
     if not losses.requires_grad:
         raise UncoveredParameterError("the losses do not depend on any trainable parameter; was the forward pass detached?")
-    collector = Collector(rows, multiplicity, sink.calls, fixed(strategy))
+    collector = Collector(rows, multiplicity, sink.calls, choose)
     try:
         with torch.autocast(losses.device.type, enabled=False), eagerly(module):
             probe_rows(module, lambda keep: losses[keep.to(losses.device)].sum(), args, rows, multiplicity, tracker, sink)
@@ -161,20 +212,21 @@ def clipped_grad(
     max_grad_norm: float,
     multiplicity: int = 1,
     strategy: str = "auto",
-    memory_budget: int | None = None,
+    memory_budget: int | str | None = None,
     sample_weight: Tensor | None = None,
 ) -> ClippedGrad:
     """Sum over samples of clipped per-sample gradients, without noise.
 
     Args:
-        module: any module built of conv1d/conv2d, linear, group_norm, layer_norm and embedding calls (attention is built
-            of them); every trainable parameter must be covered.
+        module: any module whose rows are independent. Linear, convolution, normalisation, embedding and attention layers,
+            broadcast parameters and derived weights have fast rules; other functions a slower general one.
         loss_fn: ``loss_fn(module, *args)`` → losses (B·K,), one a row, not reduced.
         args: what the loss needs; every tensor of the batch must come in here, rows first.
         max_grad_norm: the L2 bound C on one sample's contribution.
         multiplicity: K adjacent rows belong to one sample and are clipped once, together.
-        strategy: "store" | "gram" | "norm-only" for all matrices, or "auto".
-        memory_budget: bytes that stored per-sample gradients may take under "auto"; None for no limit.
+        strategy: "store" | "gram" | "norm-only" for all matrices, or "auto": the cheapest for each (see ``planner``).
+        memory_budget: bytes that the call may allocate beyond parameters and ``args``: layers take leaner ways, and the batch
+            is done in parts where it must be; "min" for the leanest ways at the whole batch; None for no limit.
         sample_weight: (B,), 1 or 0: padding samples contribute nothing.
 
     Returns:
@@ -184,6 +236,7 @@ def clipped_grad(
 
     Raises:
         UncoveredParameterError: a trainable parameter has no per-sample rule, named with the reason.
+        MemoryBudgetError: the budget does not hold one sample; says what would.
         ValueError: losses already reduced, rows not a multiple of K, options out of range.
     """
     sums = {
@@ -222,15 +275,20 @@ def check_per_sample(
             )
 
 
-def _check_options(max_grad_norm: float, multiplicity: int, strategy: str, memory_budget: int | None) -> None:
+def _check_options(max_grad_norm: float, multiplicity: int, strategy: str, memory_budget: int | str | None) -> None:
     if not _MIN_GRAD_NORM <= max_grad_norm < float("inf"):
         raise ValueError(f"max_grad_norm must be a positive number of at least {_MIN_GRAD_NORM:g}, found {max_grad_norm}")
     if not (isinstance(multiplicity, int) and multiplicity >= 1):
         raise ValueError(f"multiplicity must be a whole number ≥ 1, found {multiplicity!r}")
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, found {strategy!r}")
-    if memory_budget is not None and memory_budget < 0:
-        raise ValueError(f"memory_budget must be a number of bytes ≥ 0 or None, found {memory_budget}")
+    if memory_budget is not None and memory_budget != "min" and not (isinstance(memory_budget, int) and memory_budget >= 0):
+        raise ValueError(f'memory_budget must be a number of bytes ≥ 0, "min" or None, found {memory_budget!r}')
+
+
+def _check_rows(rows: int, multiplicity: int) -> None:
+    if rows % multiplicity:
+        raise ValueError(f"{rows} rows cannot be grouped into samples of multiplicity {multiplicity}: expected a multiple")
 
 
 def _check_losses(losses: Any, args: Sequence[Any], multiplicity: int) -> int:
@@ -241,8 +299,7 @@ def _check_losses(losses: Any, args: Sequence[Any], multiplicity: int) -> int:
             "(reduction='none', then the mean over everything but the first dimension)"
         )
     rows = losses.shape[0]
-    if rows % multiplicity:
-        raise ValueError(f"{rows} rows cannot be grouped into samples of multiplicity {multiplicity}: expected a multiple")
+    _check_rows(rows, multiplicity)
     first = next((t for t in batch_tensors(list(args)) if t.dim()), None)
     if first is not None and first.shape[0] != rows:
         raise ValueError(f"loss_fn returned {rows} losses for {first.shape[0]} rows of input; expected one a row")

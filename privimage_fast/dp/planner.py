@@ -19,7 +19,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -76,7 +76,7 @@ def machine_rates(device: torch.device, threads: int) -> Rates:
     """Measured once a process, in some fifty milliseconds; ``threads`` keys the cache when torch's number changes."""
     b, c, size = 2, 64, 16
     x, g = (torch.ones(b, c, size, size, device=device) for _ in range(2))
-    flat_x, flat_g = (t.flatten(2).transpose(1, 2).contiguous() for t in (x, g))
+    flat_x, flat_g = (torch.ones(b, 128, 4 * c, device=device) for _ in range(2))
     weight = torch.ones(c, c, 3, 3, device=device)
     geometry = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1, "multiplicity": 1}
     big = torch.ones(2**22, device=device)
@@ -90,9 +90,9 @@ def machine_rates(device: torch.device, threads: int) -> Rates:
     return Rates(
         conv=_rate(2 * b * t * 9 * c * c, lambda: ops.conv_weight_grad(x, g, **geometry), device),
         conv_sum=_rate(2 * b * t * 9 * c * c, summed, device),
-        linear=_rate(2 * b * t * c * c, lambda: ops.linear_weight_grad(flat_x, flat_g, multiplicity=1), device),
-        linear_sum=_rate(2 * b * t * c * c, lambda: flat_g.flatten(0, 1).T @ flat_x.flatten(0, 1), device),
-        gram=_rate(b * t * t * 2 * c, lambda: ops.linear_gram_norms(flat_x, flat_g, multiplicity=1), device),
+        linear=_rate(2 * flat_x.numel() * 4 * c, lambda: ops.linear_weight_grad(flat_x, flat_g, multiplicity=1), device),
+        linear_sum=_rate(2 * flat_x.numel() * 4 * c, lambda: flat_g.flatten(0, 1).T @ flat_x.flatten(0, 1), device),
+        gram=_rate(2 * flat_x.numel() * 128, lambda: ops.linear_gram_norms(flat_x, flat_g, multiplicity=1), device),
         bytes=_rate(8 * big.numel(), big.clone, device),
     )
 
@@ -433,5 +433,4 @@ def make_plan(
             f"memory_budget is {budget / 2**20:.1f} MiB, but one sample ({multiplicity} rows) needs about {needed / 2**20:.1f} MiB: "
             f"raise it to {needed} bytes or more, lower the multiplicity, or train fewer parameters"
         )
-    # As many samples again may fit with slower ways for some layers; a micro-batch of more samples saves little time from here.
-    return replace(plan, memory_budget=plan.memory_budget)
+    return plan

@@ -258,8 +258,12 @@ class ConvTransposeRule(ConvRule):
 
 
 def _dense(x: Tensor) -> Tensor:
-    """x in a layout that torch's group norm takes: contiguous, or channels last."""
-    return x if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+    """x in a layout that torch's group norm takes: contiguous, or channels last with the strides that belong to it."""
+    if x.dim() == 4 and not x.is_contiguous():
+        _, channels, height, width = x.shape
+        if x.stride() == (channels * height * width, 1, width * channels, channels):
+            return x
+    return x.contiguous()
 
 
 class GroupNormRule(Rule):
