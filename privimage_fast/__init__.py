@@ -15,6 +15,9 @@ _EXPORTS = {
     "check_per_sample": "privimage_fast.dp.engine",
     "ClippedGrad": "privimage_fast.dp.engine",
     "UncoveredParameterError": "privimage_fast.dp.rules",
+    "Plan": "privimage_fast.dp.planner",
+    "make_plan": "privimage_fast.dp.planner",
+    "MemoryBudgetError": "privimage_fast.dp.planner",
     "PrivateOptimizer": "privimage_fast.dp.optimizer",
     "PrivImage": "privimage_fast.pipeline",
     "RunConfig": "privimage_fast.config",
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from privimage_fast.data import ImageSet, open_image_set
     from privimage_fast.dp.engine import ClippedGrad, check_per_sample, clipped_grad
     from privimage_fast.dp.optimizer import PrivateOptimizer
+    from privimage_fast.dp.planner import MemoryBudgetError, Plan, make_plan
     from privimage_fast.dp.rules import UncoveredParameterError
     from privimage_fast.pipeline import PrivImage
 
