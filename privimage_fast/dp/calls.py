@@ -173,7 +173,9 @@ def _multi_head_attention(
     if use_separate_proj_weight:
         assert q_proj_weight is not None and k_proj_weight is not None and v_proj_weight is not None
         parts = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
-        q, k, v = (F.linear(t, w, b) for t, w, b in zip((q, k, v), (q_proj_weight, k_proj_weight, v_proj_weight), parts, strict=True))
+        q, k, v = (
+            F.linear(t, w, b) for t, w, b in zip((q, k, v), (q_proj_weight, k_proj_weight, v_proj_weight), parts, strict=True)
+        )
     elif same:
         assert in_proj_weight is not None
         q, k, v = F.linear(q, in_proj_weight, in_proj_bias).split(width, -1)

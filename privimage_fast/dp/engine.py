@@ -107,9 +107,7 @@ def plan_for(
     key = (multiplicity, strategy, memory_budget, module.training, shapes, torch.get_num_threads())
     plans = _plans.setdefault(module, {})
     if key not in plans:
-        plans[key] = make_plan(
-            module, loss_fn, args, multiplicity=multiplicity, strategy=strategy, memory_budget=memory_budget
-        )
+        plans[key] = make_plan(module, loss_fn, args, multiplicity=multiplicity, strategy=strategy, memory_budget=memory_budget)
     return plans[key]
 
 

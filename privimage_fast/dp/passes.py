@@ -45,7 +45,9 @@ def eagerly(module: nn.Module) -> Iterator[None]:
         )
     if module not in _told:
         _told[module] = True
-        logger.warning("%s is compiled by torch.compile; per-sample gradients need its calls one by one, so it runs eagerly", compiled)
+        logger.warning(
+            "%s is compiled by torch.compile; per-sample gradients need its calls one by one, so it runs eagerly", compiled
+        )
     with torch.compiler.set_stance("force_eager"):
         yield
 

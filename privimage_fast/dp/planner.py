@@ -170,9 +170,7 @@ class MemoryMeter(TorchDispatchMode):
         self.live = self._peak = 0
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         before = {id(t.untyped_storage()) for t in batch_tensors((args, kwargs or {}))}
         out = func(*args, **(kwargs or {}))
         for t in batch_tensors(out):
@@ -430,7 +428,7 @@ def make_plan(
         assert least is not None
         needed = _peak(found, least, 1)
         raise MemoryBudgetError(
-            f"memory_budget is {budget / 2**20:.1f} MiB, but one sample ({multiplicity} rows) needs about {needed / 2**20:.1f} MiB: "
-            f"raise it to {needed} bytes or more, lower the multiplicity, or train fewer parameters"
+            f"memory_budget is {budget / 2**20:.1f} MiB, but one sample ({multiplicity} rows) needs about "
+            f"{needed / 2**20:.1f} MiB: raise it to {needed} bytes or more, lower the multiplicity, or train fewer parameters"
         )
     return plan

@@ -60,9 +60,7 @@ class Rule:
     def input_grad(self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...]) -> Tensor | None:
         raise NotImplementedError
 
-    def input_grads(
-        self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...], needs: Sequence[bool]
-    ) -> tuple[Tensor | None, ...]:
+    def input_grads(self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
         return (self.input_grad(x, g, saved) if needs[0] else None,)
 
     def per_sample(
@@ -272,7 +270,14 @@ class GroupNormRule(Rule):
     def forward(self, x: Tensor, *more: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         rows, channels = x.shape[:2]
         y, mean, rstd = torch.native_group_norm(
-            _dense(x), self.weight, self.bias, rows, channels, math.prod(x.shape[2:]), self.options["num_groups"], self.options["eps"]
+            _dense(x),
+            self.weight,
+            self.bias,
+            rows,
+            channels,
+            math.prod(x.shape[2:]),
+            self.options["num_groups"],
+            self.options["eps"],
         )
         return y, (mean, rstd)
 
@@ -378,16 +383,14 @@ class GeneralRule(Rule):
         for t in data:
             if t.dim() == 0 or t.shape[0] % rows:
                 raise UncoveredParameterError(
-                    f"{where} was given a tensor of shape {tuple(t.shape)}, whose first dimension is not a multiple of the {rows} "
-                    "rows of the batch; rows must stay the first dimension"
+                    f"{where} was given a tensor of shape {tuple(t.shape)}, whose first dimension is not a multiple of the "
+                    f"{rows} rows of the batch; rows must stay the first dimension"
                 )
         places = {id(t): ("data", i) for i, t in enumerate(data)} | {id(t): ("weight", i) for i, t in enumerate(weights)}
         device = data[0].device.type
         autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         roles = {f"weight{i}": name for i, name in enumerate(names)}
-        return cls(
-            where, roles, None, None, {}, func, (args, kwargs), tuple(w.detach() for w in weights), places, rows, autocast
-        )
+        return cls(where, roles, None, None, {}, func, (args, kwargs), tuple(w.detach() for w in weights), places, rows, autocast)
 
     def _run(self, data: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
         def filled(tree: Any) -> Any:
@@ -418,8 +421,8 @@ class GeneralRule(Rule):
                     same = False
                 if not same:
                     raise UncoveredParameterError(
-                        f"{self.describe()} has no per-sample gradient rule, and the general one does not apply: row {row} alone "
-                        "gives another result than in the batch (rows not first, samples mixed, or a random function). Freeze the "
+                        f"{self.describe()} has no per-sample gradient rule, and the general one does not apply: row {row} "
+                        "alone gives another result than in the batch (rows not first, samples mixed, or a random function). Freeze the "
                         "parameter with requires_grad_(False), or express it through linear, convolution, normalisation, "
                         "embedding or broadcasting functions"
                     )
@@ -427,9 +430,7 @@ class GeneralRule(Rule):
     def forward(self, x: Tensor, *more: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         return self._run((x, *more), self.weights), ()
 
-    def input_grads(
-        self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...], needs: Sequence[bool]
-    ) -> tuple[Tensor | None, ...]:
+    def input_grads(self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
         with torch.enable_grad():
             data = [t.detach().requires_grad_(need) for t, need in zip((x, *saved), needs, strict=True)]
             wanted = [t for t in data if t.requires_grad]

@@ -23,7 +23,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from privimage_fast.dp.calls import (
-    BORROWS_ONLY, ELEMENTWISE, EXPANDS, REWRITES, batch_norm_training, elementwise_rows, expanded_source,
+    BORROWS_ONLY,
+    ELEMENTWISE,
+    EXPANDS,
+    REWRITES,
+    batch_norm_training,
+    elementwise_rows,
+    expanded_source,
 )  # fmt: skip
 from privimage_fast.dp.rules import RULES, ExpandRule, GeneralRule, MatrixRule, Rule, UncoveredParameterError
 
@@ -100,8 +106,8 @@ def _differentiable_input_grad(ctx: Any, x: Tensor, g: Tensor, rest: list[Tensor
     plain = rule.without_affine(x)
     if plain is None:
         raise UncoveredParameterError(
-            f"a gradient was taken through {rule.describe()} with create_graph=True (a gradient penalty?); the engine covers that "
-            "for linear, convolution and normalisation layers and broadcast parameters only"
+            f"a gradient was taken through {rule.describe()} with create_graph=True (a gradient penalty?); the engine covers "
+            "that for linear, convolution and normalisation layers and broadcast parameters only"
         )
     if "weight" in rule.names:
         ctx.sink.calls[rule.names["weight"]] += 1
@@ -277,7 +283,13 @@ class Tracker(TorchFunctionMode):
         If it is not (positions, as many as there are rows), ``_probe_rows`` finds out.
         """
         x = kwargs.get("input", args[0] if args else None)
-        return isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1 and x.shape[0] == self.rows and not self._is_derived(x)
+        return (
+            isinstance(x, Tensor)
+            and x.is_floating_point()
+            and x.dim() > 1
+            and x.shape[0] == self.rows
+            and not self._is_derived(x)
+        )
 
     def _apply(self, rule: Rule, x: Tensor, *more: Tensor) -> Tensor:
         return _Call.apply(self._anchor.to(x.device), rule, self._sink, x, *more)
@@ -323,9 +335,7 @@ class Tracker(TorchFunctionMode):
             x, rule = _autocast(x, rule)
         return self._apply(rule, x)
 
-    def _generally(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], weights: list[Tensor]
-    ) -> Any:
+    def _generally(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], weights: list[Tensor]) -> Any:
         """Any function that treats rows alike, one sample at a time in the backward pass."""
         out = func(*args, **kwargs)
         # Reading a shape or detaching is harmless; anything differentiable is a use to be clipped.
@@ -382,8 +392,8 @@ class Tracker(TorchFunctionMode):
         for name, leak in leaks.items():
             if leak is not None:
                 raise UncoveredParameterError(
-                    f"parameter {name!r} reached the loss by a way the engine cannot see (a custom autograd function, or a tensor "
-                    "that does not come from the batch), so its gradient is not per sample; freeze it with "
+                    f"parameter {name!r} reached the loss by a way the engine cannot see (a custom autograd function, or a "
+                    "tensor that does not come from the batch), so its gradient is not per sample; freeze it with "
                     "requires_grad_(False), use it through torch functions, or pass every batch tensor through `args`"
                 )
         for name, function in self.without_grad.items():

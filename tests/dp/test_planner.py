@@ -41,7 +41,9 @@ def batch(samples: int) -> tuple[Tensor, Tensor]:
 def test_the_cheapest_way_follows_the_shape(positions: int, channels: int, offsets: int, way: str) -> None:
     """Many positions: form the gradient. Few positions and many weights: Gram matrices."""
     kind = "conv" if offsets > 1 else "linear"
-    shape = Shape(kind, positions, channels * offsets, channels, channels, channels * channels * offsets, 8 * positions * channels)
+    shape = Shape(
+        kind, positions, channels * offsets, channels, channels, channels * channels * offsets, 8 * positions * channels
+    )
     seconds = shape.seconds(EVEN)
     assert min(WAYS, key=seconds.__getitem__) == way
     assert seconds["norm-only"] == pytest.approx(2 * 2 * positions * channels * channels * offsets / 1e11)
