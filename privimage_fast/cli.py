@@ -93,8 +93,9 @@ def _parse_run(command: str, argv: list[str], description: str, *, base: str | N
     parser.add_argument("--out", metavar="DIR", help="the run folder")
     parser.add_argument("--resume", action="store_true", help="go on with the run that is in the folder")
     parser.add_argument("--skip-bad", action="store_true", help="list and skip unreadable images")
-    if command in ("run", "demo"):
-        parser.add_argument("--dry-run", action="store_true", help="print σ, steps, memory and rough time, and stop")
+    if command in ("run", "demo", "finetune"):
+        what = "print σ, steps, memory, rough time and how each layer's gradients are had, and stop"
+        parser.add_argument("--dry-run", action="store_true", help=what)
     parser.epilog = "any configuration key: --privacy.epsilon 3 --data.public DIR … (`privimage keys` lists them)"
     flags, rest = parser.parse_known_args(argv)
     overrides: dict[str, Any] = {}
@@ -141,6 +142,8 @@ def _run(argv: list[str], *, command: str = "run", base: str | None = None) -> N
     if plan is not None:
         print(plan.table())
     if flags.dry_run:
+        assert plan is not None
+        print(f"\n{plan.step.table()}")
         return
     with run.opened(resume=flags.resume):
         if plan is not None:
@@ -162,13 +165,17 @@ def _demo(argv: list[str]) -> None:
 
 
 def _stage(stage: str, argv: list[str]) -> None:
-    config, _ = _parse_run(stage, argv, f"The stage `{stage}` of a run.")
+    config, flags = _parse_run(stage, argv, f"The stage `{stage}` of a run.")
     from privimage_fast.pipeline import Run
     from privimage_fast.stages.folder import RunError
 
     run = Run(config)
     if stage == "report":
         print(run.report())
+        return
+    if stage == "finetune" and flags.dry_run:
+        plan = run.plan()
+        print(f"{plan.table()}\n\n{plan.step.table()}")
         return
     with run.opened(resume=True):
         result = getattr(run, stage)()

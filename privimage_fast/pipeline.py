@@ -35,11 +35,12 @@ from privimage_fast.dp.accounting import (
 from privimage_fast.dp.engine import accumulate_clipped
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.dp.noise import NoiseKey
+from privimage_fast.dp.planner import Plan as StepPlan
 from privimage_fast.dp.sampling import OSRandom, SeededRandom
 from privimage_fast.models.edm import Denoiser, DenoisingLoss, EDMConfig, denoising_batch
 from privimage_fast.models.unet import UNetConfig
 from privimage_fast.stages.evaluate import run_evaluate
-from privimage_fast.stages.finetune import activation_bytes, budget_record, physical_batch_size, run_finetune
+from privimage_fast.stages.finetune import budget_record, plan_finetune, run_finetune
 from privimage_fast.stages.folder import RunError, RunFolder, fingerprint
 from privimage_fast.stages.pretrain import run_pretrain
 from privimage_fast.stages.query import SemanticFunction, public_classifier, run_query
@@ -66,8 +67,7 @@ class Plan:
     epsilon_without_query: float
     labels_per_class: int
     parameters: int
-    physical_batch_size: int
-    memory_mib: float
+    step: StepPlan
     pretrain_seconds: float
     finetune_seconds: float
     sample_seconds: float
@@ -82,7 +82,7 @@ class Plan:
             ("selection", f"{self.labels_per_class} public labels a class"),
             ("DP-SGD", f"σ = {self.noise_multiplier:.4f}, q = {self.sample_rate:.4g}, {self.steps} steps"),
             ("network", f"{self.parameters:,} parameters"),
-            ("micro-batch", f"{self.physical_batch_size} images, about {self.memory_mib:.0f} MiB at peak in fine-tuning"),
+            ("micro-batch", f"{self.step.physical_batch_size} images, up to {self.step.peak_bytes / 2**20:.0f} MiB to fine-tune"),
             ("rough time", f"{_minutes(total)}: pre-train {_minutes(self.pretrain_seconds)}, fine-tune "
                            f"{_minutes(self.finetune_seconds)}, sample {_minutes(self.sample_seconds)} (classifiers apart)"),
         ]  # fmt: skip
@@ -384,12 +384,10 @@ class Run:
                 prior_events=prior,
             )  # fmt: skip
         model = self.model().to(self.device)
-        physical = physical_batch_size(model, c.finetune)
+        step = plan_finetune(model, c.finetune)
         parameters = sum(p.numel() for p in model.parameters())
-        rows = physical * c.finetune.multiplicity
         # The last micro-batch is padded to its fixed shape: half of one, on average.
-        rows_a_step = c.finetune.multiplicity * (c.finetune.batch_size + physical / 2)
-        memory = activation_bytes(model) * rows + 4 * parameters * (physical + 8)
+        rows_a_step = c.finetune.multiplicity * (c.finetune.batch_size + step.physical_batch_size / 2)
         per_row = _seconds_per_row(model, c.finetune.multiplicity, self.device)
         evaluations = c.sample.sampler.steps * (2 if c.sample.sampler.method == "heun" else 1)
         evaluations *= 1 if c.sample.sampler.guidance == 1 else 2
@@ -399,8 +397,7 @@ class Run:
             steps=c.finetune.steps, noise_multiplier=sigma,
             query_noise_multiplier=c.query.noise_multiplier if queried else None,
             epsilon_without_query=epsilon([DPSGDEvent(sigma, rate, c.finetune.steps)], c.privacy.delta),
-            labels_per_class=c.select.labels_per_class, parameters=parameters, physical_batch_size=physical,
-            memory_mib=memory / 2**20,
+            labels_per_class=c.select.labels_per_class, parameters=parameters, step=step,
             pretrain_seconds=0.0 if c.select.mode == "none" else per_row.plain * c.pretrain.batch_size * c.pretrain.steps,
             finetune_seconds=per_row.private * rows_a_step * c.finetune.steps,
             sample_seconds=per_row.forward * images * evaluations,

@@ -34,8 +34,9 @@ from privimage_fast.dp.tracker import Sink, Tracker, Use, batch_tensors
 
 WAYS = ("store", "gram", "norm-only")
 
-# Beyond counted tensors: packing buffers of the kernels and of torch's, and what the allocator keeps.
-_MARGIN, _SCRATCH = 1.10, 24 * 2**20
+# Resident memory is more than live tensors: holes of the C library's allocator (a share), and packing buffers of the kernels,
+# of oneDNN's and its generated code (a constant). Both from runs like those of the test that measures a child process.
+_MARGIN, _SCRATCH = 1.45, 20 * 2**20
 
 
 class MemoryBudgetError(ValueError):
@@ -79,7 +80,7 @@ def machine_rates(device: torch.device, threads: int) -> Rates:
     flat_x, flat_g = (torch.ones(b, 128, 4 * c, device=device) for _ in range(2))
     weight = torch.ones(c, c, 3, 3, device=device)
     geometry = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1, "multiplicity": 1}
-    big = torch.ones(2**22, device=device)
+    big = torch.ones(2**21, device=device)
     t = size * size
 
     def summed() -> object:
@@ -165,6 +166,11 @@ def cheapest(device: torch.device) -> Choice:
 class MemoryMeter(TorchDispatchMode):
     """Counts the bytes of live tensor storages made while it is active; ``peak`` since it was last read by ``take``."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Wrapping the method for the compiler would import it: 70 MiB that a memory budget does not have."""
+        return False
+
     def __init__(self) -> None:
         super().__init__()
         self.live = self._peak = 0
@@ -237,8 +243,13 @@ def batch_rows(args: Sequence[Any]) -> int:
     return 0 if first is None else first.shape[0]
 
 
-def profile(module: nn.Module, loss_fn: Callable[..., Tensor], args: Sequence[Any], multiplicity: int) -> Profile:
-    """Watches a pass on one sample and on two; their gradients are dropped. Random states are left as they were."""
+def profile(
+    module: nn.Module, loss_fn: Callable[..., Tensor], args: Sequence[Any], multiplicity: int, at_most: int | None = None
+) -> Profile:
+    """Watches a pass on one sample and on two; their gradients are dropped. Random states are left as they were.
+
+    ``at_most``: bytes. Where two samples would take more, one is all there is to plan for, and two are not tried.
+    """
     rows = batch_rows(args)
     if rows < multiplicity:
         raise ValueError(f"a plan needs one sample ({multiplicity} rows) to look at, found {rows} rows")
@@ -246,6 +257,9 @@ def profile(module: nn.Module, loss_fn: Callable[..., Tensor], args: Sequence[An
     layers: list[Layer] = []
     other = 0
     for samples in (1, 2):
+        if samples == 2 and at_most is not None and _MARGIN * 2 * max(points[0]) + _SCRATCH > at_most:
+            points.append([2 * bytes_ for bytes_ in points[0]])
+            break
         part = take_samples(args, rows, multiplicity, [0] * samples)
         sink, meter, seen = Sink(), MemoryMeter(), []
         layers, other, own_rows = [], 0, samples * multiplicity
@@ -342,8 +356,8 @@ class Plan:
         return "\n".join(line.rstrip() for line in lines)
 
 
-def _peak(found: Profile, ways: Sequence[str], samples: int) -> int:
-    """Predicted peak of one micro-batch in bytes."""
+def _peak(found: Profile, ways: Sequence[str], samples: int, parts: bool) -> int:
+    """Predicted peak of one micro-batch in bytes; with ``parts``, of a batch done in several."""
     kept, peak, at = 0.0, 0.0, 0
     for point, (fixed, slope) in enumerate(zip(found.fixed, found.slope, strict=True)):
         while at < len(ways) and found.layers[at].point < point:
@@ -355,11 +369,15 @@ def _peak(found: Profile, ways: Sequence[str], samples: int) -> int:
     again = max((samples * s.kept_bytes + 4 * s.weights for s in deferred), default=0)
     everything = sum(samples * layer.shape.bytes_kept(way) for layer, way in zip(found.layers, ways, strict=True))
     peak = max(peak, everything + again + sum(4 * s.weights for s in deferred))
-    return int(_MARGIN * (peak + samples * found.other_bytes)) + _SCRATCH
+    # The sums; and as they were, should a later part fail.
+    sums = found.parameter_bytes * (2 if parts else 1)
+    return int(_MARGIN * (peak + samples * found.other_bytes + sums)) + _SCRATCH
 
 
-def _choose(found: Profile, rates: Rates | None, strategy: str, samples: int, budget: int | None) -> list[str] | None:
-    """The fastest ways that fit; None where none do. ``budget`` -1: those that keep least."""
+def _choose(
+    found: Profile, rates: Rates | None, strategy: str, samples: int, parts: bool, budget: int | None
+) -> tuple[list[str], bool]:
+    """The fastest ways that fit, and True; or those that keep least, and False."""
 
     def allowed(layer: Layer) -> Sequence[str]:
         return ("store",) if layer.shared else WAYS if strategy == "auto" else (strategy,)
@@ -368,8 +386,10 @@ def _choose(found: Profile, rates: Rates | None, strategy: str, samples: int, bu
         return layer.shape.seconds(rates)[way] if rates else 0.0
 
     ways = [min(allowed(layer), key=lambda w, layer=layer: seconds(layer, w)) for layer in found.layers]  # type: ignore[misc]
-    if budget is None or (budget >= 0 and _peak(found, ways, samples) <= budget):
-        return ways
+
+    def fits() -> bool:
+        return budget is None or _peak(found, ways, samples, parts) <= budget
+
     # Layer by layer, the change that saves most for its time.
     changes = []
     for i, layer in enumerate(found.layers):
@@ -378,57 +398,48 @@ def _choose(found: Profile, rates: Rates | None, strategy: str, samples: int, bu
         if saved > 0:
             changes.append((max(0.0, seconds(layer, least) - seconds(layer, ways[i])) / saved, i, least))
     for _, i, least in sorted(changes):
+        if fits():
+            break
         ways[i] = least
-        if 0 <= budget and _peak(found, ways, samples) <= budget:
-            return ways
-    return ways if budget < 0 or _peak(found, ways, samples) <= budget else None
+    return ways, fits()
 
 
 def make_plan(
     module: nn.Module, loss_fn: Callable[..., Tensor], args: Sequence[Any], *, multiplicity: int = 1, strategy: str = "auto",
-    memory_budget: int | str | None = None, batch_size: int | None = None,
+    memory_budget: int | None = None, batch_size: int | None = None,
 ) -> Plan:  # fmt: skip
     """A plan for micro-batches like ``args`` (one sample of it is enough to look at).
 
     Args:
-        memory_budget: bytes that a micro-batch may allocate beyond parameters, optimizer state and the batch; None for no
-            limit; "min" for the ways that keep least, at the whole batch.
+        memory_budget: bytes by which resident memory may grow beyond parameters, optimizer state and the batch; None for no
+            limit.
         batch_size: samples of the largest micro-batch wanted; default: those in ``args``.
 
     Raises:
         MemoryBudgetError: the budget does not hold one sample; says what would.
     """
-    found = profile(module, loss_fn, args, multiplicity)
+    found = profile(module, loss_fn, args, multiplicity, at_most=memory_budget)
     most = batch_size or batch_rows(args) // multiplicity
     device = next(p for p in module.parameters() if p.requires_grad).device
     rates = machine_rates(device, torch.get_num_threads()) if device.type == "cpu" else None
     if rates is None and strategy == "auto" and memory_budget is None:
         strategy = "store"
-    budget = -1 if memory_budget == "min" else memory_budget
-    assert budget is None or isinstance(budget, int)
-
-    def planned(samples: int) -> Plan | None:
-        ways = _choose(found, rates, strategy, samples, budget)
-        if ways is None:
-            return None
-        seconds = [layer.shape.seconds(rates) if rates else dict.fromkeys(WAYS, math.nan) for layer in found.layers]
-        layers = tuple(
-            PlannedLayer(layer, way, layer.shape.bytes_kept(way), times)
-            for layer, way, times in zip(found.layers, ways, seconds, strict=True)
-        )
-        return Plan(layers, samples, multiplicity, _peak(found, ways, samples), None if budget == -1 else budget)
-
-    samples, plan = most, planned(most)
-    while plan is None and samples > 1:  # a power of two below: the same few shapes whatever the batch
-        samples = 1 << ((samples - 1).bit_length() - 1)
-        plan = planned(samples)
-    if plan is None:
-        assert budget is not None
-        least = _choose(found, rates, strategy, 1, -1)
-        assert least is not None
-        needed = _peak(found, least, 1)
+    for samples in sorted({-(-most // n) for n in range(1, most + 1)}, reverse=True):  # equal parts, as few as may be
+        parts = samples < most
+        ways, fits = _choose(found, rates, strategy, samples, parts, memory_budget)
+        peak = _peak(found, ways, samples, parts)
+        if fits:
+            break
+    else:
+        assert memory_budget is not None
         raise MemoryBudgetError(
-            f"memory_budget is {budget / 2**20:.1f} MiB, but one sample ({multiplicity} rows) needs about "
-            f"{needed / 2**20:.1f} MiB: raise it to {needed} bytes or more, lower the multiplicity, or train fewer parameters"
+            f"memory_budget is {memory_budget / 2**20:.1f} MiB, but one sample ({multiplicity} rows) needs about "
+            f"{peak / 2**20:.1f} MiB: raise it to {peak} bytes or more, lower the multiplicity, or train fewer parameters"
         )
-    return plan
+    layers = tuple(
+        PlannedLayer(
+            layer, way, layer.shape.bytes_kept(way), layer.shape.seconds(rates) if rates else dict.fromkeys(WAYS, math.nan)
+        )
+        for layer, way in zip(found.layers, ways, strict=True)
+    )
+    return Plan(layers, samples, multiplicity, peak, memory_budget)

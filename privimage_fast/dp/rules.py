@@ -422,7 +422,8 @@ class GeneralRule(Rule):
                 if not same:
                     raise UncoveredParameterError(
                         f"{self.describe()} has no per-sample gradient rule, and the general one does not apply: row {row} "
-                        "alone gives another result than in the batch (rows not first, samples mixed, or a random function). Freeze the "
+                        "alone gives another result than in the batch (rows not first, samples mixed, or a random "
+                        "function). Freeze the "
                         "parameter with requires_grad_(False), or express it through linear, convolution, normalisation, "
                         "embedding or broadcasting functions"
                     )

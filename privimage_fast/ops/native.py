@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from privimage_fast.ops import checks, reference
-from privimage_fast.ops.buffers import stored_gradients
 
 _C: Any = None
 IMPORT_ERROR: str | None = None
@@ -110,7 +109,7 @@ def conv_weight_grad(
     if store and weights is None:
         # Channels innermost, the order in which the kernel produces them; weighted_sum_ puts the sum in torch's order.
         b, outputs, inputs, *kernel = shape.weight_shape
-        weights = stored_gradients.empty((b, outputs, *kernel, inputs)).movedim(-1, 2)
+        weights = torch.empty((b, outputs, *kernel, inputs)).movedim(-1, 2)
     weight_stride: tuple[int, ...] = (0,) * 5
     if weights is not None:
         s = weights.stride()
@@ -133,7 +132,7 @@ def linear_weight_grad(
     shape = checks.ConvShape(
         samples, inputs, outputs, (1, positions), (1, positions), one, one, (0, 0), one, (samples, outputs, inputs)
     )
-    weights = stored_gradients.empty((samples, outputs, inputs)) if store and out is None else out
+    weights = torch.empty((samples, outputs, inputs)) if store and out is None else out
     weight_stride = (0,) * 5 if weights is None else (*weights.stride(), 0, 0)
     strides = [(t.stride(0), t.stride(2), 0, t.stride(1)) for t in (x, g)]
     return _conv(x, g, shape, 1, multiplicity, *strides, weights, weight_stride, out is not None), weights
@@ -276,7 +275,7 @@ def embedding_grad(
     samples, width = checks.embedding_shape(op, ids, g, num_embeddings, padding_idx, multiplicity)
     checks.accumulator(op, "out", out, (samples, num_embeddings, width), g)
     ids, g = ids.long().contiguous(), g.contiguous()
-    table = stored_gradients.empty((samples, num_embeddings, width)) if out is None else _dense(out)
+    table = torch.empty((samples, num_embeddings, width)) if out is None else _dense(out)
     sq_norms = _norms(samples)
     _C.embedding_grad(
         ids=_pointer(ids), g=_pointer(g), g_dtype=_DTYPES[g.dtype], samples=samples,

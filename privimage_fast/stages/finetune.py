@@ -22,6 +22,7 @@ from privimage_fast.dp.engine import check_per_sample
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.dp.noise import NoiseKey
 from privimage_fast.dp.optimizer import PrivateOptimizer, UpdateRule
+from privimage_fast.dp.planner import Plan, make_plan
 from privimage_fast.dp.sampling import MicroBatch, PoissonSampler, SecretRandom, micro_batches
 from privimage_fast.models.edm import Denoiser, DenoisingLoss, denoising_batch, to_float
 from privimage_fast.stages.folder import RunError, RunFolder, fingerprint, timed
@@ -42,8 +43,9 @@ class FinetuneConfig:
         multiplicity: K, noise levels drawn for each image of a batch; they share one clip.
         max_grad_norm: C. Adam does not feel its scale; at the published 1e-3 nearly every gradient is clipped.
         lr, ema_decay, label_dropout: as in pre-training.
-        physical_batch_size: images held at a time; null chooses by `memory_budget_mib`.
-        memory_budget_mib: memory for stored per-sample gradients and activations.
+        physical_batch_size: images at a time, at most; null chooses by `memory_budget_mib` and speed.
+        memory_budget_mib: memory that a micro-batch may take, over parameters and optimizer state. A budget that does not hold
+            one image is refused before anything is spent.
         checkpoint_steps: how often progress is saved; a killed run repeats, and pays for, fewer steps than this.
     """
 
@@ -106,7 +108,7 @@ def run_finetune(
         optimizer = PrivateOptimizer(
             model, max_grad_norm=config.max_grad_norm, noise_multiplier=noise_multiplier,
             expected_batch_size=sample_rate * population, update=UpdateRule("adam", lr=config.lr), ema_decay=config.ema_decay,
-            multiplicity=config.multiplicity, memory_budget=config.memory_budget_mib * 2**19, noise_key=noise_key,
+            multiplicity=config.multiplicity, memory_budget=config.memory_budget_mib * 2**20, noise_key=noise_key,
         )  # fmt: skip
         if progress_path.exists():
             _restore(folder, optimizer, stamp)
@@ -115,7 +117,7 @@ def run_finetune(
         folder.write_json(
             folder.budget, budget_record(config, population, target_epsilon, delta, noise_multiplier, steps, ledger)
         )
-        _check_model(model, config, device)
+        _check_model(model, config)
         _train(folder, config, optimizer, private, steps, event, ledger, randomness, stamp, device)
         with torch.no_grad():
             for name, average in optimizer.ema_state().items():
@@ -176,17 +178,9 @@ def _affordable(event: DPSGDEvent, ledger: Ledger, target_epsilon: float, delta:
     return min(allowed, wanted)
 
 
-def _check_model(model: Denoiser, config: FinetuneConfig, device: str) -> None:
+def _check_model(model: Denoiser, config: FinetuneConfig) -> None:
     """The clip bound rests on rows being independent: seen on stand-in noise before any sensitive image is read."""
-    random = torch.Generator().manual_seed(0)
-    shape = (2, model.channels, model.resolution, model.resolution)
-    batch = denoising_batch(
-        torch.rand(shape, generator=random) * 2 - 1, torch.tensor([0, min(1, model.num_classes - 1)]), edm=model.edm,
-        num_classes=model.num_classes, multiplicity=config.multiplicity, label_dropout=config.label_dropout, generator=random,
-    )  # fmt: skip
-    check_per_sample(
-        model, DenoisingLoss(config.multiplicity), [t.to(device) for t in batch.args()], multiplicity=config.multiplicity
-    )
+    check_per_sample(model, DenoisingLoss(config.multiplicity), _stand_in(model, config, 2), multiplicity=config.multiplicity)
 
 
 def _train(
@@ -194,7 +188,7 @@ def _train(
     ledger: Ledger, randomness: SecretRandom, stamp: str, device: str,
 ) -> None:  # fmt: skip
     sampler = PoissonSampler(len(private), event.sample_rate, randomness)
-    physical = physical_batch_size(optimizer.module, config)
+    physical = plan_finetune(optimizer.module, config).physical_batch_size
     loss_fn = DenoisingLoss(config.multiplicity)
     pixels, labels = torch.from_numpy(private.images), torch.from_numpy(private.labels)
     path = folder.checkpoint("finetune-progress")
@@ -227,31 +221,28 @@ def _batch(
     ).args()  # fmt: skip
 
 
-def physical_batch_size(model: Any, config: FinetuneConfig) -> int:
-    """Images at a time: as asked, or what the activations of K rows each leave room for, at most 256 rows."""
-    if config.physical_batch_size is not None:
-        return config.physical_batch_size
-    per_image = activation_bytes(model) * config.multiplicity + 4 * sum(p.numel() for p in model.parameters())
-    fits = config.memory_budget_mib * 2**20 // per_image
-    return int(max(1, min(fits, max(1, 256 // config.multiplicity), config.batch_size)))
+def plan_finetune(model: Denoiser, config: FinetuneConfig) -> Plan:
+    """How micro-batches are done: the way of each layer, and the images at a time that the memory budget allows.
+
+    Looks at one stand-in image. Without ``physical_batch_size`` a micro-batch has at most 256 rows: more gains nothing.
+    """
+    most = config.physical_batch_size or max(1, 256 // config.multiplicity)
+    return make_plan(
+        model, DenoisingLoss(config.multiplicity), _stand_in(model, config, 1), multiplicity=config.multiplicity,
+        memory_budget=config.memory_budget_mib * 2**20, batch_size=min(most, config.batch_size),
+    )  # fmt: skip
 
 
-def activation_bytes(model: Denoiser) -> int:
-    """Bytes that autograd keeps for one row: counted, not modelled, by watching what a forward pass saves."""
-    seen: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
+def _stand_in(model: Denoiser, config: FinetuneConfig, images: int) -> list[Tensor]:
+    """A batch of noise in the shape of the real ones, on the model's device."""
+    random = torch.Generator().manual_seed(0)
+    shape = (images, model.channels, model.resolution, model.resolution)
+    batch = denoising_batch(
+        torch.rand(shape, generator=random) * 2 - 1, torch.arange(images) % model.num_classes, edm=model.edm,
+        num_classes=model.num_classes, multiplicity=config.multiplicity, label_dropout=config.label_dropout, generator=random,
+    )  # fmt: skip
     device = next(model.parameters()).device
-    x = torch.zeros(1, model.channels, model.resolution, model.resolution, device=device)
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = model(x, torch.ones(1, device=device), torch.zeros(1, dtype=torch.int64, device=device))
-    del out
-    return sum(size for pointer, size in seen.items() if pointer not in parameters)
+    return [t.to(device) for t in batch.args()]
 
 
 def _restore(folder: RunFolder, optimizer: PrivateOptimizer, stamp: str) -> None:
