@@ -104,6 +104,8 @@ class Facts:
     def source(self, which: str) -> str:
         """A data set's name. Of a path the last part only: a card is published, a home folder should not be."""
         value = self.setting("data", which)
+        if isinstance(value, list) and all(isinstance(v, str) for v in value):
+            return " + ".join(v if v.startswith("embedded:") else Path(v).name for v in value) or "not stated"
         if not isinstance(value, str):
             return "not stated" if value is None else "given in Python"
         return value if value.startswith("embedded:") else Path(value).name or "not stated"
