@@ -21,6 +21,7 @@ _EXPORTS = {
     "PrivateOptimizer": "privimage_fast.dp.optimizer",
     "PrivImage": "privimage_fast.pipeline",
     "RunConfig": "privimage_fast.config",
+    "cluster_labels": "privimage_fast.stages.clusters",
     "ImageSet": "privimage_fast.data",
     "open_image_set": "privimage_fast.data",
 }
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from privimage_fast.dp.planner import MemoryBudgetError, Plan, make_plan
     from privimage_fast.dp.rules import UncoveredParameterError
     from privimage_fast.pipeline import PrivImage
+    from privimage_fast.stages.clusters import cluster_labels
 
 
 def __getattr__(name: str) -> Any:

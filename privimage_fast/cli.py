@@ -98,6 +98,9 @@ def _parse_run(command: str, argv: list[str], description: str, *, base: str | N
     if command in ("run", "demo", "finetune"):
         what = "print σ, steps, memory, rough time and how each layer's gradients are had, and stop"
         parser.add_argument("--dry-run", action="store_true", help=what)
+    if command == "query":
+        what = "how far noise would change the choice of labels, by its share of ε, on public stand-ins; spends nothing"
+        parser.add_argument("--dry-run", action="store_true", help=what)
     if command in ("run", "demo", "evaluate"):
         parser.add_argument("--inception", metavar="FILE", help="Inception as TorchScript or ONNX, for FID")
     parser.epilog = "any configuration key: --privacy.epsilon 3 --data.public DIR … (`privimage keys` lists them)"
@@ -178,6 +181,9 @@ def _stage(stage: str, argv: list[str]) -> None:
     run = Run(config)
     if stage == "report":
         print(run.report())
+        return
+    if stage == "query" and flags.dry_run:
+        print(run.question())
         return
     if stage == "finetune" and flags.dry_run:
         plan = run.plan()

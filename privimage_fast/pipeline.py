@@ -39,11 +39,12 @@ from privimage_fast.dp.planner import Plan as StepPlan
 from privimage_fast.dp.sampling import OSRandom, SeededRandom
 from privimage_fast.models.edm import Denoiser, DenoisingLoss, EDMConfig, denoising_batch
 from privimage_fast.models.unet import UNetConfig
+from privimage_fast.stages.agreement import check_text, question, stand_in_tables
 from privimage_fast.stages.evaluate import run_evaluate
 from privimage_fast.stages.finetune import budget_record, plan_finetune, run_finetune
 from privimage_fast.stages.folder import RunError, RunFolder, fingerprint, timed
 from privimage_fast.stages.pretrain import run_pretrain
-from privimage_fast.stages.query import SemanticFunction, public_classifier, run_query
+from privimage_fast.stages.query import SemanticFunction, public_classifier, run_query, semantic_function_of
 from privimage_fast.stages.sample import draw, run_sample, save_sheet
 from privimage_fast.stages.select import labels_per_class, run_select, selected_subset
 
@@ -300,10 +301,44 @@ class Run:
         if c.select.mode != "semantic":
             return None
         assert c.query.votes_per_image is not None and c.query.noise_multiplier is not None
-        return run_query(
+        query = run_query(
             self.folder, c.query, public=self.public, private=self.private, votes_per_image=c.query.votes_per_image,
             noise_multiplier=c.query.noise_multiplier, ledger=self.ledger, noise_key=self.noise_key, seed=self._public_seed,
             device=self.device, semantic_function=self._semantic_function,
+        )  # fmt: skip
+        if math.isfinite(c.privacy.epsilon) and not self.folder.query_check.exists():
+            self.folder.write_json(self.folder.query_check, self._question(self.folder, query))
+        return query
+
+    def question(self) -> str:
+        """How the choice of labels would fare under noise, on public stand-ins for the sensitive classes; spends nothing."""
+        c = self._resolved(None)
+        if c.select.mode != "semantic" or not math.isfinite(c.privacy.epsilon):
+            raise ConfigError("only a semantic selection at a finite ε asks a noisy query; set select.mode and privacy.epsilon")
+        self.config = c
+        with tempfile.TemporaryDirectory() as place:  # the classifier of a run that is not begun is kept nowhere
+            folder = self.folder if self.folder.config.exists() else RunFolder(place)
+            query = folder.read_json(folder.query, "query") if folder.query.exists() else None
+            if folder is not self.folder:
+                folder.create()
+            return check_text(self._question(folder, query))
+
+    def _question(self, folder: RunFolder, query: dict[str, Any] | None) -> dict[str, Any]:
+        c = self.config
+        each, votes, population = c.select.labels_per_class, c.query.votes_per_image, c.privacy.population
+        assert each and votes and population and c.privacy.delta
+        epsilon, delta = c.privacy.epsilon, c.privacy.delta
+        function, _ = semantic_function_of(
+            folder, c.query, public=self.public, seed=self._public_seed, device=self.device, given=self._semantic_function
+        )
+        stand_ins = stand_in_tables(
+            function, self.public, n_classes=self.private.n_classes, population=population, votes_per_image=votes,
+            seed=self._public_seed, device=self.device,
+        )  # fmt: skip
+        by_share = math.isclose(c.query.noise_multiplier or 0.0, query_noise_multiplier(epsilon, delta, c.query.share))
+        return question(
+            lambda share: query_noise_multiplier(epsilon, delta, share), k=each, votes_per_image=votes, population=population,
+            assignment=c.select.assignment, stand_ins=stand_ins, query=query, share=c.query.share if by_share else None,
         )  # fmt: skip
 
     def select(self) -> dict[str, Any]:
