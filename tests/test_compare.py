@@ -66,6 +66,13 @@ def test_a_grid_is_variants_times_axes_times_seeds(tmp_path: Path) -> None:
     assert {c.config.select.mode for c in cells if c.variant == "dpdm"} == {"none"}
 
 
+def test_a_grid_may_have_seeds_of_its_own(tmp_path: Path) -> None:
+    grids = [{"axes": {"privacy.epsilon": [1]}}, {"axes": {"privacy.epsilon": [1, 2]}, "seeds": [1, 2]}]
+    cells = load_comparison(write(tmp_path, variants=["dpdm"], seeds=[0, 1], grids=grids)).cells
+    assert [(c.config.privacy.epsilon, c.seed) for c in cells] == [(1, 0), (1, 1), (1, 2), (2, 1), (2, 2)]
+    assert {c.config.public_seed for c in cells} == {0}
+
+
 def test_a_variant_keeps_what_it_fixes_and_is_run_once(tmp_path: Path) -> None:
     grid = [{"axes": {"privacy.epsilon": [1, 10]}}]
     cells = load_comparison(write(tmp_path, variants=["non-private"], grids=grid)).cells
@@ -97,6 +104,7 @@ def test_built_in_variants_are_configuration(name: str) -> None:
         ({"variants": {"mine": {"select": {"mode": "best"}}}}, "variant mine.*semantic, random"),
         ({"seeds": [0, 0]}, "different whole numbers"),
         ({"seeds": 3}, "different whole numbers"),
+        ({"grids": [{"seeds": [-1]}]}, r"grids\[0\]\.seeds: expected a list of different whole numbers"),
         ({"grids": [{"axes": {"privacy.epsilonn": [1]}}]}, "did you mean privacy.epsilon"),
         ({"grids": [{"axes": {"privacy.epsilon": 1}}]}, "expected a list of values"),
         ({"grids": [{"axes": {"seed": [1]}}]}, "give `seeds`"),
