@@ -95,6 +95,19 @@ def test_built_in_variants_are_configuration(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "benchmarks" / "grids").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_the_committed_grids_have_every_baseline_and_three_seeds(path: Path) -> None:
+    comparison = load_comparison(path)
+    at_ten = {(c.variant, c.seed) for c in comparison.cells if c.config.privacy.epsilon >= 10}
+    assert at_ten >= {
+        (v, s) for v in ("privimage", "random", "pdp-diffusion", "dpdm", "public-only", "non-private") for s in range(3)
+    }
+    assert len({c.config.select.max_image_ratio for c in comparison.cells if c.variant == "privimage"}) == 4
+    assert {c.config.select.max_image_ratio for c in comparison.cells if c.variant == "pdp-diffusion"} == {None}
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"variant": []}, "unknown 'variant'; did you mean variants"),
@@ -170,6 +183,7 @@ def test_public_only_never_saw_a_sensitive_image(done: Path) -> None:
     pretrained = folder.load_tensors(folder.checkpoint("pretrain"), "pretrain")[0]
     model = folder.load_tensors(folder.model / "model.safetensors", "finetune")[0]
     assert all(np.array_equal(model[name], pretrained[name]) for name in model)
+    assert "left the fine-tuning out" in (folder.path / "README.md").read_text()
     assert "OVER BUDGET" not in (page := (folder.path / "report.html").read_text()) and "DISAGREE" not in page
 
 

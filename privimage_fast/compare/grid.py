@@ -202,7 +202,7 @@ def _of_all_seeds(comparison: Comparison, variant: str, axes: dict[str, Any], se
     except ConfigError as error:
         raise GridError(f"variant {variant} with {axes}: {error}") from error
     settings = {key: setting(config, key) for grid in comparison.grids for key in grid.axes}
-    varied = [f"{key.rpartition('.')[2]}={_slug(setting(config, key))}" for key in axes if setting_in(changes, key) is None]
+    varied = [f"{key.rpartition('.')[2]}={_slug(setting(config, key))}" for key in axes if not fixes(changes, key)]
     for seed in seeds:
         name = "_".join([variant, *varied, f"seed={seed}"])
         public_seed = comparison.seeds[0] if comparison.share_public_training else None
@@ -218,12 +218,14 @@ def setting(config: RunConfig, key: str) -> Any:
     return value
 
 
-def setting_in(changes: Mapping[str, Any], key: str) -> Any:
-    """The value that nested changes have at a dotted key; None if they leave it alone."""
+def fixes(changes: Mapping[str, Any], key: str) -> bool:
+    """Whether nested changes say something of a dotted key, if only null."""
     value: Any = changes
     for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value
+        if not isinstance(value, Mapping) or part not in value:
+            return False
+        value = value[part]
+    return True
 
 
 def _slug(value: Any) -> str:
