@@ -11,7 +11,7 @@
 // Before that, each row's x (zero-padded) and g are packed block by block of channels, so that the inner loop reads
 // both as streams: x[block][image][h][w][lanes]. Rows of one sample are packed a few at a time until a run is long
 // enough to pay for loading and storing the accumulators.
-#include "kernel_list.h"
+#include "conv_weight_grad.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -433,6 +433,8 @@ void sample_grad(const Plan& plan, const Buffers& buf, int64_t b, int member, in
 
 void conv_weight_grad(const ConvWeightGradParams& p) {
   if (p.samples == 0) return;
+  if (p.algorithm == ConvWeightGradParams::Algorithm::winograd2) return conv_winograd(p, 2);
+  if (p.algorithm == ConvWeightGradParams::Algorithm::winograd4) return conv_winograd(p, 4);
   const Plan plan(p);
   const int threads = static_cast<int>(max64(1, p.num_threads));
   // Samples in whole rounds of one per thread; what is left over is shared by all threads, tile by tile.
