@@ -14,14 +14,16 @@ constexpr int kBroadcasts = PRIVIMAGE_ISA_LEVEL == 2 ? 12 : PRIVIMAGE_ISA_LEVEL 
 constexpr int kTile = kWide * kBroadcasts;
 static_assert(kBroadcasts <= kLanes, "a block of scalars fits a vector");
 
-// tile[j][lane] (+)= sum over n steps of s[j] * v[lane], v kVectors (or 1) vectors and s one vector a step.
+// tile[j][lane] (+)= sum over n steps of s[j] * v[lane], v kVectors (or 1) vectors and s one vector a step. The sum of a
+// call starts at zero and is added at its end: a long sum made of short ones has a smaller error. Not inlined: the
+// compiler then keeps all accumulators in registers.
 template <int NB, int NV>
-static HOST_DEVICE void outer_products(const float* v, const float* s, int64_t n, float* tile, bool first) {
+static __attribute__((noinline)) void outer_products(const float* v, const float* s, int64_t n, float* tile, bool first) {
   vf acc[NB][NV];
 #pragma GCC unroll 16
   for (int j = 0; j < NB; ++j)
 #pragma GCC unroll 2
-    for (int i = 0; i < NV; ++i) acc[j][i] = first ? vf{} : load<vf>(tile + (j * NV + i) * kLanes);
+    for (int i = 0; i < NV; ++i) acc[j][i] = vf{};
   for (int64_t k = 0; k < n; ++k) {
     vf x[NV];
 #pragma GCC unroll 2
@@ -36,7 +38,10 @@ static HOST_DEVICE void outer_products(const float* v, const float* s, int64_t n
 #pragma GCC unroll 16
   for (int j = 0; j < NB; ++j)
 #pragma GCC unroll 2
-    for (int i = 0; i < NV; ++i) store(tile + (j * NV + i) * kLanes, acc[j][i]);
+    for (int i = 0; i < NV; ++i) {
+      float* at = tile + (j * NV + i) * kLanes;
+      store(at, first ? acc[j][i] : acc[j][i] + load<vf>(at));
+    }
 }
 
 }  // namespace ISA_NAMESPACE
