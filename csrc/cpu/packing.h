@@ -55,6 +55,11 @@ static HOST_DEVICE void pack_line(float* dst, int64_t step, const T* src, int64_
 template <class T>
 static void pack_window(float* dst, int64_t step, int64_t pitch, const T* src, int64_t n, const Image& image,
                         const Window& window) {
+  if (window.w0 == 0 && window.h0 == 0 && window.cols == image.width && window.rows == image.height && pitch == image.width &&
+      image.height > 1 && image.h_stride == image.width * image.w_stride) {  // all of the image, one line in memory
+    const int64_t size = image.height * image.width;
+    return pack_window(dst, step, size, src, n, Image{1, size, image.channel_stride, 0, image.w_stride}, Window{0, 0, 1, size});
+  }
   const int64_t left = min64(window.cols, max64(0, -window.w0));
   const int64_t right = max64(left, min64(window.cols, image.width - window.w0));
   for (int64_t r = 0; r < window.rows; ++r, dst += pitch * step) {
