@@ -143,7 +143,7 @@ double finish(const Plan<M>& plan, const float* sums, int64_t x_block, int64_t g
           float* dst = row + v + i / 3 * p.out_stride[3] + i % 3 * p.out_stride[4];
           if (p.accumulate) w[i] += load<vf>(dst);
           store(dst, w[i]);
-          sq.add_vector(dst);
+          sq.add_vector(w[i]);
         }
         continue;
       }

@@ -117,8 +117,9 @@ static HOST_DEVICE void write_weights(const float* values, int64_t n, float* dst
     for (; i + kLanes <= n; i += kLanes) sq.add_vector(values + i);
   } else if (step == 1) {
     for (; i + kLanes <= n; i += kLanes) {
-      store(dst + i, add ? load<vf>(values + i) + load<vf>(dst + i) : load<vf>(values + i));
-      sq.add_vector(dst + i);
+      const vf v = add ? load<vf>(values + i) + load<vf>(dst + i) : load<vf>(values + i);
+      store(dst + i, v);
+      sq.add_vector(v);
     }
   }
   for (; i < n; ++i) {
