@@ -137,6 +137,10 @@ double finish(const Plan<M>& plan, const float* sums, int64_t x_block, int64_t g
       vf w[9];
       transform_weight<M>(sums + j * lanes + v, kTile, w);
       const int64_t m = min64(kLanes, n - v);
+      if (!row && m == kLanes) {
+        for (const vf& each : w) sq.add_vector(each);
+        continue;
+      }
       if (row && step == 1 && m == kLanes) {
 #pragma GCC unroll 9
         for (int i = 0; i < 9; ++i) {
@@ -164,6 +168,18 @@ double finish(const Plan<M>& plan, const float* sums, int64_t x_block, int64_t g
   return sq.total();
 }
 
+// Asks for the lines that finish will write, so that they arrive during the products.
+template <int M>
+void prefetch(const Plan<M>& plan, int64_t x_block, int64_t g_block, int64_t group, const float* out) {
+  const ConvWeightGradParams& p = plan.p;
+  if (!out || p.out_stride[2] != 1) return;
+  out += (group * plan.out + g_block * kBroadcasts) * p.out_stride[1] + x_block * kWide;
+  const int64_t count = min64(kBroadcasts, plan.out - g_block * kBroadcasts);
+  for (int64_t j = 0; j < count; ++j)
+    for (int i = 0; i < 9; ++i)
+      __builtin_prefetch(out + j * p.out_stride[1] + i / 3 * p.out_stride[3] + i % 3 * p.out_stride[4], 1);
+}
+
 // The block pairs of one run, and after the last one their weights.
 template <int M>
 void multiply_run(const Plan<M>& plan, const Buffers& buf, int64_t n, int64_t group, bool first, bool last, float* out,
@@ -180,6 +196,7 @@ void multiply_run(const Plan<M>& plan, const Buffers& buf, int64_t n, int64_t gr
     float* sums = plan.one_run ? local : buf.sums + i * Plan<M>::kPoints * kTile;
     const float *x = buf.x + x_block * x_block_floats, *g = buf.g + g_block * g_block_floats;
     const int64_t count = min64(kBroadcasts, plan.out - g_block * kBroadcasts);
+    if (last) prefetch(plan, x_block, g_block, group, out);
     if (plan.lanes(x_block) == kWide) {
       multiply<M, kVectors>(plan, count, x, g, n, sums, first);
     } else {
