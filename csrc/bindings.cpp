@@ -55,7 +55,7 @@ void conv_weight_grad(Address x, Address g, int x_dtype, int g_dtype, int64_t sa
                       int64_t groups, int64_t in_channels, int64_t out_channels, Pair in_size, Pair out_size,
                       Pair kernel, Pair stride, Pair padding, Pair dilation, std::array<int64_t, 4> x_stride,
                       std::array<int64_t, 4> g_stride, Address out, std::array<int64_t, 5> out_stride, bool accumulate,
-                      Address sq_norms, int num_threads) {
+                      Address sq_norms, int algorithm, int num_threads) {
   ConvWeightGradParams p;
   p.x = pointer<void>(x);
   p.g = pointer<void>(g);
@@ -78,6 +78,7 @@ void conv_weight_grad(Address x, Address g, int x_dtype, int g_dtype, int64_t sa
   copy(out_stride, p.out_stride);
   p.accumulate = accumulate;
   p.sq_norms = pointer<double>(sq_norms);
+  p.algorithm = static_cast<ConvWeightGradParams::Algorithm>(algorithm);
   p.num_threads = num_threads;
   py::gil_scoped_release release;
   cpu_kernels().conv_weight_grad(p);
@@ -307,7 +308,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("conv_weight_grad", &conv_weight_grad, py::kw_only(), "x"_a, "g"_a, "x_dtype"_a, "g_dtype"_a, "samples"_a,
         "multiplicity"_a, "groups"_a, "in_channels"_a, "out_channels"_a, "in_size"_a, "out_size"_a, "kernel"_a,
         "stride"_a, "padding"_a, "dilation"_a, "x_stride"_a, "g_stride"_a, "out"_a, "out_stride"_a, "accumulate"_a,
-        "sq_norms"_a, "num_threads"_a);
+        "sq_norms"_a, "algorithm"_a, "num_threads"_a);
   m.def("conv_gram", &conv_gram, py::kw_only(), "x"_a, "g"_a, "x_dtype"_a, "g_dtype"_a, "samples"_a, "multiplicity"_a,
         "groups"_a, "in_channels"_a, "out_channels"_a, "in_size"_a, "out_size"_a, "kernel"_a, "stride"_a, "padding"_a,
         "dilation"_a, "x_stride"_a, "g_stride"_a, "sq_norms"_a, "num_threads"_a);

@@ -106,15 +106,24 @@ static HOST_DEVICE void transpose_doubles(vd* r) {
   if constexpr (kDoubleLanes > 4) transpose_step<(kDoubleLanes > 4 ? 4 : 1), kDoubleLanes, vd, vl>(r);
 }
 
+// Half a vector as doubles. Told element by element: of that, unlike of __builtin_convertvector, GCC makes one conversion.
+template <int First, class F, int... L>
+static HOST_DEVICE vd to_doubles(const F& f, Indices<L...>) {
+  return vd{static_cast<double>(f[First + L])...};
+}
+
 // Sum of squares in double, whatever the ISA's width.
 struct SquareSum {
   vd lanes = vd{};
   double scalar = 0;
-  HOST_DEVICE void add_vector(const float* p) {  // from memory, because halves of a register are awkward to name
-    const vd a = __builtin_convertvector(load<vf_half>(p), vd);
-    const vd b = __builtin_convertvector(load<vf_half>(p + kDoubleLanes), vd);
+  template <class F>
+  HOST_DEVICE void add_halves(const F& f) {
+    using Half = typename MakeIndices<kDoubleLanes>::type;
+    const vd a = to_doubles<0>(f, Half()), b = to_doubles<kDoubleLanes>(f, Half());
     lanes += a * a + b * b;
   }
+  HOST_DEVICE void add_vector(const float* p) { add_halves(p); }
+  HOST_DEVICE void add_vector(vf v) { add_halves(v); }
   HOST_DEVICE void add(float v) { scalar += static_cast<double>(v) * static_cast<double>(v); }
   HOST_DEVICE double total() const {
     double t = scalar;
