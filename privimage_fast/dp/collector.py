@@ -7,7 +7,7 @@ norms are taken now ("gram", "norm-only") and x, g kept for one ordinary weight 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -122,6 +122,12 @@ class Collector:
                 continue
             self.stored[name] = self.stored[name].add_(grad) if name in self.stored else grad
             self.sq_norms[name] = squared_norms(self.stored[name])
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Leaves out parameters that are not trained: they count neither in norms nor in sums."""
+        for name in list(names):
+            for kept in (self.stored, self.sq_norms, self._deferred):
+                kept.pop(name, None)
 
     def total_sq_norms(self, device: torch.device) -> Tensor:
         total = torch.zeros(self.samples, dtype=torch.float64, device=device)
