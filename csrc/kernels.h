@@ -31,6 +31,10 @@ struct ConvWeightGradParams {
   double* sq_norms = nullptr;               // (samples,) squared norms of what is in out
   Algorithm algorithm = Algorithm::automatic;
   int num_threads = 1;
+  // CUDA only. partials: room for a number a tile of 64 × 64, (samples, groups, ceil(p / 64), ceil(c * kernel / 64)).
+  double* partials = nullptr;
+  int64_t partials_size = 0;
+  bool tf32 = false;  // one product of rounded operands instead of three; the norm is still that of what is in out
 };
 
 // The squared norms of the above alone, from inner products of pairs of positions; W_b is never formed.
@@ -46,6 +50,8 @@ struct ConvGramParams {
   int64_t g_stride[4] = {0, 0, 0, 0};
   double* sq_norms = nullptr;  // (samples,)
   int num_threads = 1;
+  double* partials = nullptr;  // CUDA only: (samples, groups, n (n + 1) / 2) with n = ceil(positions of a sample / 64)
+  int64_t partials_size = 0;
 };
 
 // Affine gradients: dbias_c = sum g, dweight_c = sum g * (x - mean) * rstd, over everything but sample and channel.
@@ -171,14 +177,28 @@ void* scratch(size_t bytes);
 
 #ifdef PRIVIMAGE_WITH_CUDA
 namespace cuda {
+void conv_weight_grad(const ConvWeightGradParams& params, void* stream);
+void conv_gram(const ConvGramParams& params, void* stream);
+void affine_grad(const AffineGradParams& params, void* stream);
+void embedding_grad(const EmbeddingGradParams& params, void* stream);
+void clip_factors(const ClipFactorsParams& params, void* stream);
 void weighted_sum(const WeightedSumParams& params, void* stream);
 void private_step(const PrivateStepParams& params, void* stream);
 }  // namespace cuda
 #endif
 
 namespace emulated {  // the same .cu files compiled as C++ and run on the host, block by block
+void conv_weight_grad(const ConvWeightGradParams& params, void* stream);
+void conv_gram(const ConvGramParams& params, void* stream);
+void affine_grad(const AffineGradParams& params, void* stream);
+void embedding_grad(const EmbeddingGradParams& params, void* stream);
+void clip_factors(const ClipFactorsParams& params, void* stream);
 void weighted_sum(const WeightedSumParams& params, void* stream);
 void private_step(const PrivateStepParams& params, void* stream);
 }  // namespace emulated
+
+namespace emulation {
+void set_schedule(uint64_t seed);  // 0: the threads of a block run in order; otherwise shuffled, from this seed
+}  // namespace emulation
 
 }  // namespace privimage

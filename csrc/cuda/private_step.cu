@@ -44,13 +44,13 @@ void private_step(const PrivateStepParams& p, void* stream) {
   const StepConstants c = step_constants(p);
   const unsigned grid = grid_for(p.size / kNormalsPerBlock + 2);  // an offset can add a block at either end
   if (p.optimizer == Optimizer::adam) {
-    LAUNCH((private_step_kernel<Optimizer::adam, false>), grid, stream, p, c);
+    LAUNCH(__func__, (private_step_kernel<Optimizer::adam, false>), grid, kThreads, 0, stream, p, c);
   } else if (p.optimizer == Optimizer::adamw) {
-    LAUNCH((private_step_kernel<Optimizer::adamw, false>), grid, stream, p, c);
+    LAUNCH(__func__, (private_step_kernel<Optimizer::adamw, false>), grid, kThreads, 0, stream, p, c);
   } else if (p.exp_avg) {
-    LAUNCH((private_step_kernel<Optimizer::sgd, true>), grid, stream, p, c);
+    LAUNCH(__func__, (private_step_kernel<Optimizer::sgd, true>), grid, kThreads, 0, stream, p, c);
   } else {
-    LAUNCH((private_step_kernel<Optimizer::sgd, false>), grid, stream, p, c);
+    LAUNCH(__func__, (private_step_kernel<Optimizer::sgd, false>), grid, kThreads, 0, stream, p, c);
   }
 }
 

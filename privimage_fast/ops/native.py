@@ -48,19 +48,15 @@ _SUPPORTED: dict[str, frozenset[torch.dtype]] = {
     "chacha20_block": frozenset(),
     "private_step_": frozenset({torch.float32, torch.float64}),
 }
-_ON_CUDA = frozenset({"weighted_sum_"})
 
 
 def supports(op: str, tensors: Sequence[Tensor]) -> bool:
-    """Whether ``op`` has a native kernel for these tensors: strided CPU memory (or CUDA, for some) of a known dtype."""
+    """Whether ``op`` has a native kernel for these tensors: strided CPU memory of a known dtype."""
     if _C is None:
         return False
     if op == "private_step_":  # the noise is always native; the arithmetic falls back inside
         return True
-    devices = ("cpu", "cuda") if _HAS_CUDA and op in _ON_CUDA else ("cpu",)
-    if any(t.layout != torch.strided or t.device.type not in devices or t.dtype not in _SUPPORTED[op] for t in tensors):
-        return False
-    return len({t.device for t in tensors}) <= 1
+    return all(t.layout == torch.strided and t.device.type == "cpu" and t.dtype in _SUPPORTED[op] for t in tensors)
 
 
 def _pointer(t: Tensor | None) -> int:
