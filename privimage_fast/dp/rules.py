@@ -237,6 +237,10 @@ class ConvRule(MatrixRule):
         return ops.conv_gram_norms(x, g, multiplicity=multiplicity, **self._kernel())
 
     def weighted_weight_grad(self, x: Tensor, g: Tensor) -> Tensor:
+        if ops.has_cpu_kernel("conv_weight_grad", x, g):
+            # The batch as one sample of many rows: two to five times faster than oneDNN's weight gradient.
+            _, grad = ops.conv_weight_grad(*self.contraction(x, g), multiplicity=x.shape[0], **self._kernel())
+            return grad[0]
         return self._backward(*self.contraction(x, g), [False, True, False])
 
 
