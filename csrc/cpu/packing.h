@@ -51,7 +51,7 @@ static HOST_DEVICE void pack_line(float* dst, int64_t step, const T* src, int64_
 }
 
 // Channels 0 .. n-1 (n <= kLanes) of `src` as one vector per position: position (r, q) at dst + (r * pitch + q) * step.
-// Lanes from n on are zero.
+// Lanes from n on hold anything.
 template <class T>
 static void pack_window(float* dst, int64_t step, int64_t pitch, const T* src, int64_t n, const Image& image,
                         const Window& window) {
@@ -72,9 +72,11 @@ static void pack_window(float* dst, int64_t step, int64_t pitch, const T* src, i
     float* to = dst + left * step;
     const int64_t count = right - left;
     if (image.channel_stride == 1) {
+      // Whole vectors as long as they end within the line.
+      const int64_t extent = (count - 1) * image.w_stride + n;
       for (int64_t q = 0; q < count; ++q) {
-        const T* pixel = line + q * image.w_stride;
-        store(to + q * step, n == kLanes ? load_floats(pixel) : load_some(pixel, n));
+        const int64_t at = q * image.w_stride;
+        store(to + q * step, n == kLanes || at + kLanes <= extent ? load_floats(line + at) : load_some(line + at, n));
       }
     } else if (image.w_stride == 1) {
       pack_line(to, step, line, image.channel_stride, n, count);
