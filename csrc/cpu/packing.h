@@ -73,11 +73,13 @@ static void pack_window(float* dst, int64_t step, int64_t pitch, const T* src, i
     const int64_t count = right - left;
     if (image.channel_stride == 1) {
       // Whole vectors as long as they end within the line.
-      const int64_t extent = (count - 1) * image.w_stride + n;
-      for (int64_t q = 0; q < count; ++q) {
-        const int64_t at = q * image.w_stride;
-        store(to + q * step, n == kLanes || at + kLanes <= extent ? load_floats(line + at) : load_some(line + at, n));
-      }
+      const int64_t last = (count - 1) * image.w_stride + n - kLanes;
+      const int64_t some = image.w_stride > 0 && last >= 0 ? min64(count, last / image.w_stride + 1) : 0;
+      const int64_t whole = n == kLanes ? count : some;
+      const T* pixel = line;
+      int64_t q = 0;
+      for (; q < whole; ++q, pixel += image.w_stride, to += step) store(to, load_floats(pixel));
+      for (; q < count; ++q, pixel += image.w_stride, to += step) store(to, load_some(pixel, n));
     } else if (image.w_stride == 1) {
       pack_line(to, step, line, image.channel_stride, n, count);
     } else {
