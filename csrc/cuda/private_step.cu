@@ -30,7 +30,7 @@ __global__ void private_step_kernel(PrivateStepParams p, StepConstants c) {
       p.grad_sum[i] = 0;
       if (p.grad_out) p.grad_out[i] = grad;
       float first = p.exp_avg ? p.exp_avg[i] : 0, second = p.exp_avg_sq ? p.exp_avg_sq[i] : 0;
-      const float param = update_element<kOptimizer, kMomentum>(c, p.param[i], grad, first, second);
+      const float param = update_element<kOptimizer, kMomentum, ScalarMath>(c, p.param[i], grad, first, second);
       p.param[i] = param;
       if (p.exp_avg) p.exp_avg[i] = first;
       if (p.exp_avg_sq) p.exp_avg_sq[i] = second;

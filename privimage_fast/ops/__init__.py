@@ -43,10 +43,11 @@ def _dispatch(plain: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(plain)
     def op(*args: P.args, **kwargs: P.kwargs) -> R:
         tensors = list(_tensors((*args, *kwargs.values())))
+        if native.supports(name, tensors):
+            with torch.no_grad():
+                return kernel(*args, **kwargs)
         # A caller's autocast must not reach the reference: norms of bf16 products break the clip bound.
         with torch.no_grad(), torch.autocast(tensors[0].device.type if tensors else "cpu", enabled=False):
-            if native.supports(name, tensors):
-                return kernel(*args, **kwargs)
             if on_gpu is not None and cuda.supports(name, tensors):
                 return on_gpu(*args, **kwargs)
             return plain(*args, **kwargs)
