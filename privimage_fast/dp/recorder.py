@@ -211,6 +211,8 @@ class Recorder:
     def attach(self) -> nn.Module:
         """Makes the module run under this recorder from now on; it stays the same object of a subclass of its class."""
         module = self.module
+        # torch.compile of the private module then leaves its calls as written. (torch.optim has loaded the compiler already.)
+        self.run = torch.compiler.disable(self.run)  # type: ignore[method-assign]
         _recorders[module] = self
         object.__setattr__(module, "__class__", _watched_class(type(module)))
         return module
