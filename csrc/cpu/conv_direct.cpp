@@ -8,9 +8,11 @@
 //
 // x (zero-padded) and g are packed channels innermost, block by block of channels, so that the inner loop reads both as
 // streams; a kernel offset is a shifted pointer. Scalars that follow each other along a row of the image are read where
-// they are: they need no padding, and the blocks of a group read only a few such rows at once. A group of tiles shares one block of vectors: a run of positions short
-// enough for the first cache passes through all of them before the next run. Rows of one sample are packed a few at a
-// time; after the last of them a group is written while its tiles are near.
+// they are: they need no padding, and a tile reads only a few such rows at once.
+//
+// A group of tiles shares one block of vectors: a run of positions short enough for the first cache passes through all of
+// them before the next run. Rows of one sample are packed a few at a time; after the last of them a group is written
+// while its tiles are near.
 #include "conv_weight_grad.h"
 #include "microkernel.h"
 #include "packing.h"
