@@ -1,4 +1,4 @@
-"""Training scripts in the shape of Opacus' examples, with both imports: the same weights at zero noise, and ε by the same count."""
+"""Scripts in the shape of Opacus' examples, with both imports: the same weights at zero noise, and ε by the same count."""
 
 from __future__ import annotations
 

@@ -840,7 +840,7 @@ def test_bad_options_are_answered(change: dict[str, Any], message: str) -> None:
 
 
 def test_unknown_options_and_foreign_parameters_are_answered() -> None:
-    with pytest.raises(TypeError, match="unknown options.*gamma"):
+    with pytest.raises(TypeError, match=r"unknown options.*gamma"):
         private(small_net(), gamma=0.1)
     with pytest.raises(ValueError, match="is not the module's"):
         private(small_net(), optimizer=torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1))
