@@ -833,6 +833,20 @@ def test_wrong_steps_are_answered(case: str, message: str) -> None:
         drive(case)
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_grad_scaler_is_refused(enabled: bool) -> None:
+    module, optimizer, loader, _ = private(small_net())
+    scaler = torch.amp.GradScaler("cpu", enabled=enabled)
+    for x, y in loader:
+        optimizer.zero_grad(set_to_none=False)
+        scaler.scale(F.cross_entropy(module(x), y)).backward()
+        if enabled:
+            with pytest.raises(RuntimeError, match="GradScaler multiplies the loss"):
+                scaler.step(optimizer)
+            break
+        scaler.step(optimizer)
+
+
 def test_batches_from_elsewhere_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
     module, optimizer, _, _ = private(small_net())
     for _ in range(3):
