@@ -938,6 +938,16 @@ def test_ledgers_that_would_lie_are_refused(tmp_path: Path) -> None:
             pf.PrivacyEngine(secure=False, seed=1, ledger=ledger)
         with pytest.raises(ValueError, match="another adjacency"):
             private(small_net(), engine=pf.PrivacyEngine(ledger=ledger), poisson_sampling=False)
+        with pytest.raises(ValueError, match="opened with 16"):
+            private(small_net(), engine=pf.PrivacyEngine(ledger=ledger), poisson_sampling=True, population=20)
+
+
+def test_the_ledgers_population_is_the_public_one(tmp_path: Path) -> None:
+    with Ledger(tmp_path / "ledger.jsonl", target_epsilon=None, delta=1e-3, population=20) as ledger:
+        _, optimizer, loader, _ = private(
+            small_net(), data(19), engine=pf.PrivacyEngine(ledger=ledger), poisson_sampling=True, batch_size=5
+        )
+        assert (loader.sample_rate, optimizer.expected_batch_size) == (0.25, 5.0)
 
 
 def test_batch_memory_manager_checks_its_parts() -> None:
