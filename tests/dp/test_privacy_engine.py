@@ -311,6 +311,16 @@ def test_noise_is_drawn_once_a_logical_batch_and_never_twice_the_same() -> None:
     assert abs(float(torch.corrcoef(torch.stack(drawn))[0, 1])) < 0.02
 
 
+def test_noise_of_parameters_of_two_dtypes_is_independent() -> None:
+    """Each dtype has its own flat tensor; both draw from one stream, at different places."""
+    module = nn.ModuleDict({"a": nn.Linear(50, 40), "b": nn.Linear(50, 40).double()})
+    module, optimizer, _, _ = private(module, noise_multiplier=1.0, max_grad_norm=8.0)
+    optimizer.step()
+    a, b = module["a"].weight.grad.flatten().double(), module["b"].weight.grad.flatten()
+    assert b.dtype == torch.float64 and float(b.std()) == pytest.approx(1.0, rel=0.1)
+    assert abs(float(torch.corrcoef(torch.stack([a, b]))[0, 1])) < 0.1
+
+
 def test_noise_does_not_follow_seeds_but_in_test_mode() -> None:
     def drawn(**options: Any) -> Tensor:
         torch.manual_seed(0)
