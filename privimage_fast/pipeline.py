@@ -69,6 +69,7 @@ class Plan:
     epsilon_without_query: float
     labels_per_class: int
     parameters: int
+    private_parameters: int  # trained on sensitive images
     step: StepPlan
     pretrain_seconds: float
     finetune_seconds: float
@@ -83,7 +84,8 @@ class Plan:
             ("query", f"{query}; without the query the same σ would cost ε = {self.epsilon_without_query:.3f}"),
             ("selection", f"{self.labels_per_class} public labels a class"),
             ("DP-SGD", f"σ = {self.noise_multiplier:.4f}, q = {self.sample_rate:.4g}, {self.steps} steps"),
-            ("network", f"{self.parameters:,} parameters"),
+            ("network", f"{self.parameters:,} parameters" + ("" if self.private_parameters == self.parameters else
+                        f", {self.private_parameters:,} of them (the discriminator) trained by DP-SGD")),
             ("micro-batch", f"{self.step.physical_batch_size} images, up to {self.step.peak_bytes / 2**20:.0f} MiB to fine-tune"),
             ("rough time", f"{_minutes(total)}: pre-train {_minutes(self.pretrain_seconds)}, fine-tune "
                            f"{_minutes(self.finetune_seconds)}, sample {_minutes(self.sample_seconds)} (classifiers apart)"),
@@ -387,7 +389,8 @@ class Run:
             )  # fmt: skip
         model = self.model().to(self.device)
         step = plan_finetune(model, c.finetune)
-        parameters = sum(p.numel() for p in model.parameters())
+        networks = (model, c.finetune.training(model).module)
+        parameters, private_parameters = (sum(p.numel() for p in network.parameters()) for network in networks)
         # The last micro-batch is padded to its fixed shape: half of one, on average.
         images_a_step = c.finetune.batch_size + step.physical_batch_size / 2
         seconds = _step_seconds(model, c, self.device)
@@ -397,7 +400,8 @@ class Run:
             steps=c.finetune.steps, noise_multiplier=sigma,
             query_noise_multiplier=c.query.noise_multiplier if queried else None,
             epsilon_without_query=epsilon([DPSGDEvent(sigma, rate, c.finetune.steps)], c.privacy.delta),
-            labels_per_class=c.select.labels_per_class, parameters=parameters, step=step,
+            labels_per_class=c.select.labels_per_class, parameters=parameters,
+            private_parameters=private_parameters, step=step,
             pretrain_seconds=0.0 if c.select.mode == "none" else seconds.public * c.pretrain.batch_size * c.pretrain.steps,
             finetune_seconds=(seconds.private * images_a_step + seconds.after_step) * c.finetune.steps,
             sample_seconds=seconds.draw * images,
