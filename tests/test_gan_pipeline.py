@@ -120,7 +120,7 @@ def test_the_dry_run_plans_the_discriminator_and_spends_nothing(
     assert main(["run", "--config", source, "--out", str(tmp_path / "dry"), "--dry-run"]) == 0
     out = capsys.readouterr().out
     sigma = json.loads(finished.folder.budget.read_text())["noise_multiplier"]
-    assert f"σ = {sigma:.4f}" in out and "(the discriminator) trained by DP-SGD" in out and "image_in.weight" in out
+    assert f"σ = {sigma:.4f}" in out and "(the discriminator) trained by DP-SGD" in out and "conv2d" in out
     assert not (tmp_path / "dry").exists()
 
 
