@@ -83,7 +83,8 @@ def _is_for_users(error: Exception) -> bool:
 
 
 def _parse_run(command: str, argv: list[str], description: str, *, base: str | None = None) -> tuple[Any, argparse.Namespace]:
-    """(RunConfig, flags) from ``--config FILE``, dotted overrides and flags; ``base`` is YAML beneath both."""
+    """(RunConfig, flags) from ``--config FILE``, dotted overrides and flags; ``base`` is YAML beneath both (several documents:
+    each over those before it)."""
     import yaml
 
     from privimage_fast.config import ConfigError, build_config, check_keys, load_yaml, nest
@@ -96,6 +97,8 @@ def _parse_run(command: str, argv: list[str], description: str, *, base: str | N
     if command in ("run", "demo", "finetune"):
         what = "print σ, steps, memory, rough time and how each layer's gradients are had, and stop"
         parser.add_argument("--dry-run", action="store_true", help=what)
+    if command in ("run", "demo", "evaluate"):
+        parser.add_argument("--inception", metavar="FILE", help="Inception as TorchScript or ONNX, for FID")
     parser.epilog = "any configuration key: --privacy.epsilon 3 --data.public DIR … (`privimage keys` lists them)"
     flags, rest = parser.parse_known_args(argv)
     overrides: dict[str, Any] = {}
@@ -114,7 +117,11 @@ def _parse_run(command: str, argv: list[str], description: str, *, base: str | N
         overrides["data.skip_bad"] = True
     if flags.out:
         overrides["out"] = flags.out
-    config = build_config(load_yaml(base, "embedded configuration")) if base else None
+    if getattr(flags, "inception", None):
+        overrides["evaluate.inception"] = flags.inception
+    config = None
+    for document in base.split("\n---\n") if base else ():
+        config = build_config(load_yaml(document, "embedded configuration"), config)
     saved = Path(flags.out) / "config.yaml" if flags.out else None
     if flags.config:
         path = Path(flags.config)
@@ -160,7 +167,13 @@ def _run(argv: list[str], *, command: str = "run", base: str | None = None) -> N
 def _demo(argv: list[str]) -> None:
     from importlib.resources import files
 
-    base = (files("privimage_fast") / "demo.yaml").read_text()
+    def text(name: str) -> str:
+        return (files("privimage_fast") / name).read_text()
+
+    base = text("demo.yaml")
+    config, _ = _parse_run("demo", argv, "", base=base)
+    if config.model.family == "gan":  # the same data, other settings; what the user gives stands above both
+        base += "\n---\n" + text("demo-gan.yaml")
     _run(argv, command="demo", base=base)
 
 
@@ -184,6 +197,7 @@ def _stage(stage: str, argv: list[str]) -> None:
             raise RunError("there is nothing to evaluate against: set data.test, or data.holdout before the run")
         for metric in result["metrics"]:
             value = "n/a" if metric["value"] is None else f"{metric['value']:.4f}"
+            value += f" ± {metric['spread']:.4f}" if metric["spread"] is not None else ""
             print(f"{metric['name']:<48} {value:>10}  {'private' if metric['private'] else 'NOT private'}")
     if stage == "sample":
         print(f"{len(result)} images in {run.folder.synthetic}")

@@ -41,7 +41,7 @@ def assert_matches_loop(
     module: nn.Module, loss_fn: Callable[..., Tensor], args: Sequence[Any], *, multiplicity: int = 1, strategy: str = "auto",
     tolerance: float = 1e-5, max_grad_norm: float | None = None, **options: Any,
 ) -> None:  # fmt: skip
-    """Norms agree to ``tolerance`` relative; so does the clipped sum as one vector, relative to it or to the largest of its terms.
+    """Norms agree to ``tolerance`` relative; so does the clipped sum as one vector, relative to it or its largest term.
 
     C is the median norm unless given.
     """
@@ -57,4 +57,4 @@ def assert_matches_loop(
     total = torch.sqrt(sum(e.square().sum() for e in expected.values()))
     error = torch.sqrt(sum((found.grads[n].double() - e).square().sum() for n, e in expected.items()))
     largest = min(max_grad_norm, float(norms.max())) if len(norms) else 0.0
-    assert float(error) <= tolerance * max(float(total), largest) + 1e-12, f"clipped sum off by {float(error / total):.2e} relative"
+    assert float(error) <= tolerance * max(float(total), largest) + 1e-12, f"clipped sum off by {float(error / total):.1e}"

@@ -153,19 +153,20 @@ def _accumulate(
 
 def probe_rows(
     module: nn.Module, part_of: Callable[[Tensor], Tensor], args: Any, rows: int, multiplicity: int, tracker: Tracker, sink: Sink,
+    key: Any = None,
 ) -> None:  # fmt: skip
     """Sees to it, once for each module and shape, that a sample's rows are where the engine takes them to be.
 
     ``part_of(keep)`` is a scalar that depends on the rows in ``keep`` only, if rows are independent; ``keep`` (rows,) is True on
     half of the samples. Differentiated alone, it must leave the output gradients of every call zero on all rows of the other
     samples. Real and fake images concatenated behind each other, a sequence-first layer, positions broadcast over the batch and
-    means over it all fail here, whatever their shapes.
+    means over it all fail here, whatever their shapes. ``key`` is what counts as one shape; the shapes of ``args`` unless given.
 
     Raises:
         UncoveredParameterError: naming the parameters of the call.
     """
     samples = rows // multiplicity
-    key = (multiplicity, module.training, tuple(tuple(t.shape) for t in batch_tensors(args)))
+    key = (multiplicity, module.training, key or tuple(tuple(t.shape) for t in batch_tensors(args)))
     seen = _probed.setdefault(module, Counter())
     if samples < 2 or seen[key] >= _PROBE_ATTEMPTS:
         return

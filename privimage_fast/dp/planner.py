@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from privimage_fast import ops
 from privimage_fast.dp.collector import Choice, rank_one
 from privimage_fast.dp.passes import backward, eagerly
 from privimage_fast.dp.rules import ConvRule, LinearRule, MatrixRule
@@ -48,10 +47,12 @@ class MemoryBudgetError(ValueError):
 
 @dataclass(frozen=True)
 class Rates:
-    """What this machine does a second: operations of the per-sample, ordinary and Gram kernels, and bytes of memory."""
+    """What this machine does a second: operations of per-sample, ordinary and Gram weight gradients, and bytes of memory."""
 
-    conv: float  # per-sample 3×3 weight gradients
-    conv_sum: float  # ordinary ones
+    conv3: float  # 3×3 convolutions of stride 1, which have an algorithm of their own
+    conv3_sum: float
+    conv: float  # all other convolutions
+    conv_sum: float
     linear: float
     linear_sum: float
     gram: float
@@ -75,25 +76,28 @@ def _rate(work: float, call: Callable[[], object], device: torch.device) -> floa
 @functools.lru_cache(maxsize=8)
 def machine_rates(device: torch.device, threads: int) -> Rates:
     """Measured once a process, in some fifty milliseconds; ``threads`` keys the cache when torch's number changes."""
-    b, c, size = 2, 64, 16
-    x, g = (torch.ones(b, c, size, size, device=device) for _ in range(2))
-    flat_x, flat_g = (torch.ones(b, 128, 4 * c, device=device) for _ in range(2))
-    weight = torch.ones(c, c, 3, 3, device=device)
-    geometry = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1, "multiplicity": 1}
+    rows, channels, size = 4, 64, 16
+    rates: dict[str, float] = {}
+
+    def measure(kind: str, rule: MatrixRule, x: Tensor, g: Tensor) -> None:
+        operations = Shape.of(rule, x, g, 1).operations * rows
+        rates[kind] = _rate(operations, lambda: rule.per_sample(x, g, (), 1, {}), device)
+        rates[f"{kind}_sum"] = _rate(operations, lambda: rule.weighted_weight_grad(x, g), device)
+
+    x, weight = torch.ones(rows, channels, size, size, device=device), torch.ones(channels, channels, 3, 3, device=device)
+    for kind, stride in (("conv3", 1), ("conv", 2)):
+        options = {"stride": [stride] * 2, "padding": [1, 1], "dilation": [1, 1], "groups": 1, "channel_dim": 1}
+        g = torch.ones(rows, channels, size // stride, size // stride, device=device)
+        measure(kind, ConvRule("conv2d", {"weight": "w"}, weight, None, options), x, g)
+    x = torch.ones(rows, 128, 4 * channels, device=device)
+    linear = LinearRule(
+        "linear", {"weight": "w"}, torch.ones(4 * channels, 4 * channels, device=device), None, {"channel_dim": -1}
+    )
+    measure("linear", linear, x, x)
     big = torch.ones(2**21, device=device)
-    t = size * size
-
-    def summed() -> object:
-        return torch.ops.aten.convolution_backward(
-            g, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
-        )
-
     return Rates(
-        conv=_rate(2 * b * t * 9 * c * c, lambda: ops.conv_weight_grad(x, g, **geometry), device),
-        conv_sum=_rate(2 * b * t * 9 * c * c, summed, device),
-        linear=_rate(2 * flat_x.numel() * 4 * c, lambda: ops.linear_weight_grad(flat_x, flat_g, multiplicity=1), device),
-        linear_sum=_rate(2 * flat_x.numel() * 4 * c, lambda: flat_g.flatten(0, 1).T @ flat_x.flatten(0, 1), device),
-        gram=_rate(2 * flat_x.numel() * 128, lambda: ops.linear_gram_norms(flat_x, flat_g, multiplicity=1), device),
+        **rates,
+        gram=_rate(2 * x.numel() * 128, lambda: linear.weight_norms(x, x, 1, "gram"), device),
         bytes=_rate(8 * big.numel(), big.clone, device),
     )
 
@@ -102,7 +106,7 @@ def machine_rates(device: torch.device, threads: int) -> Rates:
 class Shape:
     """One sample's share of a layer: positions T·K, inputs d (with the kernel's offsets) and outputs p, its channels."""
 
-    kind: str  # "conv" | "linear"
+    kind: str  # "conv3" | "conv" | "linear", as in Rates
     positions: int
     inputs: int
     outputs: int
@@ -123,7 +127,9 @@ class Shape:
         inside, outside = rule.contraction(x, g)
         positions = multiplicity * math.prod(outside.shape[2:])
         outputs = outside.shape[1]
-        return cls("conv", positions, weights // outputs, outputs, inside.shape[1] // groups, weights, kept)
+        plain = rule.weight.shape[2:] == (3, 3) and not {*rule.options["stride"], *rule.options["dilation"]} - {1}
+        kind = "conv3" if plain else "conv"
+        return cls(kind, positions, weights // outputs, outputs, inside.shape[1] // groups, weights, kept)
 
     @property
     def operations(self) -> float:
@@ -131,16 +137,21 @@ class Shape:
 
     def seconds(self, rates: Rates) -> dict[str, float]:
         """Way → seconds a sample."""
-        rate, rate_sum = (rates.linear, rates.linear_sum) if self.kind == "linear" else (rates.conv, rates.conv_sum)
-        once, again = self.operations / rate, self.operations / rate_sum
+        once, again = (self.operations / getattr(rates, kind) for kind in (self.kind, f"{self.kind}_sum"))
         gram = self.positions * (self.positions + 1) / 2 * 2 * (self.channels + self.outputs)
-        if self.kind == "conv":  # the sums over kernel offsets
+        if self.kind != "linear":  # the sums over kernel offsets
             gram += self.positions * self.positions * (self.inputs / self.channels)
         return {
             "store": once + 2 * 4 * self.weights / rates.bytes,
             "gram": gram / rates.gram + again,
-            "norm-only": once + again,
+            # A norm that another computation is to respect is not taken by the faster algorithm (see ``ops.conv_weight_grad``).
+            "norm-only": (self.operations / rates.conv if self.kind == "conv3" else once) + again,
         }
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Sums of transformed products that a thread keeps, where Winograd's algorithm is taken: 36 for each 3×3 kernel."""
+        return min(4 * 36 * self.channels * self.outputs, 64 * 2**20) if self.kind == "conv3" else 0
 
     def bytes_kept(self, way: str) -> int:
         return 4 * self.weights if way == "store" else self.kept_bytes
@@ -371,7 +382,8 @@ def _peak(found: Profile, ways: Sequence[str], samples: int, parts: bool) -> int
     peak = max(peak, everything + again + sum(4 * s.weights for s in deferred))
     # The sums; and as they were, should a later part fail.
     sums = found.parameter_bytes * (2 if parts else 1)
-    return int(_MARGIN * (peak + samples * found.other_bytes + sums)) + _SCRATCH
+    scratch = torch.get_num_threads() * max((layer.shape.scratch_bytes for layer in found.layers), default=0)
+    return int(_MARGIN * (peak + samples * found.other_bytes + sums)) + scratch + _SCRATCH
 
 
 def _choose(

@@ -242,6 +242,12 @@ class ConvRule(MatrixRule):
         return ops.conv_gram_norms(x, g, multiplicity=multiplicity, **self._kernel())
 
     def weighted_weight_grad(self, x: Tensor, g: Tensor) -> Tensor:
+        if ops.has_cpu_kernel("conv_weight_grad", x, g):
+            # The batch as one sample a thread: two to five times faster than oneDNN's weight gradient.
+            rows = x.shape[0]
+            teams = max(t for t in range(1, torch.get_num_threads() + 1) if rows % t == 0)
+            _, grads = ops.conv_weight_grad(*self.contraction(x, g), multiplicity=rows // teams, **self._kernel())
+            return grads.sum(0)
         return self._backward(*self.contraction(x, g), [False, True, False])
 
 
@@ -440,10 +446,9 @@ class GeneralRule(Rule):
                 if not same:
                     raise UncoveredParameterError(
                         f"{self.describe()} has no per-sample gradient rule, and the general one does not apply: row {row} "
-                        "alone gives another result than in the batch (rows not first, samples mixed, or a random "
-                        "function). Freeze the "
-                        "parameter with requires_grad_(False), or express it through linear, convolution, normalisation, "
-                        "embedding or broadcasting functions"
+                        "alone gives another result than in the batch (rows not first, samples mixed, or a random function). "
+                        "Freeze the parameter with requires_grad_(False), or express it through linear, convolution, "
+                        "normalisation, embedding or broadcasting functions"
                     )
 
     def forward(self, x: Tensor, *more: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

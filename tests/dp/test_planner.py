@@ -14,7 +14,9 @@ from torch import Tensor, nn
 import privimage_fast as pf
 from privimage_fast.dp.planner import WAYS, MemoryMeter, Rates, Shape, machine_rates, make_plan, profile, take_samples
 
-EVEN = Rates(conv=1e11, conv_sum=1e11, linear=1e11, linear_sum=1e11, gram=5e10, bytes=1e10)
+EVEN = Rates(
+    conv3=1e11, conv3_sum=1e11, conv=1e11, conv_sum=1e11, linear=1e11, linear_sum=1e11, gram=5e10, bytes=1e10
+)  # fmt: skip
 
 
 def loss(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -263,7 +263,8 @@ def bilinear(r: random.Random, rows: int) -> tuple[nn.Module, Sequence[Tensor], 
 class Products(nn.Module):
     """Raw parameters in matrix products, look-ups and broadcasts that no layer stands for."""
 
-    FORMS = ("matmul", "mm-left", "vector", "einsum", "addmm", "bmm", "heads", "lookup", "lerp", "where", "power", "addcmul", "cat")
+    FORMS = ("matmul", "mm-left", "vector", "einsum", "addmm", "bmm", "heads", "lookup", "lerp", "where", "power", "addcmul",
+             "cat")  # fmt: skip
 
     def __init__(self, form: str, tokens: int, d: int) -> None:
         super().__init__()
