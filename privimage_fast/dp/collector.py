@@ -18,9 +18,12 @@ from privimage_fast import ops
 from privimage_fast.dp.rules import LinearRule, MatrixRule, UncoveredParameterError, squared_norms
 from privimage_fast.dp.tracker import Use
 
-# Deferred layers measure the norm in one computation and contribute through another; both round. Measuring this much
-# more than was found keeps the contribution under the bound (relative, on the squared norm).
-DEFERRED_SLACK = 8e-6
+# Deferred layers measure the norm in one computation and contribute through another; both round. Measuring this much more than
+# was found keeps the contribution under the bound: relative to the norm, and, where positions cancel (W_b = Σ_t g_t a_tᵀ before
+# a normalisation, say), relative to ‖a‖·‖g‖, which is what the rounding of the sum follows.
+DEFERRED_SLACK, SUM_ROUNDING = 4e-6, 2.0**-22
+# Below, squares are denormal floats and a norm is less than its elements.
+_LEAST_NORM = 1e-15
 
 # What decides how a call's weight gradient is had: (rule, x, g, multiplicity) → "store" | "gram" | "norm-only".
 Choice = Callable[[MatrixRule, Tensor, Tensor, int], str]
@@ -102,7 +105,10 @@ class Collector:
         if use.g.device.type == "cpu" or torch.float16 in (use.x.dtype, use.g.dtype):
             use = _in_float(use)  # on a GPU bfloat16 stays: half the memory, and its norm is one matrix product
         name = use.rule.names["weight"]
-        self.sq_norms[name] = use.rule.weight_norms(use.x, use.g, multiplicity, how) * (1 + DEFERRED_SLACK)
+        norms = use.rule.weight_norms(use.x, use.g, multiplicity, how).sqrt()
+        # Infinite where x or g are beyond 1e19: factors times g would be denormal, and such a sample contributes zero.
+        rounding = SUM_ROUNDING * use.rule.offsets() ** 0.5 * _norms(use.x, self.samples) * _norms(use.g, self.samples)
+        self.sq_norms[name] = (norms * (1 + DEFERRED_SLACK) + rounding).square()
         for term in use.rule.bias_terms(use.g, multiplicity, self.stored):
             self.stored[term.name], self.sq_norms[term.name] = term.stored, term.sq_norms
         self._deferred[name] = _Deferred(Use(use.rule.without_bias(), use.x, use.g, ()), multiplicity)
@@ -167,6 +173,12 @@ class Collector:
                 ops.weighted_sum_([sums[name]], [stored], factors[name])
         for name, grad in deferred.items():
             sums[name] += grad
+
+
+def _norms(t: Tensor, samples: int) -> Tensor:
+    """‖t_b‖ over all rows of a sample, (B,) float64; inf where a square passes the range of float32."""
+    rows = torch.linalg.vector_norm(t, dim=tuple(range(1, t.dim())))
+    return torch.linalg.vector_norm(rows.view(samples, -1), dim=1, dtype=torch.float64).clamp(min=_LEAST_NORM)
 
 
 def _in_float(use: Use) -> Use:

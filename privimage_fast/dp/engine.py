@@ -31,8 +31,8 @@ from privimage_fast.dp.tracker import Sink, Tracker, Use, batch_tensors, trainab
 
 STRATEGIES = ("auto", "store", "gram", "norm-only")
 
-# Below, clip factors are denormal floats and no longer precise.
-_MIN_GRAD_NORM = 1e-30
+# Below, clip factors and what they multiply are denormal floats, whose rounding would pass the bound.
+_MIN_GRAD_NORM = 1e-15
 
 LossFunction = Callable[..., Tensor]
 

@@ -147,6 +147,11 @@ class MatrixRule(Rule):
         assert self.weight is not None
         return self.weight.numel()
 
+    def offsets(self) -> int:
+        """How many weights of one input and output channel an element of x meets: 1, or the kernel's size."""
+        assert self.weight is not None
+        return math.prod(self.weight.shape[2:])
+
     def bias_terms(self, g: Tensor, multiplicity: int, out: dict[str, Tensor]) -> list[Term]:
         name = self.names.get("bias")
         if name is None:
