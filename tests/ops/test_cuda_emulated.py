@@ -115,6 +115,40 @@ def test_conv(index: int) -> None:
             torch.testing.assert_close(cuda.conv_gram_norms(x, g, **arguments), exact, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 5])
+@pytest.mark.parametrize(
+    "case", [CONV_SHAPES[0], CONV_SHAPES[9], (5, 2, 72, 16, (5, 5), (3, 3), 1, 1, 1, 1), (5, 3, 8, 8, (9,), (3,), 2, 1, 1, 1)]
+)
+def test_clipped_sums_of_what_was_not_stored(case: tuple[Any, ...], chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many samples a block adds up, and whatever a rejected sample holds."""
+    monkeypatch.setattr(cuda, "_chunk", lambda samples, tiles: chunk)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, g, arguments = _inputs(case, dtype, "channels_last")
+        coef = torch.rand(case[0]) + 0.1
+        expected = reference.conv_weight_grad(x.double(), g.double(), **arguments)[1]
+        magnitude = reference.conv_weight_grad(x.double().abs(), g.double().abs(), **arguments)[1]
+        if case[0] > 2:
+            coef[1] = 0
+            expected[1] = magnitude[1] = 0
+            g[case[1]] = torch.nan  # the first row of sample 1
+        scale = coef.double().view(-1, *[1] * (expected.dim() - 1))
+        out = torch.ones(expected.shape[1:])
+        cuda.conv_clipped_sum_(out, x, g, coef, **arguments)
+        assert_sums(out, 1 + (scale * expected).sum(0), 1 + (scale * magnitude).sum(0), 1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (5, 2, 7, 33, 5), (4, 1, 3, 72, 136)])
+def test_clipped_sums_of_linear_layers(sizes: tuple[int, ...]) -> None:
+    b, k, t, d, p = sizes
+    x, g, coef = torch.randn(b * k, t, d), torch.randn(b * k, t, p), torch.rand(b)
+    expected = reference.linear_weight_grad(x.double(), g.double(), multiplicity=k)[1]
+    magnitude = reference.linear_weight_grad(x.double().abs(), g.double().abs(), multiplicity=k)[1]
+    out = torch.zeros(p, d)
+    cuda.linear_clipped_sum_(out, x, g, coef, multiplicity=k)
+    scale = coef.double().view(-1, 1, 1)
+    assert_sums(out, (scale * expected).sum(0), (scale * magnitude).sum(0), 1e-6)
+
+
 LINEAR_SHAPES = [
     (1, 1, 1, 1, 1), (3, 1, 1, 37, 70), (3, 2, 7, 33, 5), (2, 1, 70, 16, 65), (2, 8, 1, 128, 40), (2, 3, 17, 3, 9),
     (1, 1, 3, 136, 72), *itertools.product((1, 2), (1, 3), (1, 5, 66), (4, 9, 24), (8, 17)),
