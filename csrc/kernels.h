@@ -15,6 +15,7 @@ enum class DType : int { f32 = 0, bf16 = 1 };
 // W_b[p,c,i,j] = sum over K rows and output positions of g[p,oh,ow] * x[c, oh*stride+i*dilation-padding, ...].
 // A linear layer is this with a 1x1 kernel and T positions.
 struct ConvWeightGradParams {
+  enum class Algorithm : int { automatic = 0, direct = 1, winograd2 = 2, winograd4 = 3 };  // Winograd: 3x3, stride 1
   const void* x = nullptr;
   const void* g = nullptr;
   DType x_dtype = DType::f32, g_dtype = DType::f32;
@@ -28,6 +29,7 @@ struct ConvWeightGradParams {
   int64_t out_stride[5] = {0, 0, 0, 0, 0};  // sample, output channel, input channel in the group, kernel h, kernel w
   bool accumulate = false;                  // out += W_b, and the norm is that of the sum
   double* sq_norms = nullptr;               // (samples,) squared norms of what is in out
+  Algorithm algorithm = Algorithm::automatic;
   int num_threads = 1;
   // CUDA only. partials: room for a number a tile of 64 × 64, (samples, groups, ceil(p / 64), ceil(c * kernel / 64)).
   double* partials = nullptr;

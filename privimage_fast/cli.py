@@ -83,7 +83,8 @@ def _is_for_users(error: Exception) -> bool:
 
 
 def _parse_run(command: str, argv: list[str], description: str, *, base: str | None = None) -> tuple[Any, argparse.Namespace]:
-    """(RunConfig, flags) from ``--config FILE``, dotted overrides and flags; ``base`` is YAML beneath both."""
+    """(RunConfig, flags) from ``--config FILE``, dotted overrides and flags; ``base`` is YAML beneath both (several documents:
+    each over those before it)."""
     import yaml
 
     from privimage_fast.config import ConfigError, build_config, check_keys, load_yaml, nest
@@ -93,8 +94,11 @@ def _parse_run(command: str, argv: list[str], description: str, *, base: str | N
     parser.add_argument("--out", metavar="DIR", help="the run folder")
     parser.add_argument("--resume", action="store_true", help="go on with the run that is in the folder")
     parser.add_argument("--skip-bad", action="store_true", help="list and skip unreadable images")
-    if command in ("run", "demo"):
-        parser.add_argument("--dry-run", action="store_true", help="print σ, steps, memory and rough time, and stop")
+    if command in ("run", "demo", "finetune"):
+        what = "print σ, steps, memory, rough time and how each layer's gradients are had, and stop"
+        parser.add_argument("--dry-run", action="store_true", help=what)
+    if command in ("run", "demo", "evaluate"):
+        parser.add_argument("--inception", metavar="FILE", help="Inception as TorchScript or ONNX, for FID")
     parser.epilog = "any configuration key: --privacy.epsilon 3 --data.public DIR … (`privimage keys` lists them)"
     flags, rest = parser.parse_known_args(argv)
     overrides: dict[str, Any] = {}
@@ -113,7 +117,11 @@ def _parse_run(command: str, argv: list[str], description: str, *, base: str | N
         overrides["data.skip_bad"] = True
     if flags.out:
         overrides["out"] = flags.out
-    config = build_config(load_yaml(base, "embedded configuration")) if base else None
+    if getattr(flags, "inception", None):
+        overrides["evaluate.inception"] = flags.inception
+    config = None
+    for document in base.split("\n---\n") if base else ():
+        config = build_config(load_yaml(document, "embedded configuration"), config)
     saved = Path(flags.out) / "config.yaml" if flags.out else None
     if flags.config:
         path = Path(flags.config)
@@ -141,6 +149,8 @@ def _run(argv: list[str], *, command: str = "run", base: str | None = None) -> N
     if plan is not None:
         print(plan.table())
     if flags.dry_run:
+        assert plan is not None
+        print(f"\n{plan.step.table()}")
         return
     with run.opened(resume=flags.resume):
         if plan is not None:
@@ -157,18 +167,28 @@ def _run(argv: list[str], *, command: str = "run", base: str | None = None) -> N
 def _demo(argv: list[str]) -> None:
     from importlib.resources import files
 
-    base = (files("privimage_fast") / "demo.yaml").read_text()
+    def text(name: str) -> str:
+        return (files("privimage_fast") / name).read_text()
+
+    base = text("demo.yaml")
+    config, _ = _parse_run("demo", argv, "", base=base)
+    if config.model.family == "gan":  # the same data, other settings; what the user gives stands above both
+        base += "\n---\n" + text("demo-gan.yaml")
     _run(argv, command="demo", base=base)
 
 
 def _stage(stage: str, argv: list[str]) -> None:
-    config, _ = _parse_run(stage, argv, f"The stage `{stage}` of a run.")
+    config, flags = _parse_run(stage, argv, f"The stage `{stage}` of a run.")
     from privimage_fast.pipeline import Run
     from privimage_fast.stages.folder import RunError
 
     run = Run(config)
     if stage == "report":
         print(run.report())
+        return
+    if stage == "finetune" and flags.dry_run:
+        plan = run.plan()
+        print(f"{plan.table()}\n\n{plan.step.table()}")
         return
     with run.opened(resume=True):
         result = getattr(run, stage)()
@@ -177,6 +197,7 @@ def _stage(stage: str, argv: list[str]) -> None:
             raise RunError("there is nothing to evaluate against: set data.test, or data.holdout before the run")
         for metric in result["metrics"]:
             value = "n/a" if metric["value"] is None else f"{metric['value']:.4f}"
+            value += f" ± {metric['spread']:.4f}" if metric["spread"] is not None else ""
             print(f"{metric['name']:<48} {value:>10}  {'private' if metric['private'] else 'NOT private'}")
     if stage == "sample":
         print(f"{len(result)} images in {run.folder.synthetic}")

@@ -79,10 +79,22 @@ def test_help_version_doctor_keys_and_a_near_miss(capsys: pytest.CaptureFixture[
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["run", "--config", str(config), "--dry-run", "--privacy.epsilon", "3"]) == 0
-    out = capsys.readouterr().out
-    assert "ε = 3" in out and "σ = " in out and "MiB" in out and "rough time" in out
+    for command in ("run", "finetune"):
+        assert main([command, "--config", str(config), "--dry-run", "--privacy.epsilon", "3"]) == 0
+        out = capsys.readouterr().out
+        assert "ε = 3" in out and "σ = " in out and "MiB" in out and "rough time" in out
+        # The DP step, layer by layer.
+        assert "unet.image_in.weight" in out and "GFLOP" in out and "micro-batch 16 samples × 2 rows" in out
     assert not (tmp_path / "out").exists()
+
+
+def test_a_memory_budget_too_small_is_refused_before_anything_is_spent(
+    config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["run", "--config", str(config), "--finetune.memory_budget_mib", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "memory_budget is 1.0 MiB, but one sample (2 rows) needs about" in error and "Traceback" not in error
+    assert not (tmp_path / "out" / "ledger.jsonl").exists()
 
 
 def test_stage_by_stage_is_the_whole_run(config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ static __device__ __forceinline__ void update(const PrivateStepParams& p, const 
 #pragma unroll
   for (int e = 0; e < kCount; ++e) {
     grad.v[e] = noisy_gradient(c, grad.v[e], normals[e]);
-    param.v[e] = update_element<kOptimizer, kMomentum>(c, param.v[e], grad.v[e], first.v[e], second.v[e]);
+    param.v[e] = update_element<kOptimizer, kMomentum, ScalarMath>(c, param.v[e], grad.v[e], first.v[e], second.v[e]);
     ema.v[e] += c.one_minus_ema * (param.v[e] - ema.v[e]);
   }
   Elements<kCount>(nullptr, 0).store(p.grad_sum, i);

@@ -7,7 +7,7 @@ norms are taken now ("gram", "norm-only") and x, g kept for one ordinary weight 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -124,6 +124,12 @@ class Collector:
             self.stored[name] = self.stored[name].add_(grad) if name in self.stored else grad
             self.sq_norms[name] = squared_norms(self.stored[name])
 
+    def forget(self, names: Iterable[str]) -> None:
+        """Leaves out parameters that are not trained: they count neither in norms nor in sums."""
+        for name in list(names):
+            for kept in (self.stored, self.sq_norms, self._deferred):
+                kept.pop(name, None)
+
     def total_sq_norms(self, device: torch.device) -> Tensor:
         total = torch.zeros(self.samples, dtype=torch.float64, device=device)
         if device.type != "cpu" and self.sq_norms:  # one launch instead of one a parameter
@@ -140,6 +146,11 @@ class Collector:
 
         deferred = {}  # computed first: where one fails, nothing has been added
         for name, entry in self._deferred.items():
+            assert isinstance(entry.use.rule, MatrixRule)
+            clipped = entry.use.rule.clipped_sum(entry.use.x, entry.use.g, of(name), entry.multiplicity)
+            if clipped is not None:
+                deferred[name] = clipped
+                continue
             entry.use = _in_float(entry.use)
             x, g = entry.use.x, entry.use.g
             per_row = of(name).repeat_interleave(x.shape[0] // self.samples).view(-1, *([1] * (g.dim() - 1)))
@@ -150,7 +161,6 @@ class Collector:
                 x = torch.where(kept.view(-1, *([1] * (x.dim() - 1))), x, 0)
             else:
                 g = g * per_row
-            assert isinstance(entry.use.rule, MatrixRule)
             with full_precision(g.device):
                 deferred[name] = entry.use.rule.weighted_weight_grad(x, g)
         if isinstance(factors, Tensor):

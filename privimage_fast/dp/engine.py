@@ -59,7 +59,7 @@ def accumulate_clipped(
     max_grad_norm: float,
     multiplicity: int = 1,
     strategy: str = "auto",
-    memory_budget: int | str | None = None,
+    memory_budget: int | None = None,
     sample_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Adds one batch's clipped gradients to ``sums`` (name → fp32, the parameter's shape) in place.
@@ -100,7 +100,7 @@ def accumulate_clipped(
 
 def plan_for(
     module: nn.Module, loss_fn: LossFunction, args: Sequence[Any], *, multiplicity: int, strategy: str = "auto",
-    memory_budget: int | str | None = None,
+    memory_budget: int | None = None,
 ) -> Plan:  # fmt: skip
     """:func:`planner.make_plan`, made once for each module, budget and shape of a batch."""
     shapes = tuple(tuple(t.shape) for t in batch_tensors(list(args)))
@@ -118,6 +118,10 @@ def _accumulate(
     parameters = trainable_parameters(module)
     if not parameters:
         raise ValueError(f"{type(module).__name__} has no trainable parameter: every requires_grad is False")
+    first = next((t for t in batch_tensors(list(args)) if t.dim()), None)
+    if first is not None and first.shape[0] == 0:  # an empty draw; many modules do not run on no rows
+        device = next(iter(parameters.values())).device
+        return torch.zeros(0, dtype=torch.float64, device=device), torch.zeros(0, device=device)
     sink = Sink()
     tracker = Tracker(module, args, sink)
     with torch.enable_grad(), eagerly(module), tracker:
@@ -149,19 +153,20 @@ def _accumulate(
 
 def probe_rows(
     module: nn.Module, part_of: Callable[[Tensor], Tensor], args: Any, rows: int, multiplicity: int, tracker: Tracker, sink: Sink,
+    key: Any = None,
 ) -> None:  # fmt: skip
     """Sees to it, once for each module and shape, that a sample's rows are where the engine takes them to be.
 
     ``part_of(keep)`` is a scalar that depends on the rows in ``keep`` only, if rows are independent; ``keep`` (rows,) is True on
     half of the samples. Differentiated alone, it must leave the output gradients of every call zero on all rows of the other
     samples. Real and fake images concatenated behind each other, a sequence-first layer, positions broadcast over the batch and
-    means over it all fail here, whatever their shapes.
+    means over it all fail here, whatever their shapes. ``key`` is what counts as one shape; the shapes of ``args`` unless given.
 
     Raises:
         UncoveredParameterError: naming the parameters of the call.
     """
     samples = rows // multiplicity
-    key = (multiplicity, module.training, tuple(tuple(t.shape) for t in batch_tensors(args)))
+    key = (multiplicity, module.training, key or tuple(tuple(t.shape) for t in batch_tensors(args)))
     seen = _probed.setdefault(module, Counter())
     if samples < 2 or seen[key] >= _PROBE_ATTEMPTS:
         return
@@ -210,7 +215,7 @@ def clipped_grad(
     max_grad_norm: float,
     multiplicity: int = 1,
     strategy: str = "auto",
-    memory_budget: int | str | None = None,
+    memory_budget: int | None = None,
     sample_weight: Tensor | None = None,
 ) -> ClippedGrad:
     """Sum over samples of clipped per-sample gradients, without noise.
@@ -223,8 +228,8 @@ def clipped_grad(
         max_grad_norm: the L2 bound C on one sample's contribution.
         multiplicity: K adjacent rows belong to one sample and are clipped once, together.
         strategy: "store" | "gram" | "norm-only" for all matrices, or "auto": the cheapest for each (see ``planner``).
-        memory_budget: bytes that the call may allocate beyond parameters and ``args``: layers take leaner ways, and the batch
-            is done in parts where it must be; "min" for the leanest ways at the whole batch; None for no limit.
+        memory_budget: bytes by which the call may let resident memory grow: layers take leaner ways, and the batch is done in
+            parts where it must be; None for no limit.
         sample_weight: (B,), 1 or 0: padding samples contribute nothing.
 
     Returns:
@@ -273,15 +278,15 @@ def check_per_sample(
             )
 
 
-def _check_options(max_grad_norm: float, multiplicity: int, strategy: str, memory_budget: int | str | None) -> None:
+def _check_options(max_grad_norm: float, multiplicity: int, strategy: str, memory_budget: int | None) -> None:
     if not _MIN_GRAD_NORM <= max_grad_norm < float("inf"):
         raise ValueError(f"max_grad_norm must be a positive number of at least {_MIN_GRAD_NORM:g}, found {max_grad_norm}")
     if not (isinstance(multiplicity, int) and multiplicity >= 1):
         raise ValueError(f"multiplicity must be a whole number ≥ 1, found {multiplicity!r}")
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, found {strategy!r}")
-    if memory_budget is not None and memory_budget != "min" and not (isinstance(memory_budget, int) and memory_budget >= 0):
-        raise ValueError(f'memory_budget must be a number of bytes ≥ 0, "min" or None, found {memory_budget!r}')
+    if memory_budget is not None and not (isinstance(memory_budget, int) and memory_budget > 0):
+        raise ValueError(f"memory_budget must be a number of bytes > 0 or None, found {memory_budget!r}")
 
 
 def _check_rows(rows: int, multiplicity: int) -> None:

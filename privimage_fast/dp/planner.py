@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from privimage_fast import ops
 from privimage_fast.dp.collector import Choice, rank_one
 from privimage_fast.dp.passes import backward, eagerly
 from privimage_fast.dp.rules import ConvRule, LinearRule, MatrixRule
@@ -34,8 +33,9 @@ from privimage_fast.dp.tracker import Sink, Tracker, Use, batch_tensors
 
 WAYS = ("store", "gram", "norm-only")
 
-# Beyond counted tensors: packing buffers of the kernels and of torch's, and what the allocator keeps.
-_MARGIN, _SCRATCH = 1.10, 24 * 2**20
+# Resident memory is more than live tensors: holes of the C library's allocator (a share), and packing buffers of the kernels,
+# of oneDNN's and its generated code (a constant). Both from runs like those of the test that measures a child process.
+_MARGIN, _SCRATCH = 1.45, 20 * 2**20
 
 
 class MemoryBudgetError(ValueError):
@@ -47,10 +47,12 @@ class MemoryBudgetError(ValueError):
 
 @dataclass(frozen=True)
 class Rates:
-    """What this machine does a second: operations of the per-sample, ordinary and Gram kernels, and bytes of memory."""
+    """What this machine does a second: operations of per-sample, ordinary and Gram weight gradients, and bytes of memory."""
 
-    conv: float  # per-sample 3×3 weight gradients
-    conv_sum: float  # ordinary ones
+    conv3: float  # 3×3 convolutions of stride 1, which have an algorithm of their own
+    conv3_sum: float
+    conv: float  # all other convolutions
+    conv_sum: float
     linear: float
     linear_sum: float
     gram: float
@@ -74,25 +76,28 @@ def _rate(work: float, call: Callable[[], object], device: torch.device) -> floa
 @functools.lru_cache(maxsize=8)
 def machine_rates(device: torch.device, threads: int) -> Rates:
     """Measured once a process, in some fifty milliseconds; ``threads`` keys the cache when torch's number changes."""
-    b, c, size = 2, 64, 16
-    x, g = (torch.ones(b, c, size, size, device=device) for _ in range(2))
-    flat_x, flat_g = (torch.ones(b, 128, 4 * c, device=device) for _ in range(2))
-    weight = torch.ones(c, c, 3, 3, device=device)
-    geometry = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1, "multiplicity": 1}
-    big = torch.ones(2**22, device=device)
-    t = size * size
+    rows, channels, size = 4, 64, 16
+    rates: dict[str, float] = {}
 
-    def summed() -> object:
-        return torch.ops.aten.convolution_backward(
-            g, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
-        )
+    def measure(kind: str, rule: MatrixRule, x: Tensor, g: Tensor) -> None:
+        operations = Shape.of(rule, x, g, 1).operations * rows
+        rates[kind] = _rate(operations, lambda: rule.per_sample(x, g, (), 1, {}), device)
+        rates[f"{kind}_sum"] = _rate(operations, lambda: rule.weighted_weight_grad(x, g), device)
 
+    x, weight = torch.ones(rows, channels, size, size, device=device), torch.ones(channels, channels, 3, 3, device=device)
+    for kind, stride in (("conv3", 1), ("conv", 2)):
+        options = {"stride": [stride] * 2, "padding": [1, 1], "dilation": [1, 1], "groups": 1, "channel_dim": 1}
+        g = torch.ones(rows, channels, size // stride, size // stride, device=device)
+        measure(kind, ConvRule("conv2d", {"weight": "w"}, weight, None, options), x, g)
+    x = torch.ones(rows, 128, 4 * channels, device=device)
+    linear = LinearRule(
+        "linear", {"weight": "w"}, torch.ones(4 * channels, 4 * channels, device=device), None, {"channel_dim": -1}
+    )
+    measure("linear", linear, x, x)
+    big = torch.ones(2**21, device=device)
     return Rates(
-        conv=_rate(2 * b * t * 9 * c * c, lambda: ops.conv_weight_grad(x, g, **geometry), device),
-        conv_sum=_rate(2 * b * t * 9 * c * c, summed, device),
-        linear=_rate(2 * flat_x.numel() * 4 * c, lambda: ops.linear_weight_grad(flat_x, flat_g, multiplicity=1), device),
-        linear_sum=_rate(2 * flat_x.numel() * 4 * c, lambda: flat_g.flatten(0, 1).T @ flat_x.flatten(0, 1), device),
-        gram=_rate(2 * flat_x.numel() * 128, lambda: ops.linear_gram_norms(flat_x, flat_g, multiplicity=1), device),
+        **rates,
+        gram=_rate(2 * x.numel() * 128, lambda: linear.weight_norms(x, x, 1, "gram"), device),
         bytes=_rate(8 * big.numel(), big.clone, device),
     )
 
@@ -101,7 +106,7 @@ def machine_rates(device: torch.device, threads: int) -> Rates:
 class Shape:
     """One sample's share of a layer: positions T·K, inputs d (with the kernel's offsets) and outputs p, its channels."""
 
-    kind: str  # "conv" | "linear"
+    kind: str  # "conv3" | "conv" | "linear", as in Rates
     positions: int
     inputs: int
     outputs: int
@@ -122,7 +127,9 @@ class Shape:
         inside, outside = rule.contraction(x, g)
         positions = multiplicity * math.prod(outside.shape[2:])
         outputs = outside.shape[1]
-        return cls("conv", positions, weights // outputs, outputs, inside.shape[1] // groups, weights, kept)
+        plain = rule.weight.shape[2:] == (3, 3) and not {*rule.options["stride"], *rule.options["dilation"]} - {1}
+        kind = "conv3" if plain else "conv"
+        return cls(kind, positions, weights // outputs, outputs, inside.shape[1] // groups, weights, kept)
 
     @property
     def operations(self) -> float:
@@ -130,16 +137,21 @@ class Shape:
 
     def seconds(self, rates: Rates) -> dict[str, float]:
         """Way → seconds a sample."""
-        rate, rate_sum = (rates.linear, rates.linear_sum) if self.kind == "linear" else (rates.conv, rates.conv_sum)
-        once, again = self.operations / rate, self.operations / rate_sum
+        once, again = (self.operations / getattr(rates, kind) for kind in (self.kind, f"{self.kind}_sum"))
         gram = self.positions * (self.positions + 1) / 2 * 2 * (self.channels + self.outputs)
-        if self.kind == "conv":  # the sums over kernel offsets
+        if self.kind != "linear":  # the sums over kernel offsets
             gram += self.positions * self.positions * (self.inputs / self.channels)
         return {
             "store": once + 2 * 4 * self.weights / rates.bytes,
             "gram": gram / rates.gram + again,
-            "norm-only": once + again,
+            # A norm that another computation is to respect is not taken by the faster algorithm (see ``ops.conv_weight_grad``).
+            "norm-only": (self.operations / rates.conv if self.kind == "conv3" else once) + again,
         }
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Sums of transformed products that a thread keeps, where Winograd's algorithm is taken: 36 for each 3×3 kernel."""
+        return min(4 * 36 * self.channels * self.outputs, 64 * 2**20) if self.kind == "conv3" else 0
 
     def bytes_kept(self, way: str) -> int:
         return 4 * self.weights if way == "store" else self.kept_bytes
@@ -164,6 +176,11 @@ def cheapest(device: torch.device) -> Choice:
 
 class MemoryMeter(TorchDispatchMode):
     """Counts the bytes of live tensor storages made while it is active; ``peak`` since it was last read by ``take``."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Wrapping the method for the compiler would import it: 70 MiB that a memory budget does not have."""
+        return False
 
     def __init__(self) -> None:
         super().__init__()
@@ -237,8 +254,13 @@ def batch_rows(args: Sequence[Any]) -> int:
     return 0 if first is None else first.shape[0]
 
 
-def profile(module: nn.Module, loss_fn: Callable[..., Tensor], args: Sequence[Any], multiplicity: int) -> Profile:
-    """Watches a pass on one sample and on two; their gradients are dropped. Random states are left as they were."""
+def profile(
+    module: nn.Module, loss_fn: Callable[..., Tensor], args: Sequence[Any], multiplicity: int, at_most: int | None = None
+) -> Profile:
+    """Watches a pass on one sample and on two; their gradients are dropped. Random states are left as they were.
+
+    ``at_most``: bytes. Where two samples would take more, one is all there is to plan for, and two are not tried.
+    """
     rows = batch_rows(args)
     if rows < multiplicity:
         raise ValueError(f"a plan needs one sample ({multiplicity} rows) to look at, found {rows} rows")
@@ -246,6 +268,9 @@ def profile(module: nn.Module, loss_fn: Callable[..., Tensor], args: Sequence[An
     layers: list[Layer] = []
     other = 0
     for samples in (1, 2):
+        if samples == 2 and at_most is not None and _MARGIN * 2 * max(points[0]) + _SCRATCH > at_most:
+            points.append([2 * bytes_ for bytes_ in points[0]])
+            break
         part = take_samples(args, rows, multiplicity, [0] * samples)
         sink, meter, seen = Sink(), MemoryMeter(), []
         layers, other, own_rows = [], 0, samples * multiplicity
@@ -342,8 +367,8 @@ class Plan:
         return "\n".join(line.rstrip() for line in lines)
 
 
-def _peak(found: Profile, ways: Sequence[str], samples: int) -> int:
-    """Predicted peak of one micro-batch in bytes."""
+def _peak(found: Profile, ways: Sequence[str], samples: int, parts: bool) -> int:
+    """Predicted peak of one micro-batch in bytes; with ``parts``, of a batch done in several."""
     kept, peak, at = 0.0, 0.0, 0
     for point, (fixed, slope) in enumerate(zip(found.fixed, found.slope, strict=True)):
         while at < len(ways) and found.layers[at].point < point:
@@ -355,11 +380,16 @@ def _peak(found: Profile, ways: Sequence[str], samples: int) -> int:
     again = max((samples * s.kept_bytes + 4 * s.weights for s in deferred), default=0)
     everything = sum(samples * layer.shape.bytes_kept(way) for layer, way in zip(found.layers, ways, strict=True))
     peak = max(peak, everything + again + sum(4 * s.weights for s in deferred))
-    return int(_MARGIN * (peak + samples * found.other_bytes)) + _SCRATCH
+    # The sums; and as they were, should a later part fail.
+    sums = found.parameter_bytes * (2 if parts else 1)
+    scratch = torch.get_num_threads() * max((layer.shape.scratch_bytes for layer in found.layers), default=0)
+    return int(_MARGIN * (peak + samples * found.other_bytes + sums)) + scratch + _SCRATCH
 
 
-def _choose(found: Profile, rates: Rates | None, strategy: str, samples: int, budget: int | None) -> list[str] | None:
-    """The fastest ways that fit; None where none do. ``budget`` -1: those that keep least."""
+def _choose(
+    found: Profile, rates: Rates | None, strategy: str, samples: int, parts: bool, budget: int | None
+) -> tuple[list[str], bool]:
+    """The fastest ways that fit, and True; or those that keep least, and False."""
 
     def allowed(layer: Layer) -> Sequence[str]:
         return ("store",) if layer.shared else WAYS if strategy == "auto" else (strategy,)
@@ -368,8 +398,10 @@ def _choose(found: Profile, rates: Rates | None, strategy: str, samples: int, bu
         return layer.shape.seconds(rates)[way] if rates else 0.0
 
     ways = [min(allowed(layer), key=lambda w, layer=layer: seconds(layer, w)) for layer in found.layers]  # type: ignore[misc]
-    if budget is None or (budget >= 0 and _peak(found, ways, samples) <= budget):
-        return ways
+
+    def fits() -> bool:
+        return budget is None or _peak(found, ways, samples, parts) <= budget
+
     # Layer by layer, the change that saves most for its time.
     changes = []
     for i, layer in enumerate(found.layers):
@@ -378,57 +410,48 @@ def _choose(found: Profile, rates: Rates | None, strategy: str, samples: int, bu
         if saved > 0:
             changes.append((max(0.0, seconds(layer, least) - seconds(layer, ways[i])) / saved, i, least))
     for _, i, least in sorted(changes):
+        if fits():
+            break
         ways[i] = least
-        if 0 <= budget and _peak(found, ways, samples) <= budget:
-            return ways
-    return ways if budget < 0 or _peak(found, ways, samples) <= budget else None
+    return ways, fits()
 
 
 def make_plan(
     module: nn.Module, loss_fn: Callable[..., Tensor], args: Sequence[Any], *, multiplicity: int = 1, strategy: str = "auto",
-    memory_budget: int | str | None = None, batch_size: int | None = None,
+    memory_budget: int | None = None, batch_size: int | None = None,
 ) -> Plan:  # fmt: skip
     """A plan for micro-batches like ``args`` (one sample of it is enough to look at).
 
     Args:
-        memory_budget: bytes that a micro-batch may allocate beyond parameters, optimizer state and the batch; None for no
-            limit; "min" for the ways that keep least, at the whole batch.
+        memory_budget: bytes by which resident memory may grow beyond parameters, optimizer state and the batch; None for no
+            limit.
         batch_size: samples of the largest micro-batch wanted; default: those in ``args``.
 
     Raises:
         MemoryBudgetError: the budget does not hold one sample; says what would.
     """
-    found = profile(module, loss_fn, args, multiplicity)
+    found = profile(module, loss_fn, args, multiplicity, at_most=memory_budget)
     most = batch_size or batch_rows(args) // multiplicity
     device = next(p for p in module.parameters() if p.requires_grad).device
     rates = machine_rates(device, torch.get_num_threads()) if device.type == "cpu" else None
     if rates is None and strategy == "auto" and memory_budget is None:
         strategy = "store"
-    budget = -1 if memory_budget == "min" else memory_budget
-    assert budget is None or isinstance(budget, int)
-
-    def planned(samples: int) -> Plan | None:
-        ways = _choose(found, rates, strategy, samples, budget)
-        if ways is None:
-            return None
-        seconds = [layer.shape.seconds(rates) if rates else dict.fromkeys(WAYS, math.nan) for layer in found.layers]
-        layers = tuple(
-            PlannedLayer(layer, way, layer.shape.bytes_kept(way), times)
-            for layer, way, times in zip(found.layers, ways, seconds, strict=True)
-        )
-        return Plan(layers, samples, multiplicity, _peak(found, ways, samples), None if budget == -1 else budget)
-
-    samples, plan = most, planned(most)
-    while plan is None and samples > 1:  # a power of two below: the same few shapes whatever the batch
-        samples = 1 << ((samples - 1).bit_length() - 1)
-        plan = planned(samples)
-    if plan is None:
-        assert budget is not None
-        least = _choose(found, rates, strategy, 1, -1)
-        assert least is not None
-        needed = _peak(found, least, 1)
+    for samples in sorted({-(-most // n) for n in range(1, most + 1)}, reverse=True):  # equal parts, as few as may be
+        parts = samples < most
+        ways, fits = _choose(found, rates, strategy, samples, parts, memory_budget)
+        peak = _peak(found, ways, samples, parts)
+        if fits:
+            break
+    else:
+        assert memory_budget is not None
         raise MemoryBudgetError(
-            f"memory_budget is {budget / 2**20:.1f} MiB, but one sample ({multiplicity} rows) needs about "
-            f"{needed / 2**20:.1f} MiB: raise it to {needed} bytes or more, lower the multiplicity, or train fewer parameters"
+            f"memory_budget is {memory_budget / 2**20:.1f} MiB, but one sample ({multiplicity} rows) needs about "
+            f"{peak / 2**20:.1f} MiB: raise it to {peak} bytes or more, lower the multiplicity, or train fewer parameters"
         )
-    return plan
+    layers = tuple(
+        PlannedLayer(
+            layer, way, layer.shape.bytes_kept(way), layer.shape.seconds(rates) if rates else dict.fromkeys(WAYS, math.nan)
+        )
+        for layer, way in zip(found.layers, ways, strict=True)
+    )
+    return Plan(layers, samples, multiplicity, peak, memory_budget)

@@ -87,14 +87,15 @@ class _Call(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, *rest = ctx.saved_tensors
+        x, *rest = ctx.saved_tensors  # computes a checkpointed part again, watched
         needs = ctx.needs_input_grad[3:]
-        if torch.is_grad_enabled():  # create_graph: the gradient has to be differentiable, and its use of weights seen
-            grads = _differentiable_input_grad(ctx, x, g, rest) if any(needs) else (None,) * ctx.inputs
-        else:
-            grads = ctx.rule.input_grads(x, g, tuple(rest), needs)
-        if _wanted(ctx.anchor):
-            ctx.sink(Use(ctx.rule, x.detach(), g.detach(), tuple(rest)))
+        with torch._C.DisableTorchFunction():  # rules and kernels need not be watched: thousands of small calls a step
+            if torch.is_grad_enabled():  # create_graph: the gradient has to be differentiable, and its use of weights seen
+                grads = _differentiable_input_grad(ctx, x, g, rest) if any(needs) else (None,) * ctx.inputs
+            else:
+                grads = ctx.rule.input_grads(x, g, tuple(rest), needs)
+            if _wanted(ctx.anchor):
+                ctx.sink(Use(ctx.rule, x.detach(), g.detach(), tuple(rest)))
         return None, None, None, *grads
 
 
@@ -132,9 +133,10 @@ class _InputGrad(torch.autograd.Function):
         (g,) = ctx.saved_tensors
         if torch.is_grad_enabled():
             raise UncoveredParameterError(f"third-order gradients through {ctx.rule.describe()} are not covered")
-        if _wanted(ctx.anchor):
-            ctx.sink(Use(ctx.rule, gg.detach(), g.detach(), (), second_order=True))
-        return None, None, None, ctx.rule.forward(gg)[0], None
+        with torch._C.DisableTorchFunction():
+            if _wanted(ctx.anchor):
+                ctx.sink(Use(ctx.rule, gg.detach(), g.detach(), (), second_order=True))
+            return None, None, None, ctx.rule.forward(gg)[0], None
 
 
 class Tracker(TorchFunctionMode):

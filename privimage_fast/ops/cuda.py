@@ -25,7 +25,9 @@ def supports(op: str, tensors: Sequence[Tensor]) -> bool:
     """Whether ``op`` has a CUDA kernel for these tensors: strided, on one GPU, of a known dtype."""
     if not native._HAS_CUDA or op not in globals() or not tensors:
         return False
-    if any(t.layout != torch.strided or not t.is_cuda or t.dtype not in native._SUPPORTED[op] for t in tensors):
+    if any(
+        t.layout != torch.strided or not t.is_cuda or t.dtype not in native._SUPPORTED.get(op, native._FLOATS) for t in tensors
+    ):
         return False
     return len({t.device for t in tensors}) == 1 and torch.cuda.get_device_capability(tensors[0].device) >= (8, 0)
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from privimage_fast.ops import checks, reference
-from privimage_fast.ops.buffers import stored_gradients
 
 _C: Any = None
 IMPORT_ERROR: str | None = None
@@ -27,6 +26,7 @@ except ImportError as error:
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _HAS_CUDA = bool(_C and _C.build_info()["cuda"])
+_ALGORITHMS = {"auto": 0, "direct": 1, "winograd2": 2, "winograd4": 3}
 _OPTIMIZERS = {"sgd": 0, "adam": 1, "adamw": 2}
 _FLOATS = frozenset(_DTYPES)
 _FLOAT32 = frozenset({torch.float32})
@@ -75,6 +75,7 @@ def _plane(t: Tensor) -> tuple[int, ...]:
 def _conv(
     x: Tensor, g: Tensor, shape: checks.ConvShape, groups: int, multiplicity: int, x_stride: Sequence[int],
     g_stride: Sequence[int], weights: Tensor | None, weight_stride: Sequence[int], accumulate: bool,
+    algorithm: str = "auto",
 ) -> Tensor:  # fmt: skip
     sq_norms = _norms(shape.samples)
     _C.conv_weight_grad(
@@ -83,7 +84,7 @@ def _conv(
         in_size=shape.in_size, out_size=shape.out_size, kernel=shape.kernel, stride=shape.stride,
         padding=shape.padding, dilation=shape.dilation, x_stride=x_stride, g_stride=g_stride, out=_pointer(weights),
         out_stride=weight_stride, accumulate=accumulate, sq_norms=_pointer(sq_norms),
-        num_threads=torch.get_num_threads(),
+        algorithm=_ALGORITHMS[algorithm], num_threads=torch.get_num_threads(),
     )  # fmt: skip
     return sq_norms
 
@@ -91,9 +92,14 @@ def _conv(
 def conv_weight_grad(
     x: Tensor, g: Tensor, *, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], groups: int, multiplicity: int, store: bool = True, out: Tensor | None = None,
+    _algorithm: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     op = "conv_weight_grad"
     shape = checks.conv_shape(op, x, g, kernel_size, stride, padding, dilation, groups, multiplicity)
+    checks.require(_algorithm in _ALGORITHMS, op, "_algorithm", _algorithm, "auto, direct, winograd2 or winograd4")
+    if _algorithm.startswith("winograd"):
+        plain = shape.kernel == (3, 3) and shape.stride == (1, 1) and shape.dilation == (1, 1)
+        checks.require(plain, op, "_algorithm", _algorithm, "direct: Winograd's form is for 3×3, stride 1, dilation 1")
     checks.accumulator(op, "out", out, shape.weight_shape, x)
     checks.require(store or out is None, op, "out", "given", "None with store=False")
     if x.numel() == 0 or g.numel() == 0:
@@ -106,12 +112,12 @@ def conv_weight_grad(
     if store and weights is None:
         # Channels innermost, the order in which the kernel produces them; weighted_sum_ puts the sum in torch's order.
         b, outputs, inputs, *kernel = shape.weight_shape
-        weights = stored_gradients.empty((b, outputs, *kernel, inputs)).movedim(-1, 2)
+        weights = torch.empty((b, outputs, *kernel, inputs)).movedim(-1, 2)
     weight_stride: tuple[int, ...] = (0,) * 5
     if weights is not None:
         s = weights.stride()
         weight_stride = s if len(s) == 5 else (*s[:3], 0, s[3])
-    sq_norms = _conv(x, g, shape, groups, multiplicity, _plane(x), _plane(g), weights, weight_stride, out is not None)
+    sq_norms = _conv(x, g, shape, groups, multiplicity, _plane(x), _plane(g), weights, weight_stride, out is not None, _algorithm)
     return sq_norms, weights
 
 
@@ -129,7 +135,7 @@ def linear_weight_grad(
     shape = checks.ConvShape(
         samples, inputs, outputs, (1, positions), (1, positions), one, one, (0, 0), one, (samples, outputs, inputs)
     )
-    weights = stored_gradients.empty((samples, outputs, inputs)) if store and out is None else out
+    weights = torch.empty((samples, outputs, inputs)) if store and out is None else out
     weight_stride = (0,) * 5 if weights is None else (*weights.stride(), 0, 0)
     strides = [(t.stride(0), t.stride(2), 0, t.stride(1)) for t in (x, g)]
     return _conv(x, g, shape, 1, multiplicity, *strides, weights, weight_stride, out is not None), weights
@@ -272,7 +278,7 @@ def embedding_grad(
     samples, width = checks.embedding_shape(op, ids, g, num_embeddings, padding_idx, multiplicity)
     checks.accumulator(op, "out", out, (samples, num_embeddings, width), g)
     ids, g = ids.long().contiguous(), g.contiguous()
-    table = stored_gradients.empty((samples, num_embeddings, width)) if out is None else _dense(out)
+    table = torch.empty((samples, num_embeddings, width)) if out is None else _dense(out)
     sq_norms = _norms(samples)
     _C.embedding_grad(
         ids=_pointer(ids), g=_pointer(g), g_dtype=_DTYPES[g.dtype], samples=samples,

@@ -40,6 +40,7 @@ class Metric:
     unit: str
     private: bool
     detail: str
+    spread: Any = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,19 @@ class Facts:
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
         return value
+
+    @property
+    def method(self) -> str:
+        """How the second half of the method was done."""
+        if self.setting("model", "family") == "gan":
+            return (
+                "a GAN is pre-trained on those public images, its discriminator fine-tuned on the sensitive ones with DP-SGD, "
+                "and its generator, which learns from the discriminator alone, draws the synthetic set."
+            )
+        return (
+            "a diffusion model is pre-trained on those public images, then fine-tuned on the sensitive ones with DP-SGD, and "
+            "draws the synthetic set."
+        )
 
     def source(self, which: str) -> str:
         """A data set's name. Of a path the last part only: a card is published, a home folder should not be."""
@@ -239,6 +253,7 @@ def _metrics(value: Any) -> list[Metric] | None:
             str(m.get("unit") or ""),
             m.get("private") is True,
             str(m.get("detail") or ""),
+            m.get("spread"),
         )
         for m in value["metrics"]
     ]

@@ -111,8 +111,8 @@ def test_whole_unet_equals_the_per_sample_loop(multiplicity: int, strategy: str)
     assert_matches_loop(model, DenoisingLoss(multiplicity), args, multiplicity=multiplicity, strategy=strategy)
 
 
-@pytest.mark.parametrize("memory_budget", ["min", 40 * 2**20, 2**30, None])
-def test_published_unet_and_memory_budget(memory_budget: int | str | None) -> None:
+@pytest.mark.parametrize("memory_budget", [56 * 2**20, 2**30, None])
+def test_published_unet_and_memory_budget(memory_budget: int | None) -> None:
     model, args = unet_case(2, preset="base", resolution=16, channels=3)
     assert_matches_loop(model, DenoisingLoss(2), args, multiplicity=2, memory_budget=memory_budget)
 

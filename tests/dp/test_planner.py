@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 import privimage_fast as pf
 from privimage_fast.dp.planner import WAYS, MemoryMeter, Rates, Shape, machine_rates, make_plan, profile, take_samples
 
-EVEN = Rates(conv=1e11, conv_sum=1e11, linear=1e11, linear_sum=1e11, gram=5e10, bytes=1e10)
+EVEN = Rates(
+    conv3=1e11, conv3_sum=1e11, conv=1e11, conv_sum=1e11, linear=1e11, linear_sum=1e11, gram=5e10, bytes=1e10
+)  # fmt: skip
 
 
 def loss(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -85,9 +87,9 @@ def test_shared_weights_are_stored() -> None:
             return self.b(self.a(self.a(x).tanh()))
 
     args = (torch.randn(4, 6), torch.randn(4))
-    plan = make_plan(Twice(), loss, args, memory_budget="min")
-    assert plan.ways["a.weight"] == "store"
-    assert_matches_loop(Twice(), loss, args, memory_budget="min")
+    for strategy in ("auto", "gram"):
+        assert make_plan(Twice(), loss, args, strategy=strategy).ways["a.weight"] == "store"
+    assert_matches_loop(Twice(), loss, args, memory_budget=2**30)
 
 
 def test_table_names_layers_ways_and_totals() -> None:
@@ -99,19 +101,18 @@ def test_table_names_layers_ways_and_totals() -> None:
 
 @pytest.mark.parametrize("multiplicity", [1, 2])
 def test_a_budget_splits_the_batch_and_changes_rounding_only(multiplicity: int) -> None:
-    module, args = conv_net(), batch(12)
-    free = make_plan(module, loss, args, multiplicity=multiplicity)
-    budget = (free.peak_bytes + make_plan(module, loss, batch(multiplicity), multiplicity=multiplicity).peak_bytes) // 2
+    module, args = conv_net(), batch(36)
+    budget = make_plan(module, loss, args, multiplicity=multiplicity).peak_bytes * 3 // 4
     plan = make_plan(module, loss, args, multiplicity=multiplicity, memory_budget=budget)
-    assert plan.peak_bytes <= budget and plan.physical_batch_size < 12 // multiplicity
+    assert plan.peak_bytes <= budget and plan.physical_batch_size < 36 // multiplicity
     assert_matches_loop(module, loss, args, multiplicity=multiplicity, memory_budget=budget)
-    weight = torch.ones(12 // multiplicity)
+    weight = torch.ones(36 // multiplicity)
     weight[-1] = 0
     split = pf.clipped_grad(
         module, loss, args, max_grad_norm=0.01, multiplicity=multiplicity, memory_budget=budget, sample_weight=weight
     )
     whole = pf.clipped_grad(module, loss, args, max_grad_norm=0.01, multiplicity=multiplicity, sample_weight=weight)
-    assert split.norms.shape == whole.norms.shape and split.losses.shape == (12,)
+    assert split.norms.shape == whole.norms.shape and split.losses.shape == (36,)
     for name, g in whole.grads.items():
         torch.testing.assert_close(split.grads[name], g, rtol=1e-4, atol=1e-7)
 
@@ -119,8 +120,8 @@ def test_a_budget_splits_the_batch_and_changes_rounding_only(multiplicity: int) 
 def test_a_refusal_in_a_later_part_adds_nothing() -> None:
     from privimage_fast.dp.engine import accumulate_clipped
 
-    module, args = conv_net(), batch(12)
-    budget = make_plan(module, loss, batch(4)).peak_bytes
+    module, args = conv_net(), batch(36)
+    budget = make_plan(module, loss, args).peak_bytes * 3 // 4
     calls = 0
 
     def fails_late(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -144,7 +145,7 @@ def test_a_budget_too_small_for_one_sample_says_what_is_needed() -> None:
     pf.clipped_grad(module, loss, args, max_grad_norm=1.0, multiplicity=2, memory_budget=needed)
 
 
-@pytest.mark.parametrize("budget", [-1, 2.5, "least"])
+@pytest.mark.parametrize("budget", [-1, 0, 2.5, "least"])
 def test_a_budget_that_is_none_is_refused(budget: object) -> None:
     with pytest.raises(ValueError, match="memory_budget must be a number of bytes"):
         pf.clipped_grad(conv_net(), loss, batch(2), max_grad_norm=1.0, memory_budget=budget)
@@ -157,7 +158,7 @@ def test_take_samples_reaches_into_nests() -> None:
 
 
 CHILD = """
-import json, resource, sys, torch
+import sys, torch
 import privimage_fast as pf
 from privimage_fast.models.edm import Denoiser, DenoisingLoss, EDMConfig, denoising_batch
 from privimage_fast.models.unet import PRESETS
@@ -171,24 +172,29 @@ small = Denoiser(PRESETS["small"], EDMConfig(), resolution=8, channels=1, num_cl
 batch = denoising_batch(torch.zeros(2, 1, 8, 8), torch.tensor([0, 1]), edm=small.edm, num_classes=2, multiplicity=1,
                         label_dropout=0.1, generator=None)
 pf.clipped_grad(small, DenoisingLoss(1), batch.args(), max_grad_norm=1.0)  # code and libraries are loaded
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+before = peak()
 for _ in range(2):
     pf.clipped_grad(model, DenoisingLoss(k), args, max_grad_norm=1.0, multiplicity=k, memory_budget=budget)
-print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024))
+print((peak() - before) * 1024)
 """
 
 
 def peak_growth(budget: int | None, samples: int, multiplicity: int) -> int:
     command = [sys.executable, "-P", "-c", CHILD, "none" if budget is None else str(budget), str(samples), str(multiplicity)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-@pytest.mark.parametrize("budget_mib", [96, 192])
-@pytest.mark.parametrize(("samples", "multiplicity"), [(16, 1), (4, 4)])
+needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
+
+
+@needs_proc
+@pytest.mark.parametrize(("budget_mib", "samples", "multiplicity"), [(96, 16, 1), (192, 16, 1), (144, 4, 4), (240, 4, 4)])
 def test_measured_peak_memory_stays_under_the_budget(budget_mib: int, samples: int, multiplicity: int) -> None:
     """Resident memory of a process of its own, not the planner's figure; without a budget it would be far over."""
     assert peak_growth(budget_mib * 2**20, samples, multiplicity) <= budget_mib * 2**20
 
 
+@needs_proc
 def test_without_a_budget_the_same_batch_takes_more() -> None:
-    assert peak_growth(None, 16, 1) > 192 * 2**20
+    assert peak_growth(None, 16, 1) > 240 * 2**20
