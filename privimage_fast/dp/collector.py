@@ -152,6 +152,11 @@ class Collector:
 
         deferred = {}  # computed first: where one fails, nothing has been added
         for name, entry in self._deferred.items():
+            assert isinstance(entry.use.rule, MatrixRule)
+            clipped = entry.use.rule.clipped_sum(entry.use.x, entry.use.g, of(name), entry.multiplicity)
+            if clipped is not None:
+                deferred[name] = clipped
+                continue
             entry.use = _in_float(entry.use)
             x, g = entry.use.x, entry.use.g
             per_row = of(name).repeat_interleave(x.shape[0] // self.samples).view(-1, *([1] * (g.dim() - 1)))
@@ -162,7 +167,6 @@ class Collector:
                 x = torch.where(kept.view(-1, *([1] * (x.dim() - 1))), x, 0)
             else:
                 g = g * per_row
-            assert isinstance(entry.use.rule, MatrixRule)
             with full_precision(g.device):
                 deferred[name] = entry.use.rule.weighted_weight_grad(x, g)
         if isinstance(factors, Tensor):

@@ -140,6 +140,10 @@ class MatrixRule(Rule):
         """The ordinary weight gradient for output gradients g that already carry the clip factors."""
         raise NotImplementedError
 
+    def clipped_sum(self, x: Tensor, g: Tensor, factors: Tensor, multiplicity: int) -> Tensor | None:
+        """Σ_b factors_b · (weight gradient of b), with products as exact as in the norms; None where no kernel does that."""
+        return None
+
     def without_bias(self) -> MatrixRule:
         return replace(self, bias=None, names={k: v for k, v in self.names.items() if k == "weight"})
 
@@ -189,6 +193,9 @@ class LinearRule(MatrixRule):
         if strategy == "norm-only":
             return ops.linear_weight_grad(x, g, multiplicity=multiplicity, store=False)[0]
         return ops.linear_gram_norms(x, g, multiplicity=multiplicity)
+
+    def clipped_sum(self, x: Tensor, g: Tensor, factors: Tensor, multiplicity: int) -> Tensor | None:
+        return ops.linear_clipped_sum(self._positions(x), self._positions(g), factors, multiplicity=multiplicity)
 
     def weighted_weight_grad(self, x: Tensor, g: Tensor) -> Tensor:
         return g.flatten(0, -2).T @ x.flatten(0, -2)
@@ -240,6 +247,9 @@ class ConvRule(MatrixRule):
         if strategy == "norm-only":
             return ops.conv_weight_grad(x, g, multiplicity=multiplicity, store=False, **self._kernel())[0]
         return ops.conv_gram_norms(x, g, multiplicity=multiplicity, **self._kernel())
+
+    def clipped_sum(self, x: Tensor, g: Tensor, factors: Tensor, multiplicity: int) -> Tensor | None:
+        return ops.conv_clipped_sum(*self.contraction(x, g), factors, multiplicity=multiplicity, **self._kernel())
 
     def weighted_weight_grad(self, x: Tensor, g: Tensor) -> Tensor:
         if ops.has_cpu_kernel("conv_weight_grad", x, g):
