@@ -16,7 +16,7 @@ demo:
 	privimage demo --out runs/demo
 
 ptxas:            ## registers and spills of every CUDA kernel
-	for f in csrc/cuda/*.cu; do nvcc -std=c++17 -O3 -arch=sm_90 -Icsrc -Xptxas -v -c $$f -o /dev/null; done
+	for f in csrc/cuda/*.cu; do nvcc -std=c++17 -O3 -arch=sm_90 -fmad=false -Xptxas -v -c $$f -o /dev/null 2>&1 | c++filt | grep -E "Function|Used|spill"; done
 
 clean:
 	rm -rf build _build* *.egg-info

@@ -6,13 +6,18 @@ import difflib
 import math
 import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import cache
 from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from privimage_fast.models.edm import EDMConfig
-from privimage_fast.models.unet import PRESETS, UNetConfig
+from privimage_fast.models import gan, unet
+from privimage_fast.models.adversarial import GAN, AdversarialConfig
+from privimage_fast.models.edm import Denoiser, EDMConfig
+from privimage_fast.models.gan import GANConfig
+from privimage_fast.models.training import ImageModel
+from privimage_fast.models.unet import UNetConfig
 from privimage_fast.stages.evaluate import EvaluateConfig
 from privimage_fast.stages.finetune import FinetuneConfig
 from privimage_fast.stages.pretrain import PretrainConfig
@@ -30,7 +35,7 @@ class DataConfig:
     """Where the images are: a folder of class folders, a zip, an npz, IDX files, or "embedded:NAME".
 
     Args:
-        public: the public set, with labels of its own.
+        public: the public set, with labels of its own; several sources in a list are joined, labels named source/label.
         private: the sensitive set; its labels are the classes of the synthetic one.
         test: real images for the evaluation, or null.
         holdout: share of `private` that is never trained on but kept for the evaluation, when `test` is null; 0 keeps none.
@@ -40,7 +45,7 @@ class DataConfig:
         skip_bad: list and skip unreadable files instead of stopping at the first.
     """
 
-    public: str = ""
+    public: str | list[str] = ""
     private: str = ""
     test: str | None = None
     holdout: float = 0.0
@@ -64,12 +69,14 @@ class PrivacyConfig:
         population: N, the stated public size of the sensitive set; null takes its size, and states it.
         secure: true takes all privacy randomness from the operating system; false derives it from `seed`, for tests only,
             and marks the run as not private.
+        train: false skips the fine-tuning: what is sampled has seen public images only, and the query alone is charged.
     """
 
     epsilon: float = 10.0
     delta: float | None = None
     population: int | None = None
     secure: bool = True
+    train: bool = True
 
     def __post_init__(self) -> None:
         if not self.epsilon > 0:
@@ -80,26 +87,46 @@ class PrivacyConfig:
             raise ValueError(f"privacy.population must be ≥ 2 or null, found {self.population}")
 
 
+FAMILIES: dict[str, type[Denoiser] | type[GAN]] = {"diffusion": Denoiser, "gan": GAN}
+
+
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network.
+    """The networks.
 
     Args:
-        preset: small, base or large; "custom" takes `unet` as it stands.
+        family: diffusion (PRIVIMAGE+D) or gan (PRIVIMAGE+G).
+        preset: small, base or large; "custom" takes `unet` or `gan` as it stands.
         unet: sizes of the custom U-Net.
-        edm: preconditioning and training noise.
+        edm: preconditioning and training noise of the diffusion model.
+        gan: sizes of the custom GAN.
+        adversarial: how a GAN is trained.
     """
 
+    family: str = "diffusion"
     preset: str = "base"
     unet: UNetConfig = field(default_factory=UNetConfig)
     edm: EDMConfig = field(default_factory=EDMConfig)
+    gan: GANConfig = field(default_factory=GANConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
 
     def __post_init__(self) -> None:
-        if self.preset not in (*PRESETS, "custom"):
-            raise ValueError(f"model.preset must be one of {', '.join(PRESETS)}, custom; found {self.preset!r}")
+        if self.family not in FAMILIES:
+            raise ValueError(f"model.family must be {' or '.join(FAMILIES)}, found {self.family!r}")
+        if self.preset not in (*unet.PRESETS, "custom"):
+            raise ValueError(f"model.preset must be one of {', '.join(unet.PRESETS)}, custom; found {self.preset!r}")
 
-    def resolved_unet(self) -> UNetConfig:
-        return self.unet if self.preset == "custom" else PRESETS[self.preset]
+    @property
+    def default_multiplicity(self) -> int:
+        return FAMILIES[self.family].default_multiplicity
+
+    def build(self, *, resolution: int, channels: int, num_classes: int) -> ImageModel:
+        """The networks with fresh weights."""
+        shape = {"resolution": resolution, "channels": channels, "num_classes": num_classes}
+        if self.family == "gan":
+            sizes = self.gan if self.preset == "custom" else gan.PRESETS[self.preset]
+            return GAN(sizes, self.adversarial, **shape)
+        return Denoiser(self.unet if self.preset == "custom" else unet.PRESETS[self.preset], self.edm, **shape)
 
 
 @dataclass(frozen=True)
@@ -109,11 +136,14 @@ class RunConfig:
     Args:
         out: the run folder.
         seed: of public randomness: initial weights, public training, sampling. Privacy noise never uses it.
+        public_seed: of the public classifier, initial weights and pre-training only; null takes `seed`. Runs with the same one
+            can share them, and have distances on the same network.
         device: "auto", "cpu" or "cuda".
     """
 
     out: str = "runs/run"
     seed: int = 0
+    public_seed: int | None = None
     device: str = "auto"
     data: DataConfig = field(default_factory=DataConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
@@ -144,7 +174,7 @@ def load_yaml(text: str, source: str = "configuration") -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"{source} must hold keys such as `data:` and `privacy:`, found {type(values).__name__}")
-    check_keys(_flatten(values), source)
+    check_keys(dotted_keys(values), source)
     return values
 
 
@@ -183,12 +213,13 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def _flatten(values: dict[Any, Any], prefix: str = "") -> list[str]:
+def dotted_keys(values: dict[Any, Any], prefix: str = "") -> list[str]:
+    """Every dotted key of nested values, sections included."""
     keys = []
     for key, value in values.items():
         keys.append(f"{prefix}{key}")
         if isinstance(value, dict):
-            keys += _flatten(value, f"{prefix}{key}.")
+            keys += dotted_keys(value, f"{prefix}{key}.")
     return keys
 
 
@@ -201,6 +232,7 @@ def _plain(value: Any) -> Any:
     return float(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+@cache
 def config_parser() -> ArgumentParser:
     """The one parser of configurations: ``--config FILE`` and every dotted key."""
     parser = ArgumentParser(exit_on_error=False, add_help=False)
@@ -214,8 +246,8 @@ def build_config(values: dict[str, Any], base: RunConfig | None = None) -> RunCo
     Raises:
         ConfigError: unknown keys (with the nearest valid ones) or values of the wrong type or range.
     """
-    check_keys(_flatten(values), "configuration")
-    merged = _merge(_plain(asdict(base or RunConfig())), values)
+    check_keys(dotted_keys(values), "configuration")
+    merged = merge(_plain(asdict(base or RunConfig())), values)
     parser = config_parser()
     try:
         return RunConfig(**vars(parser.instantiate(parser.parse_object(merged))))
@@ -223,13 +255,14 @@ def build_config(values: dict[str, Any], base: RunConfig | None = None) -> RunCo
         raise ConfigError(str(error)) from error
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Nested values of ``over`` in place of those of ``base``."""
     out = dict(base)
     for key, value in over.items():
         if isinstance(out.get(key), dict):
             if not isinstance(value, dict):
                 raise ConfigError(f"{key!r} is a section with keys {', '.join(out[key])}; found {value!r}")
-            value = _merge(out[key], value)
+            value = merge(out[key], value)
         out[key] = value
     return out
 

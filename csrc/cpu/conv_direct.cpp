@@ -8,9 +8,11 @@
 //
 // x (zero-padded) and g are packed channels innermost, block by block of channels, so that the inner loop reads both as
 // streams; a kernel offset is a shifted pointer. Scalars that follow each other along a row of the image are read where
-// they are: they need no padding, and the blocks of a group read only a few such rows at once. A group of tiles shares one block of vectors: a run of positions short
-// enough for the first cache passes through all of them before the next run. Rows of one sample are packed a few at a
-// time; after the last of them a group is written while its tiles are near.
+// they are: they need no padding, and a tile reads only a few such rows at once.
+//
+// A group of tiles shares one block of vectors: a run of positions short enough for the first cache passes through all of
+// them before the next run. Rows of one sample are packed a few at a time; after the last of them a group is written
+// while its tiles are near.
 #include "conv_weight_grad.h"
 #include "microkernel.h"
 #include "packing.h"
@@ -24,6 +26,7 @@ constexpr int64_t kRun = 256;      // positions of a run: 16 KiB of vectors at 1
 constexpr int64_t kPacked = 1024;  // positions packed at once, where several rows are
 constexpr int64_t kGroup = 9;      // tiles of a group, where a kernel does not need more
 constexpr int64_t kNearFloats = 4096;  // half of the first cache
+constexpr int64_t kStayFloats = 65536;  // half of the second
 
 struct Plan {
   const ConvWeightGradParams& p;
@@ -41,6 +44,7 @@ struct Plan {
   int64_t group_blocks, groups;   // scalar blocks of a group of tiles; such groups
   int64_t x_block, g_block;       // floats of a packed block of channels
   int64_t x_blocks, g_blocks;
+  bool vectors_first;             // a block of vectors meets all groups, rather than a group all blocks of vectors
   bool one_pass;                  // all rows of a sample are packed at once
 
   explicit Plan(const ConvWeightGradParams& params) : p(params) {
@@ -70,6 +74,10 @@ struct Plan {
     scalar_lanes = swapped ? div_up(in, kLanes) * kLanes : kLanes;
     x_block = images * xh * xw * (swapped ? scalar_lanes : kWide);
     g_block = images * gh * gw * (swapped ? kWide : kLanes);
+    // The operand of the inner loop is read again for each step of the outer one: the lesser evil.
+    const int64_t vector_floats = vector_blocks * (swapped ? g_block : x_block);
+    const int64_t scalar_floats = swapped ? x_block : images * gh * gw * out;
+    vectors_first = vector_floats > kStayFloats && groups * vector_floats > vector_blocks * scalar_floats;
     x_blocks = swapped ? 1 : vector_blocks;
     g_blocks = swapped ? vector_blocks : in_place ? 0 : scalar_blocks;
   }
@@ -219,7 +227,8 @@ void sample_grad(const Plan& plan, const Buffers& buf, int64_t b, Team team) {
       const float* g = nullptr;
       if (plan.in_place) g = static_cast<const float*>(p.g) + row * p.g_stride[0] + conv_group * plan.out * p.g_stride[1];
       for (int64_t i = team.first(items); i < team.last(items); ++i) {
-        const int64_t group = i / plan.vector_blocks, vb = i % plan.vector_blocks;
+        const int64_t group = plan.vectors_first ? i % plan.groups : i / plan.vector_blocks;
+        const int64_t vb = plan.vectors_first ? i / plan.groups : i % plan.vector_blocks;
         float* sums = buf.sums + (plan.one_pass ? team.member : i) * plan.group_floats();
         accumulate_group(plan, buf, g, sums, group, vb, images, k == 0);
         if (last) buf.sq[i] = finish_group(plan, sums, group, vb, conv_group, out);

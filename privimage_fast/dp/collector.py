@@ -18,9 +18,12 @@ from privimage_fast import ops
 from privimage_fast.dp.rules import LinearRule, MatrixRule, UncoveredParameterError, squared_norms
 from privimage_fast.dp.tracker import Use
 
-# Deferred layers measure the norm in one computation and contribute through another; both round. Measuring this much
-# more than was found keeps the contribution under the bound (relative, on the squared norm).
-DEFERRED_SLACK = 8e-6
+# Deferred layers measure the norm in one computation and contribute through another; both round. Measuring this much more than
+# was found keeps the contribution under the bound: relative to the norm, and, where positions cancel (W_b = Σ_t g_t a_tᵀ before
+# a normalisation, say), relative to ‖a‖·‖g‖, which is what the rounding of the sum follows.
+DEFERRED_SLACK, SUM_ROUNDING = 4e-6, 2.0**-22
+# Below, squares are denormal floats and a norm is less than its elements.
+_LEAST_NORM = 1e-15
 
 # What decides how a call's weight gradient is had: (rule, x, g, multiplicity) → "store" | "gram" | "norm-only".
 Choice = Callable[[MatrixRule, Tensor, Tensor, int], str]
@@ -99,9 +102,13 @@ class Collector:
 
     def _defer(self, use: Use, multiplicity: int, how: str) -> None:
         assert isinstance(use.rule, MatrixRule)
-        use = _in_float(use)
+        if use.g.device.type == "cpu" or torch.float16 in (use.x.dtype, use.g.dtype):
+            use = _in_float(use)  # on a GPU bfloat16 stays: half the memory, and its norm is one matrix product
         name = use.rule.names["weight"]
-        self.sq_norms[name] = use.rule.weight_norms(use.x, use.g, multiplicity, how) * (1 + DEFERRED_SLACK)
+        norms = use.rule.weight_norms(use.x, use.g, multiplicity, how).sqrt()
+        # Infinite where x or g are beyond 1e19: factors times g would be denormal, and such a sample contributes zero.
+        rounding = SUM_ROUNDING * use.rule.offsets() ** 0.5 * _norms(use.x, self.samples) * _norms(use.g, self.samples)
+        self.sq_norms[name] = (norms * (1 + DEFERRED_SLACK) + rounding).square()
         for term in use.rule.bias_terms(use.g, multiplicity, self.stored):
             self.stored[term.name], self.sq_norms[term.name] = term.stored, term.sq_norms
         self._deferred[name] = _Deferred(Use(use.rule.without_bias(), use.x, use.g, ()), multiplicity)
@@ -131,6 +138,8 @@ class Collector:
 
     def total_sq_norms(self, device: torch.device) -> Tensor:
         total = torch.zeros(self.samples, dtype=torch.float64, device=device)
+        if device.type != "cpu" and self.sq_norms:  # one launch instead of one a parameter
+            return torch.stack([sq.to(total) for sq in self.sq_norms.values()]).sum(0)
         for sq in self.sq_norms.values():
             total += sq.double()
         return total
@@ -143,16 +152,21 @@ class Collector:
 
         deferred = {}  # computed first: where one fails, nothing has been added
         for name, entry in self._deferred.items():
+            assert isinstance(entry.use.rule, MatrixRule)
+            clipped = entry.use.rule.clipped_sum(entry.use.x, entry.use.g, of(name), entry.multiplicity)
+            if clipped is not None:
+                deferred[name] = clipped
+                continue
+            entry.use = _in_float(entry.use)
             x, g = entry.use.x, entry.use.g
             per_row = of(name).repeat_interleave(x.shape[0] // self.samples).view(-1, *([1] * (g.dim() - 1)))
             # Multiplying by zero would let an infinite sample through as NaN; such rows are replaced, input and all.
             kept = per_row != 0
-            if not bool(kept.all()) or g.device.type != "cpu":
+            if g.device.type != "cpu" or not bool(kept.all()):  # looking at the values would wait for a GPU
                 g = torch.where(kept, g, 0) * per_row
                 x = torch.where(kept.view(-1, *([1] * (x.dim() - 1))), x, 0)
             else:
                 g = g * per_row
-            assert isinstance(entry.use.rule, MatrixRule)
             with full_precision(g.device):
                 deferred[name] = entry.use.rule.weighted_weight_grad(x, g)
         if isinstance(factors, Tensor):
@@ -163,6 +177,12 @@ class Collector:
                 ops.weighted_sum_([sums[name]], [stored], factors[name])
         for name, grad in deferred.items():
             sums[name] += grad
+
+
+def _norms(t: Tensor, samples: int) -> Tensor:
+    """‖t_b‖ over all rows of a sample, (B,) float64; inf where a square passes the range of float32."""
+    rows = torch.linalg.vector_norm(t, dim=tuple(range(1, t.dim())))
+    return torch.linalg.vector_norm(rows.view(samples, -1), dim=1, dtype=torch.float64).clamp(min=_LEAST_NORM)
 
 
 def _in_float(use: Use) -> Use:

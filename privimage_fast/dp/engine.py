@@ -31,8 +31,8 @@ from privimage_fast.dp.tracker import Sink, Tracker, Use, batch_tensors, trainab
 
 STRATEGIES = ("auto", "store", "gram", "norm-only")
 
-# Below, clip factors are denormal floats and no longer precise.
-_MIN_GRAD_NORM = 1e-30
+# Below, clip factors and what they multiply are denormal floats, whose rounding would pass the bound.
+_MIN_GRAD_NORM = 1e-15
 
 LossFunction = Callable[..., Tensor]
 
@@ -118,6 +118,10 @@ def _accumulate(
     parameters = trainable_parameters(module)
     if not parameters:
         raise ValueError(f"{type(module).__name__} has no trainable parameter: every requires_grad is False")
+    first = next((t for t in batch_tensors(list(args)) if t.dim()), None)
+    if first is not None and first.shape[0] == 0:  # an empty draw; many modules do not run on no rows
+        device = next(iter(parameters.values())).device
+        return torch.zeros(0, dtype=torch.float64, device=device), torch.zeros(0, device=device)
     sink = Sink()
     tracker = Tracker(module, args, sink)
     with torch.enable_grad(), eagerly(module), tracker:

@@ -1,4 +1,4 @@
-"""Training scripts in the shape of Opacus' examples, with both imports: the same weights at zero noise, and ε by the same count."""
+"""Training scripts in the shape of Opacus' examples, with both imports: the same weights at zero noise, and the same ε."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small CNN on 28×28 digits, in the shape of Opacus' MNIST example. ``--library`` chooses what is imported; nothing else changes."""
+"""A small CNN on 28×28 digits, in the shape of Opacus' MNIST example. ``--library`` chooses the import, and nothing else."""
 
 from __future__ import annotations
 
