@@ -24,9 +24,10 @@ static HOST_DEVICE void update(const PrivateStepParams& p, const StepConstants& 
   }
 }
 
-// Elements lo..hi of the flat tensors; normals[0] belongs to element lo.
+// Elements lo..hi of the flat tensors; normals[0] belongs to element lo. The structs come by value: vector stores may
+// alias anything, and pointers would be read again after each.
 template <Optimizer kOptimizer, bool kMomentum>
-static HOST_DEVICE void update_range(const PrivateStepParams& p, const StepConstants& c, const double* normals, int64_t lo,
+static HOST_DEVICE void update_range(const PrivateStepParams p, const StepConstants c, const double* normals, int64_t lo,
                                      int64_t hi) {
   float grad[kNoiseBatch];
   const int64_t n = hi - lo;
