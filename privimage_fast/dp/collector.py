@@ -20,8 +20,8 @@ from privimage_fast.dp.tracker import Use
 
 # Deferred layers measure the norm in one computation and contribute through another; both round. Measuring this much more than
 # was found keeps the contribution under the bound: relative to the norm, and, where positions cancel (W_b = Σ_t g_t a_tᵀ before
-# a normalisation, say), relative to ‖a‖·‖g‖, which is what the rounding of the sum follows.
-DEFERRED_SLACK, SUM_ROUNDING = 4e-6, 2.0**-22
+# a normalisation, say), relative to ‖a‖·‖g‖ (``MatrixRule.sum_rounding``), which is what the rounding of the sum follows.
+DEFERRED_SLACK = 4e-6
 # Below, squares are denormal floats and a norm is less than its elements.
 _LEAST_NORM = 1e-15
 
@@ -107,7 +107,7 @@ class Collector:
         name = use.rule.names["weight"]
         norms = use.rule.weight_norms(use.x, use.g, multiplicity, how).sqrt()
         # Infinite where x or g are beyond 1e19: factors times g would be denormal, and such a sample contributes zero.
-        rounding = SUM_ROUNDING * use.rule.offsets() ** 0.5 * _norms(use.x, self.samples) * _norms(use.g, self.samples)
+        rounding = use.rule.sum_rounding() * _norms(use.x, self.samples) * _norms(use.g, self.samples)
         self.sq_norms[name] = (norms * (1 + DEFERRED_SLACK) + rounding).square()
         for term in use.rule.bias_terms(use.g, multiplicity, self.stored):
             self.stored[term.name], self.sq_norms[term.name] = term.stored, term.sq_norms

@@ -140,6 +140,10 @@ class MatrixRule(Rule):
         """The ordinary weight gradient for output gradients g that already carry the clip factors."""
         raise NotImplementedError
 
+    def sum_rounding(self) -> float:
+        """How far ``weighted_weight_grad`` may be from the norm that was measured, relative to ‖x‖·‖g‖, positions cancelling."""
+        return 2.0**-20
+
     def without_bias(self) -> MatrixRule:
         return replace(self, bias=None, names={k: v for k, v in self.names.items() if k == "weight"})
 
@@ -147,17 +151,16 @@ class MatrixRule(Rule):
         assert self.weight is not None
         return self.weight.numel()
 
-    def offsets(self) -> int:
-        """How many weights of one input and output channel an element of x meets: 1, or the kernel's size."""
-        assert self.weight is not None
-        return math.prod(self.weight.shape[2:])
-
     def bias_terms(self, g: Tensor, multiplicity: int, out: dict[str, Tensor]) -> list[Term]:
         name = self.names.get("bias")
         if name is None:
             return []
         sq, stored = ops.bias_grad(g, channel_dim=self.options["channel_dim"], multiplicity=multiplicity, out=out.get(name))
         return [Term(name, sq, stored)]
+
+
+# Terms that a matrix product sums one after another: with more, small products lose digits where the terms cancel.
+_POSITIONS = 512
 
 
 class LinearRule(MatrixRule):
@@ -191,7 +194,13 @@ class LinearRule(MatrixRule):
         return ops.linear_gram_norms(x, g, multiplicity=multiplicity)
 
     def weighted_weight_grad(self, x: Tensor, g: Tensor) -> Tensor:
-        return g.flatten(0, -2).T @ x.flatten(0, -2)
+        x, g = x.flatten(0, -2), g.flatten(0, -2)
+        if x.device.type != "cpu" or len(x) <= _POSITIONS:
+            return g.T @ x
+        out = g.new_zeros(g.shape[1], x.shape[1])
+        for a, b in zip(g.split(_POSITIONS), x.split(_POSITIONS), strict=True):
+            out.addmm_(a.T, b)
+        return out
 
 
 class ConvRule(MatrixRule):
@@ -207,6 +216,10 @@ class ConvRule(MatrixRule):
     def contraction(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """What the weight gradient slides over, and what it is summed with position by position."""
         return x, g
+
+    def sum_rounding(self) -> float:
+        assert self.weight is not None
+        return 2.0**-22 * math.prod(self.weight.shape[2:]) ** 0.5  # ‖unfolded x‖ ≤ √(kernel size)·‖x‖
 
     def _backward(self, x: Tensor, g: Tensor, mask: list[bool]) -> Tensor:
         a = self._arguments()
