@@ -85,7 +85,7 @@ void conv_weight_grad(Address x, Address g, int x_dtype, int g_dtype, int64_t sa
                       Pair kernel, Pair stride, Pair padding, Pair dilation, std::array<int64_t, 4> x_stride,
                       std::array<int64_t, 4> g_stride, Address out, std::array<int64_t, 5> out_stride, bool accumulate,
                       Address sq_norms, int num_threads, const std::string& device, Address stream, Address partials,
-                      int64_t partials_size, bool tf32, int algorithm) {
+                      int64_t partials_size, bool tf32, Address coef, int64_t chunk, int algorithm) {
   ConvWeightGradParams p;
   p.x = pointer<void>(x);
   p.g = pointer<void>(g);
@@ -112,6 +112,8 @@ void conv_weight_grad(Address x, Address g, int x_dtype, int g_dtype, int64_t sa
   p.partials = pointer<double>(partials);
   p.partials_size = partials_size;
   p.tf32 = tf32;
+  p.coef = pointer<float>(coef);
+  p.chunk = chunk;
   p.algorithm = static_cast<ConvWeightGradParams::Algorithm>(algorithm);
   RUN_ON(device, p, cpu_kernels().conv_weight_grad, conv_weight_grad, stream);
 }
@@ -314,8 +316,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("conv_weight_grad", &conv_weight_grad, py::kw_only(), "x"_a, "g"_a, "x_dtype"_a, "g_dtype"_a, "samples"_a,
         "multiplicity"_a, "groups"_a, "in_channels"_a, "out_channels"_a, "in_size"_a, "out_size"_a, "kernel"_a,
         "stride"_a, "padding"_a, "dilation"_a, "x_stride"_a, "g_stride"_a, "out"_a, "out_stride"_a, "accumulate"_a,
-         "sq_norms"_a, "num_threads"_a, "device"_a = "cpu", "stream"_a = 0, "partials"_a = 0, "partials_size"_a = 0,
-         "tf32"_a = false, "algorithm"_a = 0);
+        "sq_norms"_a, "num_threads"_a, "device"_a = "cpu", "stream"_a = 0, "partials"_a = 0, "partials_size"_a = 0,
+        "tf32"_a = false, "coef"_a = 0, "chunk"_a = 1, "algorithm"_a = 0);
   m.def("conv_gram", &conv_gram, py::kw_only(), "x"_a, "g"_a, "x_dtype"_a, "g_dtype"_a, "samples"_a, "multiplicity"_a,
         "groups"_a, "in_channels"_a, "out_channels"_a, "in_size"_a, "out_size"_a, "kernel"_a, "stride"_a, "padding"_a,
         "dilation"_a, "x_stride"_a, "g_stride"_a, "sq_norms"_a, "num_threads"_a, "device"_a = "cpu", "stream"_a = 0,

@@ -35,6 +35,10 @@ struct ConvWeightGradParams {
   double* partials = nullptr;
   int64_t partials_size = 0;
   bool tf32 = false;  // one product of rounded operands instead of three; the norm is still that of what is in out
+  // Not null: out[i] = sum of coef[b] * W_b over samples i * chunk .. (i+1) * chunk - 1, and no norms. A sample whose
+  // coefficient is 0 adds nothing, whatever it holds.
+  const float* coef = nullptr;
+  int64_t chunk = 1;
 };
 
 // The squared norms of the above alone, from inner products of pairs of positions; W_b is never formed.

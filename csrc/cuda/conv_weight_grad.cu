@@ -5,6 +5,9 @@
 // A block makes one kM × kN tile of one sample's gradient. Its pipeline of kStages slots in shared memory holds
 // [position][channel] tiles of g and x; where both are channels-last and aligned, chunks of 16 bytes come by cp.async
 // (kVector), else elements are fetched one by one with whatever strides there are.
+//
+// With coefficients, a block goes through several samples and adds up coef_b W_b: the clipped sum of gradients that were
+// not stored, as exact as the norms that were taken of them.
 #include "conv_geometry.cuh"
 #include "mma.cuh"
 #include "reduce.cuh"
@@ -57,25 +60,31 @@ struct Problem {
   bool accumulate;
   bool packed;  // out's columns are contiguous and two neighbours are one aligned float2
   double* partials;
+  const float* coef;  // null: every tile is one sample's
+  int samples, chunk, stages;  // stages of one sample
+  FastDiv per_sample;
 };
 
 template <class T>
 struct Loader {
   using Element = typename T::Element;
   const ConvGeometry& q;
-  const Element* x;  // of this sample and group
-  const Element* g;
+  const FastDiv& per_sample;
+  const Element* first_x;  // of the block's first sample, and its group
+  const Element* first_g;
   int m0, n0;
 
   __device__ __forceinline__ void load(int stage, Element* slot) const {
+    int within;
+    const int64_t row = int64_t{per_sample.divide(stage, within)} * q.multiplicity;
     if (T::kVector) {
-      load_chunks(stage, slot);
+      load_chunks(first_x + row * q.x_row, first_g + row * q.g_row, within, slot);
     } else {
-      load_elements(stage, slot);
+      load_elements(first_x + row * q.x_row, first_g + row * q.g_row, within, slot);
     }
   }
 
-  __device__ __forceinline__ void load_chunks(int stage, Element* slot) const {
+  __device__ __forceinline__ void load_chunks(const Element* x, const Element* g, int stage, Element* slot) const {
     constexpr int kChunks = T::kM / T::kChunk;
     const int at = static_cast<int>(threadIdx.x) % kChunks * T::kChunk;
     const Column column(q, n0 + at);
@@ -93,7 +102,7 @@ struct Loader {
     }
   }
 
-  __device__ __forceinline__ void load_elements(int stage, Element* slot) const {
+  __device__ __forceinline__ void load_elements(const Element* x, const Element* g, int stage, Element* slot) const {
     // Neighbouring threads take neighbours in memory.
     const bool g_across = q.g_stride[0] == 1, x_across = q.x_stride[0] == 1;
     for (int e = static_cast<int>(threadIdx.x); e < T::kDepth * T::kM; e += T::kBlock) {
@@ -127,13 +136,13 @@ struct Sums {
 #pragma unroll
         for (int k = 0; k < 4; ++k) tile[i][j].c[k] = 0;
   }
-  __device__ __forceinline__ void add(const Sums& other) {
+  __device__ __forceinline__ void add(const Sums& other, float factor) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
 #pragma unroll
       for (int j = 0; j < kColumns; ++j)
 #pragma unroll
-        for (int k = 0; k < 4; ++k) tile[i][j].c[k] += other.tile[i][j].c[k];
+        for (int k = 0; k < 4; ++k) tile[i][j].c[k] += factor * other.tile[i][j].c[k];
   }
 };
 
@@ -269,13 +278,13 @@ __global__ void __launch_bounds__(T::kBlock, T::kBlocksPerSM) weight_grad_kernel
   const int tile_n = static_cast<int>(blockIdx.x) % p.tiles_n;
   const int tile_m = static_cast<int>(blockIdx.x) / p.tiles_n % p.tiles_m;
   const int group = static_cast<int>(blockIdx.x) / (p.tiles_n * p.tiles_m) % q.groups;
-  const int64_t sample = blockIdx.x / (p.tiles_n * p.tiles_m * q.groups);
+  const int64_t out_index = blockIdx.x / (p.tiles_n * p.tiles_m * q.groups), sample = out_index * p.chunk;
   const Loader<T> loader{
-      q, q.inputs<Element>(sample, group), q.outputs<Element>(sample, group), tile_m * T::kM, tile_n * T::kN};
+      q, p.per_sample, q.inputs<Element>(sample, group), q.outputs<Element>(sample, group), tile_m * T::kM, tile_n * T::kN};
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int warp_m = warp % (T::kM / T::kWarpM) * T::kWarpM, warp_n = warp / (T::kM / T::kWarpM) * T::kWarpN;
 
-  const int stages = (q.positions + T::kDepth - 1) / T::kDepth;
+  const int stages = p.stages * static_cast<int>(p.chunk < p.samples - sample ? p.chunk : p.samples - sample);
   for (int s = 0; s < kStages - 1; ++s) {
     if (s < stages) loader.load(s, slots + s * T::kSlot);
     commit_copies();
@@ -291,13 +300,18 @@ __global__ void __launch_bounds__(T::kBlock, T::kBlocksPerSM) weight_grad_kernel
     commit_copies();
     const Element* slot = slots + s % kStages * T::kSlot;
     multiply<T>(sums, slot + warp_m, slot + T::kDepth * T::kRow + warp_n);
-    if ((s + 1) % T::kFlush == 0 || s + 1 == stages) {
-      total.add(sums);
+    int within;
+    const int64_t b = sample + p.per_sample.divide(s, within);
+    if ((within + 1) % T::kFlush == 0 || within + 1 == p.stages) {
+      const float factor = p.coef ? p.coef[b] : 1.0f;
+      if (factor != 0) total.add(sums, factor);  // a rejected sample is never multiplied
       sums.clear();
     }
   }
-  float* out = p.out + sample * p.out_stride[0] + int64_t{group} * q.out_group * p.out_stride[1];
-  const double squares = block_sum<T::kBlock>(finish<T>(p, total, out, loader.m0 + warp_m, loader.n0 + warp_n));
+  float* out = p.out + out_index * p.out_stride[0] + int64_t{group} * q.out_group * p.out_stride[1];
+  double squares = finish<T>(p, total, out, loader.m0 + warp_m, loader.n0 + warp_n);
+  if (p.coef) return;
+  squares = block_sum<T::kBlock>(squares);
   if (threadIdx.x == 0) p.partials[blockIdx.x] = squares;
 }
 
@@ -305,7 +319,15 @@ template <class T>
 void run(const char* op, const ConvWeightGradParams& p, Problem q, void* stream) {
   q.tiles_m = (q.shape.out_group + T::kM - 1) / T::kM;
   q.tiles_n = (q.shape.columns + T::kN - 1) / T::kN;
+  q.stages = (q.shape.positions + T::kDepth - 1) / T::kDepth;
+  q.per_sample = FastDiv(q.stages);
+  narrow(op, q.stages * p.chunk + kStages);
   const int64_t tiles = int64_t{q.shape.groups} * q.tiles_m * q.tiles_n;
+  if (p.coef) {
+    const int64_t chunks = (p.samples + p.chunk - 1) / p.chunk;
+    LAUNCH(op, weight_grad_kernel<T>, blocks_of(op, chunks * tiles), T::kBlock, T::kShared, stream, q);
+    return;
+  }
   if (tiles > 1 && p.partials_size < p.samples * tiles)
     throw std::runtime_error(std::string(op) + ": the buffer of partial norms is too small");
   q.partials = tiles > 1 ? p.partials : p.sq_norms;
@@ -328,6 +350,9 @@ void conv_weight_grad(const ConvWeightGradParams& p, void* stream) {
   q.out = p.out;
   for (int i = 0; i < 5; ++i) q.out_stride[i] = p.out_stride[i];
   q.accumulate = p.accumulate;
+  q.coef = p.coef;
+  q.samples = narrow(op, p.samples);
+  q.chunk = p.coef ? narrow(op, p.chunk) : 1;
   q.packed = p.out && columns % 2 == 0 && reinterpret_cast<uintptr_t>(p.out) % 8 == 0 && p.out_stride[0] % 2 == 0 &&
              p.out_stride[1] % 2 == 0 && p.out_stride[2] == 1 && (p.kernel[1] == 1 || p.out_stride[4] == in_group) &&
              (p.kernel[0] == 1 || p.out_stride[3] == p.kernel[1] * in_group);

@@ -140,9 +140,18 @@ class MatrixRule(Rule):
         """The ordinary weight gradient for output gradients g that already carry the clip factors."""
         raise NotImplementedError
 
-    def sum_rounding(self) -> float:
-        """How far ``weighted_weight_grad`` may be from the norm that was measured, relative to ‖x‖·‖g‖, positions cancelling."""
-        return 2.0**-20
+    def positions(self, x: Tensor, g: Tensor) -> int:
+        """Terms that a row adds to each weight's gradient."""
+        raise NotImplementedError
+
+    def offsets(self) -> int:
+        """Weights that join an input and an output channel: 1, or the kernel's size."""
+        assert self.weight is not None
+        return math.prod(self.weight.shape[2:])
+
+    def clipped_sum(self, x: Tensor, g: Tensor, factors: Tensor, multiplicity: int) -> Tensor | None:
+        """Σ_b factors_b · (weight gradient of b), with products as exact as in the norms; None where no kernel does that."""
+        return None
 
     def without_bias(self) -> MatrixRule:
         return replace(self, bias=None, names={k: v for k, v in self.names.items() if k == "weight"})
@@ -157,10 +166,6 @@ class MatrixRule(Rule):
             return []
         sq, stored = ops.bias_grad(g, channel_dim=self.options["channel_dim"], multiplicity=multiplicity, out=out.get(name))
         return [Term(name, sq, stored)]
-
-
-# Terms that a matrix product sums one after another: with more, small products lose digits where the terms cancel.
-_POSITIONS = 512
 
 
 class LinearRule(MatrixRule):
@@ -193,14 +198,14 @@ class LinearRule(MatrixRule):
             return ops.linear_weight_grad(x, g, multiplicity=multiplicity, store=False)[0]
         return ops.linear_gram_norms(x, g, multiplicity=multiplicity)
 
+    def clipped_sum(self, x: Tensor, g: Tensor, factors: Tensor, multiplicity: int) -> Tensor | None:
+        return ops.linear_clipped_sum(self._positions(x), self._positions(g), factors, multiplicity=multiplicity)
+
     def weighted_weight_grad(self, x: Tensor, g: Tensor) -> Tensor:
-        x, g = x.flatten(0, -2), g.flatten(0, -2)
-        if x.device.type != "cpu" or len(x) <= _POSITIONS:
-            return g.T @ x
-        out = g.new_zeros(g.shape[1], x.shape[1])
-        for a, b in zip(g.split(_POSITIONS), x.split(_POSITIONS), strict=True):
-            out.addmm_(a.T, b)
-        return out
+        return g.flatten(0, -2).T @ x.flatten(0, -2)
+
+    def positions(self, x: Tensor, g: Tensor) -> int:
+        return math.prod(x.shape[1:-1])
 
 
 class ConvRule(MatrixRule):
@@ -217,9 +222,8 @@ class ConvRule(MatrixRule):
         """What the weight gradient slides over, and what it is summed with position by position."""
         return x, g
 
-    def sum_rounding(self) -> float:
-        assert self.weight is not None
-        return 2.0**-22 * math.prod(self.weight.shape[2:]) ** 0.5  # ‖unfolded x‖ ≤ √(kernel size)·‖x‖
+    def positions(self, x: Tensor, g: Tensor) -> int:
+        return math.prod(self.contraction(x, g)[1].shape[2:])
 
     def _backward(self, x: Tensor, g: Tensor, mask: list[bool]) -> Tensor:
         a = self._arguments()
@@ -253,6 +257,9 @@ class ConvRule(MatrixRule):
         if strategy == "norm-only":
             return ops.conv_weight_grad(x, g, multiplicity=multiplicity, store=False, **self._kernel())[0]
         return ops.conv_gram_norms(x, g, multiplicity=multiplicity, **self._kernel())
+
+    def clipped_sum(self, x: Tensor, g: Tensor, factors: Tensor, multiplicity: int) -> Tensor | None:
+        return ops.conv_clipped_sum(*self.contraction(x, g), factors, multiplicity=multiplicity, **self._kernel())
 
     def weighted_weight_grad(self, x: Tensor, g: Tensor) -> Tensor:
         if ops.has_cpu_kernel("conv_weight_grad", x, g):

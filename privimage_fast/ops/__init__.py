@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,9 +18,10 @@ from torch import Tensor
 from privimage_fast.ops import cuda, native, reference
 
 __all__ = [
-    "BuildInfo", "bias_grad", "build_info", "chacha20_block", "clip_factors", "conv_gram_norms", "conv_weight_grad",
-    "embedding_grad", "gaussian_noise", "group_norm_affine_grad", "has_cpu_kernel", "layer_norm_affine_grad",
-    "linear_gram_norms", "linear_weight_grad", "private_step_", "weighted_sum_",
+    "BuildInfo", "bias_grad", "build_info", "chacha20_block", "clip_factors", "conv_clipped_sum", "conv_gram_norms",
+    "conv_weight_grad", "embedding_grad", "gaussian_noise", "group_norm_affine_grad", "has_cpu_kernel",
+    "layer_norm_affine_grad", "linear_clipped_sum", "linear_gram_norms", "linear_weight_grad", "private_step_",
+    "weighted_sum_",
 ]  # fmt: skip
 
 P = ParamSpec("P")
@@ -75,6 +76,26 @@ def has_cpu_kernel(op: str, *tensors: Tensor) -> bool:
     return native.supports(op, tensors)
 
 
+def conv_clipped_sum(x: Tensor, g: Tensor, coef: Tensor, *, multiplicity: int, **convolution: Any) -> Tensor | None:
+    """Σ_b coef_b · W_b of gradients that were not stored, see :func:`cuda.conv_clipped_sum_`; None where no kernel does it."""
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        if not cuda.supports("conv_clipped_sum_", [x, g, coef]):
+            return None
+        out = torch.zeros(g.shape[1], x.shape[1] // convolution["groups"], *convolution["kernel_size"], device=x.device)
+        cuda.conv_clipped_sum_(out, x, g, coef, multiplicity=multiplicity, **convolution)
+        return out
+
+
+def linear_clipped_sum(x: Tensor, g: Tensor, coef: Tensor, *, multiplicity: int) -> Tensor | None:
+    """:func:`conv_clipped_sum` for a linear layer: x (R, T, d), g (R, T, p)."""
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        if not cuda.supports("linear_clipped_sum_", [x, g, coef]):
+            return None
+        out = torch.zeros(g.shape[2], x.shape[2], device=x.device)
+        cuda.linear_clipped_sum_(out, x, g, coef, multiplicity=multiplicity)
+        return out
+
+
 @dataclass(frozen=True)
 class BuildInfo:
     """What was built and what runs; shown by ``privimage doctor``."""
@@ -94,7 +115,8 @@ class BuildInfo:
     reference_ops: dict[str, str] = field(default_factory=dict)  # op → where it runs on plain torch
 
 
-_OP_NAMES = tuple(name for name in __all__ if name not in ("BuildInfo", "build_info"))
+_NOT_OPS = ("BuildInfo", "build_info", "conv_clipped_sum", "has_cpu_kernel", "linear_clipped_sum")
+_OP_NAMES = tuple(name for name in __all__ if name not in _NOT_OPS)
 
 
 def build_info() -> BuildInfo:

@@ -25,7 +25,9 @@ def supports(op: str, tensors: Sequence[Tensor]) -> bool:
     """Whether ``op`` has a CUDA kernel for these tensors: strided, on one GPU, of a known dtype."""
     if not native._HAS_CUDA or op not in globals() or not tensors:
         return False
-    if any(t.layout != torch.strided or not t.is_cuda or t.dtype not in native._SUPPORTED[op] for t in tensors):
+    if any(
+        t.layout != torch.strided or not t.is_cuda or t.dtype not in native._SUPPORTED.get(op, native._FLOATS) for t in tensors
+    ):
         return False
     return len({t.device for t in tensors}) == 1 and torch.cuda.get_device_capability(tensors[0].device) >= (8, 0)
 
@@ -67,6 +69,7 @@ def _channels_last(t: Tensor, channels: int) -> Tensor:
 def _conv(
     op: str, x: Tensor, g: Tensor, shape: checks.ConvShape, groups: int, multiplicity: int, x_stride: Sequence[int],
     g_stride: Sequence[int], weights: Tensor | None, weight_stride: Sequence[int], accumulate: bool, tf32: bool,
+    coef: Tensor | None = None, chunk: int = 1,
 ) -> Tensor:  # fmt: skip
     columns = shape.in_channels // groups * shape.kernel[0] * shape.kernel[1]
     tiles = groups * _tiles(shape.out_channels // groups) * _tiles(columns)
@@ -79,7 +82,8 @@ def _conv(
             in_size=shape.in_size, out_size=shape.out_size, kernel=shape.kernel, stride=shape.stride,
             padding=shape.padding, dilation=shape.dilation, x_stride=x_stride, g_stride=g_stride, out=_pointer(weights),
             out_stride=weight_stride, accumulate=accumulate, sq_norms=_pointer(sq_norms), num_threads=1,
-            partials=_pointer(partials), partials_size=partials.numel(), tf32=tf32, **where,
+            partials=_pointer(partials), partials_size=partials.numel(), tf32=tf32, coef=_pointer(coef),
+            chunk=chunk, **where,
         )  # fmt: skip
     return sq_norms
 
@@ -136,6 +140,61 @@ def linear_weight_grad(
     strides = [(t.stride(0), t.stride(2), 0, t.stride(1)) for t in (x, g)]
     shape = _as_conv(samples, inputs, outputs, x.shape[1])
     return _conv(op, x, g, shape, 1, multiplicity, *strides, weights, weight_stride, out is not None, _tf32), weights
+
+
+def _chunk(samples: int, tiles: int) -> int:
+    """Samples a block adds up: few enough that there are about three blocks a multiprocessor of a large GPU."""
+    return -(-samples // min(samples, -(-400 // tiles)))
+
+
+def conv_clipped_sum_(
+    out: Tensor, x: Tensor, g: Tensor, coef: Tensor, *, kernel_size: Sequence[int], stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], groups: int, multiplicity: int,
+) -> None:  # fmt: skip
+    """out += Σ_b coef_b · W_b, with W_b as :func:`conv_weight_grad` has it, of samples whose gradients are not stored.
+
+    Each product is as exact as in the norms, coefficients enter in float32, and a sample whose coefficient is 0 adds nothing
+    even if it holds inf or NaN.
+
+    Args:
+        out: (P, C // groups, *kernel) float32.
+        coef: (B,) float32.
+        x, g, kernel_size, stride, padding, dilation, groups, multiplicity: as in :func:`conv_weight_grad`.
+    """
+    op = "conv_clipped_sum_"
+    shape = checks.conv_shape(op, x, g, kernel_size, stride, padding, dilation, groups, multiplicity)
+    checks.require(tuple(coef.shape) == (shape.samples,), op, "shape of coef", tuple(coef.shape), f"({shape.samples},)")
+    checks.accumulator(op, "out", out, shape.weight_shape[1:], x)
+    if x.numel() == 0 or g.numel() == 0:
+        return
+    x, g = _operands(x, g)
+    x, g = _channels_last(x, x.shape[1] // groups), _channels_last(g, g.shape[1] // groups)
+    _, outputs, inputs, *kernel = shape.weight_shape
+    tiles = groups * _tiles(outputs // groups) * _tiles(inputs * kernel[0] * (kernel[1] if len(kernel) > 1 else 1))
+    chunk = _chunk(shape.samples, tiles)
+    parts = torch.empty((-(-shape.samples // chunk), outputs, *kernel, inputs), device=x.device).movedim(-1, 2)
+    s = parts.stride()
+    part_stride = s if len(s) == 5 else (*s[:3], 0, s[3])
+    coef = coef.contiguous()
+    _conv(op, x, g, shape, groups, multiplicity, _plane(x), _plane(g), parts, part_stride, False, False, coef, chunk)
+    weighted_sum_(out, parts, torch.ones(parts.shape[0], device=x.device))
+
+
+def linear_clipped_sum_(out: Tensor, x: Tensor, g: Tensor, coef: Tensor, *, multiplicity: int) -> None:
+    """:func:`conv_clipped_sum_` for a linear layer: out (p, d), x (R, T, d), g (R, T, p)."""
+    op = "linear_clipped_sum_"
+    samples, outputs, inputs = checks.linear_shape(op, x, g, multiplicity)
+    checks.require(tuple(coef.shape) == (samples,), op, "shape of coef", tuple(coef.shape), f"({samples},)")
+    checks.accumulator(op, "out", out, (outputs, inputs), x)
+    if x.numel() == 0 or g.numel() == 0:
+        return
+    x, g = _operands(x, g)
+    chunk = _chunk(samples, _tiles(outputs) * _tiles(inputs))
+    parts = torch.empty(-(-samples // chunk), outputs, inputs, device=x.device)
+    strides = [(t.stride(0), t.stride(2), 0, t.stride(1)) for t in (x, g)]
+    shape = _as_conv(samples, inputs, outputs, x.shape[1])
+    _conv(op, x, g, shape, 1, multiplicity, *strides, parts, (*parts.stride(), 0, 0), False, False, coef.contiguous(), chunk)
+    weighted_sum_(out, parts, torch.ones(parts.shape[0], device=x.device))
 
 
 def _gram(

@@ -338,6 +338,14 @@ def weighted_sum_(
         _undense(o, d)
 
 
+def refuse_capture(op: str) -> None:
+    """A captured launch keeps its step number: every replay would add the same noise, and two results would cancel it."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{op} is being captured in a CUDA graph, whose replays would repeat its noise; call it after the graph"
+        )
+
+
 class _Nothing:
     def __enter__(self) -> None: ...
     def __exit__(self, *_: object) -> None: ...
@@ -383,6 +391,8 @@ def private_step_(
             optimizer_step=optimizer_step, ema_decay=ema_decay, grad_out=grad_out,
         )  # fmt: skip
         return
+    if device == "cuda" and noise_std:
+        refuse_capture("private_step_")
     if optimizer == "sgd":
         exp_avg, exp_avg_sq = (exp_avg if momentum else None), None
     with torch.cuda.device(param.device) if device == "cuda" else _Nothing():

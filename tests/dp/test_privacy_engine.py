@@ -878,6 +878,18 @@ def test_a_logical_batch_left_early_is_dropped(caplog: pytest.LogCaptureFixture)
     torch.testing.assert_close(gradient(module) * 8, expected_gradient(small_net(), *dataset.tensors, 0.3), rtol=1e-4, atol=1e-6)
 
 
+def test_a_logical_batch_left_early_is_dropped_from_adaptive_clippings_count() -> None:
+    bounds = []
+    for leave in (False, True):
+        module, optimizer, loader, _ = private(small_net(), data(8), clipping="adaptive", unclipped_num_std=1e-9)
+        with pf.BatchMemoryManager(data_loader=loader, max_physical_batch_size=3, optimizer=optimizer) as parts:
+            for stop in (1, 3) if leave else (3,):
+                for _, (x, y) in zip(range(stop), parts, strict=False):
+                    batch_step(module, optimizer, x, y)
+        bounds.append(optimizer.max_grad_norm)
+    assert bounds[0] == pytest.approx(bounds[1], rel=1e-6) and bounds[0] != pytest.approx(0.3, rel=1e-6)
+
+
 def test_an_evaluation_over_the_private_loader_disturbs_nothing() -> None:
     module, optimizer, loader, engine = private(small_net(), data(32), poisson_sampling=True, noise_multiplier=1.0)
     for x, y in loader:

@@ -2,6 +2,8 @@
 
 Tolerances are relative to the same sum over absolute values: 1e-6 for float32 (three TF32 products) and bfloat16 inputs (their
 products are exact), 1.2e-3 for single TF32 products (two operands rounded to 11 bits).
+
+PRIVIMAGE_TEST_DEVICE=cuda runs the same tests on a GPU.
 """
 
 from __future__ import annotations
@@ -29,11 +31,20 @@ from privimage_fast.ops import cuda, native, reference
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(native._C is None, reason="the extension is not built")
 
+DEVICE = os.environ.get("PRIVIMAGE_TEST_DEVICE", "cpu")
+STEP_DEVICE = "emulated" if DEVICE == "cpu" else None
+
 MODES: dict[str, tuple[torch.dtype, dict[str, bool], float]] = {
     "float32": (torch.float32, {}, 1e-6),
     "tf32": (torch.float32, {"_tf32": True}, 1.2e-3),
     "bfloat16": (torch.bfloat16, {}, 1e-6),
 }
+
+
+@pytest.fixture(autouse=True)
+def device() -> Iterator[None]:
+    with torch.device(DEVICE):
+        yield
 
 
 @pytest.fixture
@@ -102,6 +113,40 @@ def test_conv(index: int) -> None:
         if not options:
             exact = expected.flatten(1).square().sum(1)
             torch.testing.assert_close(cuda.conv_gram_norms(x, g, **arguments), exact, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5])
+@pytest.mark.parametrize(
+    "case", [CONV_SHAPES[0], CONV_SHAPES[9], (5, 2, 72, 16, (5, 5), (3, 3), 1, 1, 1, 1), (5, 3, 8, 8, (9,), (3,), 2, 1, 1, 1)]
+)
+def test_clipped_sums_of_what_was_not_stored(case: tuple[Any, ...], chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many samples a block adds up, and whatever a rejected sample holds."""
+    monkeypatch.setattr(cuda, "_chunk", lambda samples, tiles: chunk)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, g, arguments = _inputs(case, dtype, "channels_last")
+        coef = torch.rand(case[0]) + 0.1
+        expected = reference.conv_weight_grad(x.double(), g.double(), **arguments)[1]
+        magnitude = reference.conv_weight_grad(x.double().abs(), g.double().abs(), **arguments)[1]
+        if case[0] > 2:
+            coef[1] = 0
+            expected[1] = magnitude[1] = 0
+            g[case[1]] = torch.nan  # the first row of sample 1
+        scale = coef.double().view(-1, *[1] * (expected.dim() - 1))
+        out = torch.ones(expected.shape[1:])
+        cuda.conv_clipped_sum_(out, x, g, coef, **arguments)
+        assert_sums(out, 1 + (scale * expected).sum(0), 1 + (scale * magnitude).sum(0), 1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (5, 2, 7, 33, 5), (4, 1, 3, 72, 136)])
+def test_clipped_sums_of_linear_layers(sizes: tuple[int, ...]) -> None:
+    b, k, t, d, p = sizes
+    x, g, coef = torch.randn(b * k, t, d), torch.randn(b * k, t, p), torch.rand(b)
+    expected = reference.linear_weight_grad(x.double(), g.double(), multiplicity=k)[1]
+    magnitude = reference.linear_weight_grad(x.double().abs(), g.double().abs(), multiplicity=k)[1]
+    out = torch.zeros(p, d)
+    cuda.linear_clipped_sum_(out, x, g, coef, multiplicity=k)
+    scale = coef.double().view(-1, 1, 1)
+    assert_sums(out, (scale * expected).sum(0), (scale * magnitude).sum(0), 1e-6)
 
 
 LINEAR_SHAPES = [
@@ -250,8 +295,9 @@ def test_clip_factors_have_the_cpu_bits() -> None:
     sq = torch.cat([10**exponents, torch.tensor([0.0, 5e-324, torch.inf, torch.nan, -1.0], dtype=torch.float64)])
     weight = torch.rand(len(sq))
     for bound in (1e-30, 1e-3, 1.0, 7.0, 1e30):
-        assert torch.equal(cuda.clip_factors(sq, bound), native.clip_factors(sq, bound))
-        assert torch.equal(cuda.clip_factors(sq, bound, weight), native.clip_factors(sq, bound, weight))
+        for given in (None, weight):
+            expected = native.clip_factors(sq.cpu(), bound, None if given is None else given.cpu())
+            assert torch.equal(cuda.clip_factors(sq, bound, given).cpu(), expected)
 
 
 def test_weighted_sum_of_many_layers() -> None:
@@ -280,9 +326,9 @@ def test_noise_is_rfc_8439(key: bytes, counter: int, nonce: bytes, block: str) -
     param = torch.zeros(8)
     native.private_step_(
         param, torch.zeros(8), None, None, None, noise_std=1.0, denominator=1.0, key=key, step=step, rank=rank, stream=stream,
-        offset=8 * counter, optimizer="sgd", lr=1.0, _device="emulated",
+        offset=8 * counter, optimizer="sgd", lr=1.0, _device=STEP_DEVICE,
     )  # fmt: skip
-    np.testing.assert_allclose(-param.double().numpy(), expected, rtol=1e-7, atol=0)
+    np.testing.assert_allclose(-param.double().cpu().numpy(), expected, rtol=1e-7, atol=0)
 
 
 def _everything() -> list[torch.Tensor]:
@@ -302,7 +348,7 @@ def _everything() -> list[torch.Tensor]:
     state = [torch.randn(37), out.clone(), torch.zeros(37), torch.zeros(37), torch.zeros(37)]
     native.private_step_(
         *state, noise_std=1.0, denominator=2.0, key=bytes(32), step=1, rank=0, stream=1, optimizer="adam", lr=0.1,
-        ema_decay=0.9, _device="emulated",
+        ema_decay=0.9, _device=STEP_DEVICE,
     )  # fmt: skip
     return [*found, out, *state]
 
@@ -315,6 +361,14 @@ def test_the_order_of_threads_changes_no_bit(shuffled: Callable[[int], None]) ->
             assert torch.equal(a, b)
 
 
+def test_a_step_in_a_cuda_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(
+        RuntimeError, match="private_step_ is being captured in a CUDA graph, whose replays would repeat its noise"
+    ):
+        native.refuse_capture("private_step_")
+
+
 @pytest.mark.parametrize("name", [n for n in ops._OP_NAMES if hasattr(cuda, n)])
 def test_cuda_ops_have_the_reference_signature(name: str) -> None:
     plain = inspect.signature(getattr(reference, name)).parameters
@@ -325,7 +379,7 @@ def test_cuda_ops_have_the_reference_signature(name: str) -> None:
 
 def test_launch_errors_name_the_op_and_the_shapes() -> None:
     x = torch.randn(8).as_strided((1, 1, 8), (8, 2**31, 1))  # a stride no kernel takes
-    with pytest.raises(RuntimeError, match=r"linear_weight_grad on cpu with x \(1, 1, 8\) float32, g .*beyond 31 bits"):
+    with pytest.raises(RuntimeError, match=r"linear_weight_grad on .* with x \(1, 1, 8\) float32, g .*beyond 31 bits"):
         cuda.linear_weight_grad(x, torch.randn(1, 1, 4), multiplicity=1)
 
 
