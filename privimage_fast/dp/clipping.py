@@ -22,8 +22,8 @@ Factors = Tensor | dict[str, Tensor]
 
 def _positive(name: str, value: float) -> float:
     value = float(value)
-    if not 1e-30 <= value < math.inf:  # below, factors are denormal floats and no longer precise
-        raise ValueError(f"{name} is {value!r}; it must be a positive number of at least 1e-30")
+    if not 1e-15 <= value < math.inf:  # below, factors and what they multiply are denormal floats
+        raise ValueError(f"{name} is {value!r}; it must be a positive number of at least 1e-15")
     return value
 
 

@@ -18,10 +18,13 @@ from privimage_fast import ops
 from privimage_fast.dp.rules import LinearRule, MatrixRule, UncoveredParameterError, squared_norms
 from privimage_fast.dp.tracker import Use
 
-# Deferred layers measure the norm in one computation and contribute through another; both round. Measuring this much more than
-# was found keeps the contribution under the bound: relative to the norm, and, where positions cancel (W_b = Σ_t g_t a_tᵀ before
-# a normalisation, say), relative to ‖a‖·‖g‖, which is what the rounding of the sum follows.
-DEFERRED_SLACK, SUM_ROUNDING = 4e-6, 2.0**-22
+# A deferred layer measures the norm in one computation and contributes through another; both round, and where the positions of a
+# sample cancel (W_b = Σ_t g_t a_tᵀ before a normalisation, say) that is much against ‖W_b‖. So, of W_b as it is contributed:
+# - with many positions it is computed once more, sample by sample, and shortened where it is longer than was measured;
+# - with few, one product over the whole batch is faster, and the measured norm is raised by what that can be off: relative to
+#   ‖W_b‖, and for each position relative to ‖a‖·‖g‖.
+FEW_POSITIONS = 64
+DEFERRED_SLACK, SUM_ROUNDING = 4e-6, 2.0**-26
 # Below, squares are denormal floats and a norm is less than its elements.
 _LEAST_NORM = 1e-15
 
@@ -53,6 +56,21 @@ class _Deferred:
 
     use: Use
     multiplicity: int
+    alone: bool  # sample by sample
+
+    def sum_alone(self, factors: Tensor, sq_norms: Tensor) -> Tensor:
+        """Σ_b factors_b · W_b; no W_b is longer than ``sq_norms`` says."""
+        use, k = self.use, self.multiplicity
+        assert use.rule.weight is not None
+        out = torch.zeros_like(use.rule.weight, dtype=torch.float64 if use.g.dtype == torch.float64 else torch.float32)
+        step = torch.get_num_threads()
+        for b in range(0, len(factors), step):
+            rows = slice(b * k, (b + step) * k)
+            (term,) = use.rule.per_sample(use.x[rows], use.g[rows], (), k, {})
+            shorter = (sq_norms[b : b + step] / term.sq_norms).sqrt().clamp(max=1).nan_to_num(1.0)  # 0/0 is no reason
+            kept = term.sq_norms.isfinite() & (factors[b : b + step] != 0)
+            ops.weighted_sum_(out, term.stored, torch.where(kept, factors[b : b + step] * shorter, 0).float())
+        return out
 
 
 class Collector:
@@ -105,13 +123,17 @@ class Collector:
         if use.g.device.type == "cpu" or torch.float16 in (use.x.dtype, use.g.dtype):
             use = _in_float(use)  # on a GPU bfloat16 stays: half the memory, and its norm is one matrix product
         name = use.rule.names["weight"]
-        norms = use.rule.weight_norms(use.x, use.g, multiplicity, how).sqrt()
-        # Infinite where x or g are beyond 1e19: factors times g would be denormal, and such a sample contributes zero.
-        rounding = SUM_ROUNDING * use.rule.offsets() ** 0.5 * _norms(use.x, self.samples) * _norms(use.g, self.samples)
-        self.sq_norms[name] = (norms * (1 + DEFERRED_SLACK) + rounding).square()
+        self.sq_norms[name] = use.rule.weight_norms(use.x, use.g, multiplicity, how)
+        positions = multiplicity * use.rule.positions(use.x, use.g)
+        alone = positions > FEW_POSITIONS and use.g.device.type == "cpu"
+        if not alone:
+            # Infinite where x or g are beyond 1e19: factors times g would be denormal, and such a sample contributes zero.
+            scale = use.rule.offsets() ** 0.5 * _norms(use.x, self.samples) * _norms(use.g, self.samples)
+            rounding = SUM_ROUNDING * min(positions, FEW_POSITIONS) * scale
+            self.sq_norms[name] = (self.sq_norms[name].sqrt() * (1 + DEFERRED_SLACK) + rounding).square()
         for term in use.rule.bias_terms(use.g, multiplicity, self.stored):
             self.stored[term.name], self.sq_norms[term.name] = term.stored, term.sq_norms
-        self._deferred[name] = _Deferred(Use(use.rule.without_bias(), use.x, use.g, ()), multiplicity)
+        self._deferred[name] = _Deferred(Use(use.rule.without_bias(), use.x, use.g, ()), multiplicity, alone)
 
     def pull_back(self, derived: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
         """Turns per-sample gradients of derived tensors into those of the parameters they are computed from."""
@@ -153,6 +175,10 @@ class Collector:
         deferred = {}  # computed first: where one fails, nothing has been added
         for name, entry in self._deferred.items():
             assert isinstance(entry.use.rule, MatrixRule)
+            if entry.alone:
+                with full_precision(entry.use.g.device):
+                    deferred[name] = entry.sum_alone(of(name), self.sq_norms[name])
+                continue
             clipped = entry.use.rule.clipped_sum(entry.use.x, entry.use.g, of(name), entry.multiplicity)
             if clipped is not None:
                 deferred[name] = clipped

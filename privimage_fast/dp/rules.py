@@ -140,6 +140,15 @@ class MatrixRule(Rule):
         """The ordinary weight gradient for output gradients g that already carry the clip factors."""
         raise NotImplementedError
 
+    def positions(self, x: Tensor, g: Tensor) -> int:
+        """Terms that a row adds to each weight's gradient."""
+        raise NotImplementedError
+
+    def offsets(self) -> int:
+        """Weights that join an input and an output channel: 1, or the kernel's size."""
+        assert self.weight is not None
+        return math.prod(self.weight.shape[2:])
+
     def clipped_sum(self, x: Tensor, g: Tensor, factors: Tensor, multiplicity: int) -> Tensor | None:
         """Σ_b factors_b · (weight gradient of b), with products as exact as in the norms; None where no kernel does that."""
         return None
@@ -150,11 +159,6 @@ class MatrixRule(Rule):
     def weight_numel(self) -> int:
         assert self.weight is not None
         return self.weight.numel()
-
-    def offsets(self) -> int:
-        """How many weights of one input and output channel an element of x meets: 1, or the kernel's size."""
-        assert self.weight is not None
-        return math.prod(self.weight.shape[2:])
 
     def bias_terms(self, g: Tensor, multiplicity: int, out: dict[str, Tensor]) -> list[Term]:
         name = self.names.get("bias")
@@ -200,6 +204,9 @@ class LinearRule(MatrixRule):
     def weighted_weight_grad(self, x: Tensor, g: Tensor) -> Tensor:
         return g.flatten(0, -2).T @ x.flatten(0, -2)
 
+    def positions(self, x: Tensor, g: Tensor) -> int:
+        return math.prod(x.shape[1:-1])
+
 
 class ConvRule(MatrixRule):
     """1-d and 2-d convolution with zero padding (any other padding is applied by ``F.pad`` before the call)."""
@@ -214,6 +221,9 @@ class ConvRule(MatrixRule):
     def contraction(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """What the weight gradient slides over, and what it is summed with position by position."""
         return x, g
+
+    def positions(self, x: Tensor, g: Tensor) -> int:
+        return math.prod(self.contraction(x, g)[1].shape[2:])
 
     def _backward(self, x: Tensor, g: Tensor, mask: list[bool]) -> Tensor:
         a = self._arguments()
