@@ -27,6 +27,7 @@ _EXPORTS = {
     "UnsupportedModuleError": "privimage_fast.dp.validator",
     "PrivImage": "privimage_fast.pipeline",
     "RunConfig": "privimage_fast.config",
+    "cluster_labels": "privimage_fast.stages.clusters",
     "ImageSet": "privimage_fast.data",
     "open_image_set": "privimage_fast.data",
 }
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from privimage_fast.dp.rules import UncoveredParameterError
     from privimage_fast.dp.validator import ModuleValidator, UnsupportedModuleError
     from privimage_fast.pipeline import PrivImage
+    from privimage_fast.stages.clusters import cluster_labels
 
 
 def __getattr__(name: str) -> Any:

@@ -19,8 +19,9 @@ usage: privimage COMMAND [options]
 
   run       the whole method:  privimage run --config FILE [--dotted.key VALUE] [--dry-run] [--resume]
   demo      the whole method on embedded real digits and letters:  privimage demo --out DIR
+  compare   a grid of variants × settings × seeds:  privimage compare --config FILE [--dry-run]
   budget    what σ, how many steps, what does the query cost?  Needs no data
-  data      look at an image set, or convert one
+  data      look at an image set, or convert one; `data prepare NAME` makes one of a well-known set
   query select pretrain finetune sample evaluate report
             one stage of a run:  privimage STAGE --config FILE   (or --out DIR, for a run that was begun)
   keys      every configuration key with its default
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     commands: dict[str, Callable[[list[str]], None]] = {
         "run": _run, "demo": _demo, "budget": _budget, "data": _data, "doctor": _doctor, "keys": _keys,
+        "compare": _compare,
         **{stage: lambda arguments, stage=stage: _stage(stage, arguments) for stage in STAGES},
     }  # fmt: skip
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -96,6 +98,9 @@ def _parse_run(command: str, argv: list[str], description: str, *, base: str | N
     parser.add_argument("--skip-bad", action="store_true", help="list and skip unreadable images")
     if command in ("run", "demo", "finetune"):
         what = "print σ, steps, memory, rough time and how each layer's gradients are had, and stop"
+        parser.add_argument("--dry-run", action="store_true", help=what)
+    if command == "query":
+        what = "how far noise would change the choice of labels, by its share of ε, on public stand-ins; spends nothing"
         parser.add_argument("--dry-run", action="store_true", help=what)
     if command in ("run", "demo", "evaluate"):
         parser.add_argument("--inception", metavar="FILE", help="Inception as TorchScript or ONNX, for FID")
@@ -186,6 +191,9 @@ def _stage(stage: str, argv: list[str]) -> None:
     if stage == "report":
         print(run.report())
         return
+    if stage == "query" and flags.dry_run:
+        print(run.question())
+        return
     if stage == "finetune" and flags.dry_run:
         plan = run.plan()
         print(f"{plan.table()}\n\n{plan.step.table()}")
@@ -202,6 +210,35 @@ def _stage(stage: str, argv: list[str]) -> None:
     if stage == "sample":
         print(f"{len(result)} images in {run.folder.synthetic}")
     print(f"{stage}: done in {run.folder.path}")
+
+
+def _compare(argv: list[str]) -> None:
+    import fnmatch
+
+    what = (
+        "Runs a grid of variants, settings and seeds; goes on where it was left; writes one table, plots and a sheet of images."
+    )
+    parser = argparse.ArgumentParser("privimage compare", description=what, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", required=True, help="base, variants, seeds and grids; see docs/evaluation.md")
+    parser.add_argument("--out", metavar="DIR", help="in place of the file's")
+    parser.add_argument("--only", metavar="PATTERN", default="*", help="runs whose name fits, e.g. 'dpdm*seed=0'")
+    parser.add_argument("--dry-run", action="store_true", help="list the runs and their rough time, and stop")
+    parser.add_argument("--table", action="store_true", help="write table, plots and sheet from what is there, and stop")
+    a = parser.parse_args(argv)
+    from privimage_fast.compare import load_comparison, run_comparison, write_results
+    from privimage_fast.compare.estimate import describe
+    from privimage_fast.stages.folder import RunError
+
+    comparison = load_comparison(a.config, out=a.out)
+    if a.dry_run:
+        print(describe(comparison))
+        return
+    outcomes = [] if a.table else run_comparison(comparison, wanted=lambda cell: fnmatch.fnmatch(cell.name, a.only))
+    table = write_results(comparison, outcomes)
+    print(table.read_text(encoding="utf-8"))
+    print(f"written to {table.parent}")
+    if failed := [o.cell.name for o in outcomes if o.state == "failed"]:
+        raise RunError(f"{len(failed)} of {len(outcomes)} runs failed ({', '.join(failed)}); the same command tries them again")
 
 
 def _keys(argv: list[str]) -> None:
@@ -259,8 +296,12 @@ def _budget(argv: list[str]) -> None:
 
 
 def _data(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("privimage data", description="Looks at an image set, or converts it.")
-    parser.add_argument("source", help="folder of class folders, zip, npz, IDX, or embedded:mnist|digits|letters")
+    if argv[:1] == ["prepare"]:
+        _prepare(argv[1:])
+        return
+    what = "Looks at an image set, or converts it. `privimage data prepare --help`: well-known sets."
+    parser = argparse.ArgumentParser("privimage data", description=what)
+    parser.add_argument("source", help="folder of class folders, zip, npz, IDX, or embedded:mnist|digits|letters|…")
     parser.add_argument("--resolution", type=int, default=32)
     parser.add_argument("--channels", type=int, default=3, choices=(1, 3))
     parser.add_argument("--format", default="auto", help="auto, folder, zip, npz or idx")
@@ -281,6 +322,43 @@ def _data(argv: list[str]) -> None:
         print(f"written to {save(images, a.to)}")
     if a.sheet:
         data.class_sheet(images).save(a.sheet, format="PNG")
+        print(f"written to {a.sheet}")
+
+
+def _prepare(argv: list[str]) -> None:
+    from privimage_fast.data import class_sheet, save_npz
+    from privimage_fast.data.prepare import RECIPES, SPLITS, Wish, prepare
+
+    what = "A well-known public data set as npz, from files you have or have installed, or from the network."
+    files = "\n".join(f"  {name:<14} {recipe.files}" for name, recipe in RECIPES.items())
+    parser = argparse.ArgumentParser(
+        "privimage data prepare", description=what, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"what --from takes:\n{files}",
+    )  # fmt: skip
+    parser.add_argument("name", choices=tuple(RECIPES))
+    parser.add_argument("--from", dest="source", metavar="PATH", type=Path, help="file or folder; see below")
+    parser.add_argument("--to", metavar="NPZ", type=Path, required=True, help="the file to write")
+    parser.add_argument("--split", choices=SPLITS, default="train")
+    parser.add_argument("--resolution", type=int, default=32)
+    parser.add_argument("--channels", type=int, choices=(1, 3), help="the set's own if left out")
+    parser.add_argument("--per-class", type=int, metavar="N", help="the first N images of each class only")
+    parser.add_argument("--download", action="store_true", help="fetch the files; each is checked against its known checksum")
+    parser.add_argument("--cache", metavar="DIR", type=Path, help="where fetched files are kept (~/.cache/privimage-fast)")
+    parser.add_argument("--variants", type=int, default=1, help="letters: images of each letter in each typeface")
+    parser.add_argument("--alphabet", default="A-Za-z", help="letters: which")
+    parser.add_argument("--labels", choices=("category", "subcategory"), default="subcategory", help="emoji: which labels")
+    parser.add_argument("--sheet", metavar="PNG", help="also write a picture of the first images of each class")
+    a = parser.parse_args(argv)
+    wish = Wish(a.split, a.resolution, a.variants, a.alphabet, a.labels)
+    images = prepare(
+        a.name, a.source, wish=wish, channels=a.channels, per_class=a.per_class, download=a.download, cache=a.cache
+    )  # fmt: skip
+    print(f"{len(images)} images, {images.resolution}×{images.resolution}×{images.channels}, {images.n_classes} classes")
+    if images.skipped:
+        print(f"{len(images.skipped)} pictures could not be read and were left out", file=sys.stderr)
+    print(f"written to {save_npz(images, a.to)}")
+    if a.sheet:
+        class_sheet(images).save(a.sheet, format="PNG")
         print(f"written to {a.sheet}")
 
 

@@ -6,6 +6,7 @@ import difflib
 import math
 import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import cache
 from typing import Any
 
 import yaml
@@ -34,7 +35,7 @@ class DataConfig:
     """Where the images are: a folder of class folders, a zip, an npz, IDX files, or "embedded:NAME".
 
     Args:
-        public: the public set, with labels of its own.
+        public: the public set, with labels of its own; several sources in a list are joined, labels named source/label.
         private: the sensitive set; its labels are the classes of the synthetic one.
         test: real images for the evaluation, or null.
         holdout: share of `private` that is never trained on but kept for the evaluation, when `test` is null; 0 keeps none.
@@ -44,7 +45,7 @@ class DataConfig:
         skip_bad: list and skip unreadable files instead of stopping at the first.
     """
 
-    public: str = ""
+    public: str | list[str] = ""
     private: str = ""
     test: str | None = None
     holdout: float = 0.0
@@ -68,12 +69,14 @@ class PrivacyConfig:
         population: N, the stated public size of the sensitive set; null takes its size, and states it.
         secure: true takes all privacy randomness from the operating system; false derives it from `seed`, for tests only,
             and marks the run as not private.
+        train: false skips the fine-tuning: what is sampled has seen public images only, and the query alone is charged.
     """
 
     epsilon: float = 10.0
     delta: float | None = None
     population: int | None = None
     secure: bool = True
+    train: bool = True
 
     def __post_init__(self) -> None:
         if not self.epsilon > 0:
@@ -133,11 +136,14 @@ class RunConfig:
     Args:
         out: the run folder.
         seed: of public randomness: initial weights, public training, sampling. Privacy noise never uses it.
+        public_seed: of the public classifier, initial weights and pre-training only; null takes `seed`. Runs with the same one
+            can share them, and have distances on the same network.
         device: "auto", "cpu" or "cuda".
     """
 
     out: str = "runs/run"
     seed: int = 0
+    public_seed: int | None = None
     device: str = "auto"
     data: DataConfig = field(default_factory=DataConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
@@ -168,7 +174,7 @@ def load_yaml(text: str, source: str = "configuration") -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"{source} must hold keys such as `data:` and `privacy:`, found {type(values).__name__}")
-    check_keys(_flatten(values), source)
+    check_keys(dotted_keys(values), source)
     return values
 
 
@@ -207,12 +213,13 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def _flatten(values: dict[Any, Any], prefix: str = "") -> list[str]:
+def dotted_keys(values: dict[Any, Any], prefix: str = "") -> list[str]:
+    """Every dotted key of nested values, sections included."""
     keys = []
     for key, value in values.items():
         keys.append(f"{prefix}{key}")
         if isinstance(value, dict):
-            keys += _flatten(value, f"{prefix}{key}.")
+            keys += dotted_keys(value, f"{prefix}{key}.")
     return keys
 
 
@@ -225,6 +232,7 @@ def _plain(value: Any) -> Any:
     return float(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+@cache
 def config_parser() -> ArgumentParser:
     """The one parser of configurations: ``--config FILE`` and every dotted key."""
     parser = ArgumentParser(exit_on_error=False, add_help=False)
@@ -238,8 +246,8 @@ def build_config(values: dict[str, Any], base: RunConfig | None = None) -> RunCo
     Raises:
         ConfigError: unknown keys (with the nearest valid ones) or values of the wrong type or range.
     """
-    check_keys(_flatten(values), "configuration")
-    merged = _merge(_plain(asdict(base or RunConfig())), values)
+    check_keys(dotted_keys(values), "configuration")
+    merged = merge(_plain(asdict(base or RunConfig())), values)
     parser = config_parser()
     try:
         return RunConfig(**vars(parser.instantiate(parser.parse_object(merged))))
@@ -247,13 +255,14 @@ def build_config(values: dict[str, Any], base: RunConfig | None = None) -> RunCo
         raise ConfigError(str(error)) from error
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Nested values of ``over`` in place of those of ``base``."""
     out = dict(base)
     for key, value in over.items():
         if isinstance(out.get(key), dict):
             if not isinstance(value, dict):
                 raise ConfigError(f"{key!r} is a section with keys {', '.join(out[key])}; found {value!r}")
-            value = _merge(out[key], value)
+            value = merge(out[key], value)
         out[key] = value
     return out
 

@@ -20,8 +20,8 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from privimage_fast import report
-from privimage_fast.config import ConfigError, RunConfig, build_config, differing_keys, load_yaml
-from privimage_fast.data import ImageSet, holdout_split, open_image_set
+from privimage_fast.config import ConfigError, DataConfig, RunConfig, build_config, differing_keys, load_yaml
+from privimage_fast.data import ImageSet, holdout_split, join, open_image_set
 from privimage_fast.data.atomic import atomic_write_text
 from privimage_fast.dp.accounting import (
     ADJACENCY,
@@ -41,11 +41,12 @@ from privimage_fast.models.edm import Denoiser, EDMConfig
 from privimage_fast.models.gan import GANConfig, Generator
 from privimage_fast.models.training import Drawable, ImageModel
 from privimage_fast.models.unet import UNetConfig
+from privimage_fast.stages.agreement import check_text, question, stand_in_tables
 from privimage_fast.stages.evaluate import run_evaluate
 from privimage_fast.stages.finetune import budget_record, plan_finetune, run_finetune
-from privimage_fast.stages.folder import RunError, RunFolder, fingerprint
+from privimage_fast.stages.folder import RunError, RunFolder, fingerprint, timed
 from privimage_fast.stages.pretrain import run_pretrain
-from privimage_fast.stages.query import SemanticFunction, public_classifier, run_query
+from privimage_fast.stages.query import SemanticFunction, public_classifier, run_query, semantic_function_of
 from privimage_fast.stages.sample import draw, run_sample, save_sheet
 from privimage_fast.stages.select import labels_per_class, run_select, selected_subset
 
@@ -83,7 +84,8 @@ class Plan:
             ("budget", f"ε = {self.epsilon:g}, δ = {self.delta:.3g}, N = {self.population} (public)"),
             ("query", f"{query}; without the query the same σ would cost ε = {self.epsilon_without_query:.3f}"),
             ("selection", f"{self.labels_per_class} public labels a class"),
-            ("DP-SGD", f"σ = {self.noise_multiplier:.4f}, q = {self.sample_rate:.4g}, {self.steps} steps"),
+            ("DP-SGD", f"σ = {self.noise_multiplier:.4f}, q = {self.sample_rate:.4g}, {self.steps} steps" if self.steps
+             else "none: trained on public images only"),
             ("network", f"{self.parameters:,} parameters" + ("" if self.private_parameters == self.parameters else
                         f", {self.private_parameters:,} of them (the discriminator) trained by DP-SGD")),
             ("micro-batch", f"{self.step.physical_batch_size} images, up to {self.step.peak_bytes / 2**20:.0f} MiB to fine-tune"),
@@ -114,32 +116,44 @@ class Run:
 
     # ---- data
 
-    def _open(self, name: str, source: str | None) -> ImageSet:
+    @property
+    def _public_seed(self) -> int:
+        return self.config.seed if self.config.public_seed is None else self.config.public_seed
+
+    def _open(self, name: str, source: str | None = None) -> ImageSet:
         given = self._given[name]
         data = self.config.data
         if given is not None:
             if (given.resolution, given.channels) != (data.resolution, data.channels):
                 return given.with_resolution(data.resolution, data.channels)
             return given
+        return self.open_source(data, name, source)
+
+    @staticmethod
+    def open_source(data: DataConfig, name: str, source: str | None = None) -> ImageSet:
+        """The set that ``data`` names "public", "private" or "test", or another source in its place, in the size it asks for."""
+        source = source or getattr(data, name)
         if not source:
             raise ConfigError(f"data.{name} is not set; give a folder, a file or embedded:NAME")
-        images = open_image_set(
-            source, resolution=data.resolution, channels=data.channels, format=data.format, skip_bad=data.skip_bad
-        )
+        sets = [
+            open_image_set(s, resolution=data.resolution, channels=data.channels, format=data.format, skip_bad=data.skip_bad)
+            for s in ([source] if isinstance(source, str) else source)
+        ]
+        images = join(sets) if len(sets) > 1 else sets[0]
         for skipped in images.skipped:
             logger.warning("skipped %s: %s", skipped.path, skipped.reason)
         return images
 
     @cached_property
     def public(self) -> ImageSet:
-        return self._open("public", self.config.data.public)
+        return self._open("public")
 
     @cached_property
     def _private_and_test(self) -> tuple[ImageSet, ImageSet | None]:
         data = self.config.data
-        private = self._open("private", data.private)
+        private = self._open("private")
         if self._given["test"] is not None or data.test:
-            return private, self._open("test", data.test)
+            return private, self._open("test")
         if data.holdout:
             return holdout_split(private, data.holdout, self.config.seed)
         return private, None
@@ -280,7 +294,7 @@ class Run:
         """The networks with their initial weights."""
         c = self.config
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(c.seed)
+            torch.manual_seed(self._public_seed)
             return c.model.build(
                 resolution=c.data.resolution, channels=c.data.channels, num_classes=self.private.n_classes
             )  # fmt: skip
@@ -291,10 +305,44 @@ class Run:
         if c.select.mode != "semantic":
             return None
         assert c.query.votes_per_image is not None and c.query.noise_multiplier is not None
-        return run_query(
+        query = run_query(
             self.folder, c.query, public=self.public, private=self.private, votes_per_image=c.query.votes_per_image,
-            noise_multiplier=c.query.noise_multiplier, ledger=self.ledger, noise_key=self.noise_key, seed=c.seed,
+            noise_multiplier=c.query.noise_multiplier, ledger=self.ledger, noise_key=self.noise_key, seed=self._public_seed,
             device=self.device, semantic_function=self._semantic_function,
+        )  # fmt: skip
+        if math.isfinite(c.privacy.epsilon) and not self.folder.query_check.exists():
+            self.folder.write_json(self.folder.query_check, self._question(self.folder, query))
+        return query
+
+    def question(self) -> str:
+        """How the choice of labels would fare under noise, on public stand-ins for the sensitive classes; spends nothing."""
+        c = self._resolved(None)
+        if c.select.mode != "semantic" or not math.isfinite(c.privacy.epsilon):
+            raise ConfigError("only a semantic selection at a finite ε asks a noisy query; set select.mode and privacy.epsilon")
+        self.config = c
+        with tempfile.TemporaryDirectory() as place:  # the classifier of a run that is not begun is kept nowhere
+            folder = self.folder if self.folder.config.exists() else RunFolder(place)
+            query = folder.read_json(folder.query, "query") if folder.query.exists() else None
+            if folder is not self.folder:
+                folder.create()
+            return check_text(self._question(folder, query))
+
+    def _question(self, folder: RunFolder, query: dict[str, Any] | None) -> dict[str, Any]:
+        c = self.config
+        each, votes, population = c.select.labels_per_class, c.query.votes_per_image, c.privacy.population
+        assert each and votes and population and c.privacy.delta
+        epsilon, delta = c.privacy.epsilon, c.privacy.delta
+        function, _ = semantic_function_of(
+            folder, c.query, public=self.public, seed=self._public_seed, device=self.device, given=self._semantic_function
+        )
+        stand_ins = stand_in_tables(
+            function, self.public, n_classes=self.private.n_classes, population=population, votes_per_image=votes,
+            seed=self._public_seed, device=self.device,
+        )  # fmt: skip
+        by_share = math.isclose(c.query.noise_multiplier or 0.0, query_noise_multiplier(epsilon, delta, c.query.share))
+        return question(
+            lambda share: query_noise_multiplier(epsilon, delta, share), k=each, votes_per_image=votes, population=population,
+            assignment=c.select.assignment, stand_ins=stand_ins, query=query, share=c.query.share if by_share else None,
         )  # fmt: skip
 
     def select(self) -> dict[str, Any]:
@@ -311,7 +359,7 @@ class Run:
         selection = self.folder.read_json(self.folder.selection, "select")
         indices, labels = selected_subset(selection, self.public, self.private.label_names)
         run_pretrain(
-            self.folder, c.pretrain, model=model, public=self.public, indices=indices, labels=labels, seed=c.seed,
+            self.folder, c.pretrain, model=model, public=self.public, indices=indices, labels=labels, seed=self._public_seed,
             device=self.device,
         )  # fmt: skip
         if not (self.folder.samples / "before.png").exists():
@@ -333,6 +381,9 @@ class Run:
         c, model = self.config, self.model()
         model.load_state_dict(self.folder.load_tensors(self.folder.checkpoint("pretrain"), "pretrain")[0])
         assert c.privacy.population is not None and c.privacy.delta is not None
+        if not c.privacy.train:
+            self._keep_public(model)
+            return model
         run_finetune(
             self.folder, c.finetune, model=model, private=self.private, population=c.privacy.population,
             target_epsilon=c.privacy.epsilon, delta=c.privacy.delta, ledger=self.ledger, noise_key=self.noise_key,
@@ -340,6 +391,15 @@ class Run:
         )  # fmt: skip
         save_pretrained(model.drawable, self.folder.model, class_names=self.private.label_names, run=self)
         return model
+
+    def _keep_public(self, model: ImageModel) -> None:
+        """In place of fine-tuning, for the baseline that never trains on sensitive images: no step, no charge."""
+        c = self.config
+        with timed(self.folder, "finetune", fingerprint("public only", c.model, c.pretrain)):
+            population, delta = self.ledger.header.population, self.ledger.header.delta
+            record = budget_record(c.finetune, population, c.privacy.epsilon, delta, 0.0, 0, self.ledger)
+            self.folder.write_json(self.folder.budget, record)
+            save_pretrained(model.drawable, self.folder.model, class_names=self.private.label_names, run=self)
 
     def sample(self) -> ImageSet:
         if not self.folder.model.exists():
@@ -355,7 +415,7 @@ class Run:
         if self.test is None:
             return None
         c = self.config
-        network = public_classifier(self.folder, c.query.classifier, self.public, seed=c.seed, device=self.device)
+        network = public_classifier(self.folder, c.query.classifier, self.public, seed=self._public_seed, device=self.device)
         return run_evaluate(
             self.folder, c.evaluate, synthetic=self.sample(), test=self.test, feature_network=network,
             weights=load_pretrained(self.folder.model)[2], seed=c.seed, device=self.device,
@@ -383,10 +443,10 @@ class Run:
         rate = c.finetune.sample_rate(c.privacy.population)
         queried = c.select.mode == "semantic"
         prior = [GaussianEvent(c.query.noise_multiplier)] if queried and c.query.noise_multiplier is not None else []
-        sigma = 0.0
-        if math.isfinite(c.privacy.epsilon):
+        sigma, steps = 0.0, c.finetune.steps if c.privacy.train else 0
+        if math.isfinite(c.privacy.epsilon) and steps:
             sigma = solve_noise_multiplier(
-                target_epsilon=c.privacy.epsilon, delta=c.privacy.delta, sample_rate=rate, steps=c.finetune.steps,
+                target_epsilon=c.privacy.epsilon, delta=c.privacy.delta, sample_rate=rate, steps=steps,
                 prior_events=prior,
             )  # fmt: skip
         model = self.model().to(self.device)
@@ -399,13 +459,13 @@ class Run:
         images = c.sample.per_class * self.private.n_classes
         return Plan(
             epsilon=c.privacy.epsilon, delta=c.privacy.delta, population=c.privacy.population, sample_rate=rate,
-            steps=c.finetune.steps, noise_multiplier=sigma,
+            steps=steps, noise_multiplier=sigma,
             query_noise_multiplier=c.query.noise_multiplier if queried else None,
-            epsilon_without_query=epsilon([DPSGDEvent(sigma, rate, c.finetune.steps)], c.privacy.delta),
+            epsilon_without_query=epsilon([DPSGDEvent(sigma, rate, steps)] if steps else [], c.privacy.delta),
             labels_per_class=c.select.labels_per_class, parameters=parameters,
             private_parameters=private_parameters, step=step,
             pretrain_seconds=0.0 if c.select.mode == "none" else seconds.public * c.pretrain.batch_size * c.pretrain.steps,
-            finetune_seconds=(seconds.private * images_a_step + seconds.after_step) * c.finetune.steps,
+            finetune_seconds=(seconds.private * images_a_step + seconds.after_step) * steps,
             sample_seconds=seconds.draw * images,
         )  # fmt: skip
 

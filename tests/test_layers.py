@@ -24,7 +24,8 @@ ALLOWED = {
     "report": {"data", "dp"},
     "config": {"stages", "models"},
     "pipeline": {"config", "report", "stages", "models", "data", "dp", "ops"},
-    "cli": {"pipeline", "config", "report", "stages", "data", "dp", "ops"},
+    "compare": {"pipeline", "config", "report", "stages", "data", "dp"},
+    "cli": {"compare", "pipeline", "config", "report", "stages", "data", "dp", "ops"},
     "__main__": {"cli"},
 }
 # The first things to read are the last to import: accounting and the ledger work without torch, data without models.

@@ -25,14 +25,19 @@ _NPY_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.form
 def read_npz(path: Path, *, resolution: int, channels: int, limits: Limits, faults: Faults) -> ImageSet:
     """`images` uint8 (N, H, W) or (N, H, W, C), `labels` integers (N,), optional `label_names` text (classes,)."""
     with open_zip(path, limits) as archive:
-        images = _read_npy(archive, "images", path, limits)
-        labels = _read_npy(archive, "labels", path, limits)
-        names = _read_npy(archive, "label_names", path, limits) if "label_names.npy" in archive.namelist() else None
+        images = read_npy(archive, "images", path, limits)
+        labels = read_npy(archive, "labels", path, limits)
+        names = read_npy(archive, "label_names", path, limits) if "label_names.npy" in archive.namelist() else None
     return _assemble(images, labels, names, path, resolution, channels, limits, faults)
 
 
-def read_idx(path: Path, *, resolution: int, channels: int, limits: Limits, faults: Faults) -> ImageSet:
-    """A pair of IDX files, plain or gzip. `path`: the images file, or a folder, whose training pair is then read."""
+def read_idx(
+    path: Path, *, resolution: int, channels: int, limits: Limits, faults: Faults, first_label: int = 0
+) -> ImageSet:  # fmt: skip
+    """A pair of IDX files, plain or gzip. `path`: the images file, or a folder, whose training pair is then read.
+
+    first_label: the label in the file that is class 0; EMNIST's letters count from 1.
+    """
     images_path = _idx_images(path)
     stem, separators = _IDX_IMAGES.sub("", images_path.name), _IDX_IMAGES.search(images_path.name)
     if separators is None:
@@ -43,7 +48,7 @@ def read_idx(path: Path, *, resolution: int, channels: int, limits: Limits, faul
     if labels_path is None:
         raise DataError(f"{images_path}: its labels were not found beside it; expected {plain.name} or {plain.name}.gz")
     images = _read_idx_array(images_path, 3, limits)
-    labels = _read_idx_array(labels_path, 1, limits)
+    labels = _read_idx_array(labels_path, 1, limits).astype(np.int64) - first_label
     return _assemble(images, labels, None, images_path, resolution, channels, limits, faults)
 
 
@@ -89,7 +94,7 @@ def _assemble(
     return ImageSet(images, labels, found, path.name.split(".")[0], tuple(faults.skipped))
 
 
-def _read_npy(archive: zipfile.ZipFile, key: str, path: Path, limits: Limits) -> np.ndarray:
+def read_npy(archive: zipfile.ZipFile, key: str, path: Path, limits: Limits) -> np.ndarray:
     """One array of an npz, its header checked against the member's size before memory is asked for."""
     held = [name.removesuffix(".npy") for name in archive.namelist()]
     if held.count(key) != 1:

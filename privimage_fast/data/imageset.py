@@ -84,6 +84,30 @@ class ImageSet:
         return replace(self, images=resample(to_channels(self.images, channels), resolution))
 
 
+def join(sets: Sequence[ImageSet]) -> ImageSet:
+    """Several sets as one, one after the other; classes are called set/class. `DataError` if shapes or names do not fit.
+
+    Sets of the same name are numbered: letters/A, letters-2/A.
+    """
+    if not sets:
+        raise DataError("join: expected at least one image set")
+    shapes = {s.images.shape[1:] for s in sets}
+    if len(shapes) > 1:
+        raise DataError(f"join: expected sets of one shape, found {sorted(shapes)}; bring them to one with with_resolution")
+    names: list[str] = []
+    for s in sets:
+        same = sum(name == s.name or name.startswith(f"{s.name}-") for name in names)
+        names.append(f"{s.name}-{same + 1}" if same else s.name)
+    offsets = np.cumsum([0, *(s.n_classes for s in sets)])
+    return ImageSet(
+        np.concatenate([s.images for s in sets]),
+        np.concatenate([s.labels + offset for s, offset in zip(sets, offsets[:-1], strict=True)]),
+        tuple(f"{name}/{label}" for name, s in zip(names, sets, strict=True) for label in s.label_names),
+        "+".join(names),
+        tuple(item for s in sets for item in s.skipped),
+    )
+
+
 def check_label_names(names: Sequence[str], source: str) -> tuple[str, ...]:
     """Class names as a tuple; `DataError` unless they are distinct, non-empty strings without control characters."""
     if isinstance(names, str) or not isinstance(names, Sequence | np.ndarray):

@@ -71,6 +71,7 @@ class Facts:
     query: dict[str, Any] | None
     heat: HeatMap | None
     selection: dict[str, Any] | None
+    check: dict[str, Any] | None
     pictures: dict[str, Picture]
     metrics: list[Metric]
     class_counts: list[tuple[str, int]]
@@ -117,6 +118,8 @@ class Facts:
     def source(self, which: str) -> str:
         """A data set's name. Of a path the last part only: a card is published, a home folder should not be."""
         value = self.setting("data", which)
+        if isinstance(value, list) and all(isinstance(v, str) for v in value):
+            return " + ".join(v if v.startswith("embedded:") else Path(v).name for v in value) or "not stated"
         if not isinstance(value, str):
             return "not stated" if value is None else "given in Python"
         return value if value.startswith("embedded:") else Path(value).name or "not stated"
@@ -150,6 +153,7 @@ def read_facts(run_dir: Path) -> Facts:
         query=query,
         heat=heat_map(query, selection) if query else None,
         selection=selection,
+        check=reader.shaped("query-check.json", lambda: _check(reader.json("query-check.json"))),
         pictures={name: picture for name, picture in found.items() if picture},
         metrics=metrics,
         class_counts=counted[0] if counted else [],
@@ -232,6 +236,33 @@ def _selection(value: Any) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
+def _check(value: Any) -> dict[str, Any] | None:
+    """How the choice of labels fares under noise, by the query's share of ε."""
+    if value is None:
+        return None
+
+    def pair(found: Any) -> tuple[float, float] | None:
+        return None if found is None else (_fraction(found["labels"]), _fraction(found["votes"]))
+
+    rows = [
+        {
+            "share": None if r["share"] is None else float(r["share"]), "noise_multiplier": float(r["noise_multiplier"]),
+            "noise_std": float(r["noise_std"]), "stand_in": pair(r["stand_in"]), "table": pair(r["table"]),
+            "own": r["own"] is True,
+        }
+        for r in value["rows"][:100]
+    ]  # fmt: skip
+    keys = ("uniform_share", "stand_in_share", "chosen_share")
+    shares = {key: None if value[key] is None else _fraction(value[key]) for key in keys}
+    return {"rows": rows, "verdict": str(value["verdict"]), **shares}
+
+
+def _fraction(value: Any) -> float:
+    if isinstance(value, bool) or not 0 <= float(value) <= 1 + 1e-9:
+        raise ValueError(f"{value!r} is no fraction")
+    return float(value)
+
+
 def _seconds(value: Any) -> dict[str, float | None] | None:
     if value is None:
         return None
@@ -304,6 +335,7 @@ def _releases(run_dir: Path, metrics: list[Metric], secret_times: bool) -> list[
         Release("Model weights", "model/", True, training),
         Release("Checkpoints", "checkpoints/", True, training + "; those of earlier stages saw the noisy histogram at most"),
         Release("Noisy histogram", "query.json", True, "Gaussian noise was added before it was written; drawn once"),
+        Release("Check of the query", "query-check.json", True, "computed from public images and the noisy histogram"),
         Release("Chosen public labels", "selection.json", True, "computed from the noisy histogram alone"),
         Release("Sheet before fine-tuning", "samples/before.png", True, "drawn from the model that saw public images only"),
         Release("Sheet of synthetic images", "samples/after.png", True, "drawn from the private model"),

@@ -37,6 +37,7 @@ class RunFolder:
     config = property(lambda self: self.path / "config.yaml")
     ledger = property(lambda self: self.path / "ledger.jsonl")
     query = property(lambda self: self.path / "query.json")
+    query_check = property(lambda self: self.path / "query-check.json")
     selection = property(lambda self: self.path / "selection.json")
     budget = property(lambda self: self.path / "budget.json")
     metrics = property(lambda self: self.path / "metrics.json")

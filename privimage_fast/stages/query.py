@@ -27,7 +27,8 @@ from privimage_fast.models.classifier import Classifier, ClassifierConfig, batch
 from privimage_fast.models.edm import to_float
 from privimage_fast.stages.folder import RunError, RunFolder, fingerprint, set_fingerprint, timed
 
-# Scores of a batch: float images (R, C, H, W) in [−1, 1] → (R, labels).
+# Any callable: float images (R, C, H, W) in [−1, 1] → scores (R, labels) of the public set's labels, higher meaning more alike,
+# each image scored by itself. A classifier's logits, similarities of an embedding with texts, nearness to clusters (clusters.py).
 SemanticFunction = Callable[[Tensor], Tensor]
 
 
@@ -80,11 +81,9 @@ def run_query(
     if not 1 <= votes_per_image <= public.n_classes:
         raise RunError(f"votes_per_image is {votes_per_image}, expected 1 … {public.n_classes} (the public labels)")
     with timed(folder, "query", stamp):
-        if semantic_function is None:
-            semantic_function, described = _semantic_function(folder, config, public, seed, device)
-        else:
-            described = "given by the user"
-        _check_scores(semantic_function, public, device)
+        semantic_function, described = semantic_function_of(
+            folder, config, public=public, seed=seed, device=device, given=semantic_function
+        )
         event = GaussianEvent(noise_multiplier)
         ledger.charge(event, stage="query")  # before the data is touched
         counts = vote(semantic_function, private, n_labels=public.n_classes, votes_per_image=votes_per_image, device=device)
@@ -116,13 +115,24 @@ def vote(
     return table
 
 
-def _semantic_function(
-    folder: RunFolder, config: QueryConfig, public: ImageSet, seed: int, device: str
-) -> tuple[SemanticFunction, str]:
-    if config.onnx is not None:
-        return load_onnx(Path(config.onnx)), f"ONNX model {Path(config.onnx).name}"
-    model = public_classifier(folder, config.classifier, public, seed=seed, device=device)
-    return model, f"{config.classifier.name} trained on the public set's {public.n_classes} labels"
+def semantic_function_of(
+    folder: RunFolder, config: QueryConfig, *, public: ImageSet, seed: int, device: str = "cpu",
+    given: SemanticFunction | None = None,
+) -> tuple[SemanticFunction, str]:  # fmt: skip
+    """The function that asks, tried on public images, and what it is: the user's, an ONNX model, or a classifier trained here.
+
+    Raises:
+        RunError: its scores have another shape, or depend on the other images of a batch.
+    """
+    if given is not None:
+        function, described = given, "given by the user"
+    elif config.onnx is not None:
+        function, described = load_onnx(Path(config.onnx)), f"ONNX model {Path(config.onnx).name}"
+    else:
+        function = public_classifier(folder, config.classifier, public, seed=seed, device=device)
+        described = f"{config.classifier.name} trained on the public set's {public.n_classes} labels"
+    _check_scores(function, public, device)
+    return function, described
 
 
 def public_classifier(folder: RunFolder, config: ClassifierConfig, public: ImageSet, *, seed: int, device: str) -> Classifier:

@@ -25,6 +25,8 @@ class SelectConfig:
         mode: "semantic" (the query's labels), "random" (as many images drawn blindly), "all", or "none" (no pre-training).
         labels_per_class: public labels for each sensitive class; null derives it from `ratio`.
         ratio: share of the public labels to take in all; at least one a class.
+        max_image_ratio: at most this share of the public images, drawn blindly from those that the mode gives; null takes all.
+            Where the labels are few, this is how 1 % is had.
         assignment: "optimal" maximises the votes of all classes together; "ordered" is the published rule, in which each
             class in turn takes its best labels not yet taken.
     """
@@ -32,6 +34,7 @@ class SelectConfig:
     mode: str = "semantic"
     labels_per_class: int | None = None
     ratio: float = 0.05
+    max_image_ratio: float | None = None
     assignment: str = "optimal"
 
     def __post_init__(self) -> None:
@@ -43,6 +46,8 @@ class SelectConfig:
             raise ValueError(f"select.labels_per_class must be ≥ 1 or null, found {self.labels_per_class}")
         if not 0 < self.ratio <= 1:
             raise ValueError(f"select.ratio must be in (0, 1], found {self.ratio}")
+        if self.max_image_ratio is not None and not 0 < self.max_image_ratio <= 1:
+            raise ValueError(f"select.max_image_ratio must be in (0, 1] or null, found {self.max_image_ratio}")
 
 
 def labels_per_class(config: SelectConfig, *, n_labels: int, n_classes: int) -> int:
@@ -103,6 +108,9 @@ def run_select(
             share = labels_each * len(class_names) / public.n_classes
             sizes = {"all": len(public), "none": 0, "random": round(share * len(public))}
             result["selected_images"] = sizes[config.mode]
+        if config.max_image_ratio is not None:
+            most = max(1, round(config.max_image_ratio * len(public)))
+            result["selected_images"] = min(result["selected_images"], most)
         result["ratio"] = result["selected_images"] / len(public)
         if config.mode != "none" and result["selected_images"] == 0:
             raise RunError("the selection is empty: the chosen labels have no public images")
@@ -113,8 +121,12 @@ def run_select(
 def selected_subset(selection: dict[str, Any], public: ImageSet, class_names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Indices into the public set and the class label of each; label len(class_names) is the empty one.
 
-    Only the semantic selection says which class an image resembles; the others are trained on unconditionally.
+    Only the semantic selection says which class an image resembles; the others are trained on unconditionally. Where fewer
+    images were selected than the mode gives, they are drawn by the selection's seed.
     """
+    if selection["mode"] == "none":
+        return np.arange(0), np.arange(0)
+    labels = np.full(len(public), len(class_names))
     if selection["mode"] == "semantic":
         of_label = np.full(public.n_classes, -1)
         index = {name: i for i, name in enumerate(public.label_names)}
@@ -122,12 +134,8 @@ def selected_subset(selection: dict[str, Any], public: ImageSet, class_names: tu
             for name in entry["labels"]:
                 of_label[index[name]] = c
         labels = of_label[public.labels]
-        indices = np.flatnonzero(labels >= 0)
-        return indices, labels[indices]
-    indices = np.arange(len(public))
-    if selection["mode"] == "random":
+    indices = np.flatnonzero(labels >= 0)
+    if len(indices) > selection["selected_images"]:
         random = np.random.default_rng(selection["seed"])
-        indices = np.sort(random.choice(len(public), selection["selected_images"], replace=False))
-    elif selection["mode"] == "none":
-        indices = indices[:0]
-    return indices, np.full(len(indices), len(class_names))
+        indices = np.sort(random.choice(indices, selection["selected_images"], replace=False))
+    return indices, labels[indices]

@@ -1,0 +1,44 @@
+"""What a comparison will take, before it is run: each distinct run is planned once, on random images."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from privimage_fast.compare.grid import Cell, Comparison
+from privimage_fast.compare.runner import is_finished, read_sets
+from privimage_fast.pipeline import Plan, Run
+from privimage_fast.stages.folder import fingerprint
+
+
+def describe(comparison: Comparison) -> str:
+    """The runs, one a line, with σ and rough minutes, then the sum; pre-training that is shared counts once.
+
+    Classifiers are left out of the times, and a semantic subset is taken to be the same at every ε: the noise decides that.
+    """
+    plans: dict[str, Plan] = {}
+    read = read_sets()
+    lines, total, pretrained = [], 0.0, set()
+    width = max(len(cell.name) for cell in comparison.cells)
+    for cell in comparison.cells:
+        if is_finished(cell):
+            lines.append(f"{cell.name:<{width}}  finished")
+            continue
+        # σ depends on the budget, times on the sizes; the seed on neither.
+        key = fingerprint(replace(cell.config, out="", seed=0, public_seed=0))
+        if key not in plans:
+            plans[key] = Run(cell.config, **read(cell.config.data)).plan()
+        plan, subset = plans[key], _subset_key(cell)
+        seconds = plan.finetune_seconds + plan.sample_seconds + (0.0 if subset in pretrained else plan.pretrain_seconds)
+        pretrained.add(subset)
+        total += seconds
+        noise = f"σ {plan.noise_multiplier:.3f}, {plan.steps} steps" if plan.steps else "no DP-SGD"
+        lines.append(f"{cell.name:<{width}}  {noise:<22} {seconds / 60:6.1f} min")
+    lines.append(f"{len(comparison.cells)} runs in {comparison.out}, about {total / 60:.0f} minutes (classifiers apart)")
+    return "\n".join(lines)
+
+
+def _subset_key(cell: Cell) -> str:
+    c = cell.config
+    seed = c.seed if c.public_seed is None else c.public_seed
+    of_seed = c.seed if c.select.mode == "random" or c.select.max_image_ratio is not None else seed
+    return fingerprint(c.select, c.model, c.pretrain, c.data.public, seed, of_seed)

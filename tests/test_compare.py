@@ -1,0 +1,283 @@
+"""Comparisons: what a grid is made of, what its runs share, and what is written of them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from tiny import PRIVATE, PUBLIC, SECTIONS, TEST
+
+from privimage_fast.cli import main
+from privimage_fast.compare import Cell, GridError, built_in_variants, load_comparison, run_comparison
+from privimage_fast.compare import runner as runner_module
+from privimage_fast.compare.plots import plot_figures, series
+from privimage_fast.compare.runner import is_finished
+from privimage_fast.compare.shared import SharedTraining
+from privimage_fast.compare.tables import Row, accuracy, distance, summarise
+from privimage_fast.config import build_config, valid_keys
+from privimage_fast.data import save_npz
+from privimage_fast.dp.accounting import DPSGDEvent, GaussianEvent, epsilon
+from privimage_fast.dp.ledger import Ledger
+from privimage_fast.pipeline import Run
+from privimage_fast.stages.evaluate import ACCURACY
+from privimage_fast.stages.folder import RunFolder
+
+GRID: dict[str, Any] = {
+    "variants": ["privimage", "random", "pdp-diffusion", "dpdm", "public-only", "non-private"],
+    "seeds": [0],
+    "grids": [{"axes": {"privacy.epsilon": [5]}}],
+}
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    """A comparison on the tiny sets."""
+    for name, images in (("public", PUBLIC), ("private", PRIVATE), ("test", TEST)):
+        save_npz(images, folder / f"{name}.npz")
+    data = {**SECTIONS["data"], **{name: str(folder / f"{name}.npz") for name in ("public", "private", "test")}}
+    path = folder / "grid.yaml"
+    path.write_text(
+        yaml.safe_dump({"out": str(folder / "out"), "base": {**SECTIONS, "data": data}, **GRID, **changes}, sort_keys=False)
+    )
+    return path
+
+
+# -------------------------------------------------------------------------------------------------------------- grids
+
+
+def test_a_grid_is_variants_times_axes_times_seeds(tmp_path: Path) -> None:
+    cells = load_comparison(write(tmp_path, variants=["privimage", "dpdm"], seeds=[0, 1], grids=[
+        {"axes": {"privacy.epsilon": [1, 10]}},
+        {"variants": ["privimage"], "axes": {"privacy.epsilon": [10], "model.preset": ["custom", "small"]}},
+    ])).cells  # fmt: skip
+    assert [c.name for c in cells] == [
+        *[f"{v}_epsilon={e}_seed={s}" for v in ("privimage", "dpdm") for e in (1, 10) for s in (0, 1)],
+        *[f"privimage_epsilon=10_preset=small_seed={s}" for s in (0, 1)],  # custom at ε = 10 is there already
+    ]
+    assert {c.config.privacy.epsilon for c in cells} == {1.0, 10.0}
+    assert {c.config.select.mode for c in cells if c.variant == "dpdm"} == {"none"}
+
+
+def test_a_variant_keeps_what_it_fixes_and_is_run_once(tmp_path: Path) -> None:
+    grid = [{"axes": {"privacy.epsilon": [1, 10]}}]
+    cells = load_comparison(write(tmp_path, variants=["non-private"], grids=grid)).cells
+    assert [c.name for c in cells] == ["non-private_seed=0"]
+    assert all(math.isinf(c.config.privacy.epsilon) for c in cells)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_seeds_share_public_training_or_not(tmp_path: Path, share: bool) -> None:
+    cells = load_comparison(write(tmp_path, seeds=[3, 4], share_public_training=share)).cells
+    assert {(c.config.seed, c.config.public_seed) for c in cells} == ({(3, 3), (4, 3)} if share else {(3, None), (4, None)})
+
+
+@pytest.mark.parametrize("name", sorted(built_in_variants()))
+def test_built_in_variants_are_configuration(name: str) -> None:
+    changes = built_in_variants()[name]
+    if "family" in changes.get("model", {}) and "model.family" not in valid_keys():
+        pytest.skip("this version has no GAN")
+    assert build_config(changes) != build_config({}) or name == "privimage"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variant": []}, "unknown 'variant'; did you mean variants"),
+        ({"variants": ["dpmd"]}, "did you mean dpdm"),
+        ({"variants": {"a/b": {}}}, "names a folder too"),
+        ({"variants": {"mine": {"selct": {}}}}, "did you mean select"),
+        ({"variants": {"mine": {"select": {"mode": "best"}}}}, "variant mine.*semantic, random"),
+        ({"seeds": [0, 0]}, "different whole numbers"),
+        ({"seeds": 3}, "different whole numbers"),
+        ({"grids": [{"axes": {"privacy.epsilonn": [1]}}]}, "did you mean privacy.epsilon"),
+        ({"grids": [{"axes": {"privacy.epsilon": 1}}]}, "expected a list of values"),
+        ({"grids": [{"axes": {"seed": [1]}}]}, "give `seeds`"),
+        ({"grids": [{"variants": ["dpgan"]}]}, r"grids\[0\].variants: unknown 'dpgan'"),
+        ({"grids": [{"axes": {"privacy.epsilon": list(range(1, 500))}}]}, "at most 2000"),
+        ({"base": "absent.yaml"}, "base: no file"),
+        ({"base": None}, "base: expected"),
+        ({"out": 3}, "out: expected text"),
+        ({"share_public_training": "yes"}, "true or false"),
+    ],
+)
+def test_wrong_grids_are_refused_by_name(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(GridError, match=message):
+        load_comparison(write(tmp_path, **changes))
+
+
+# --------------------------------------------------------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The method and every baseline, one seed."""
+    folder = tmp_path_factory.mktemp("compare")
+    assert main(["compare", "--config", str(write(folder))]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two variants, two seeds."""
+    folder = tmp_path_factory.mktemp("seeds")
+    assert main(["compare", "--config", str(write(folder, variants=["privimage", "pdp-diffusion"], seeds=[0, 1]))]) == 0
+    return folder
+
+
+def ledger(folder: Path, name: str) -> Ledger:
+    return Ledger.read(RunFolder(folder / "out" / "runs" / name).ledger)
+
+
+def test_every_baseline_runs_from_configuration_alone(done: Path) -> None:
+    record = json.loads((done / "out" / "results.json").read_text())
+    assert [(r["variant"], r["seed"]) for r in record["runs"]] == [(v, 0) for v in GRID["variants"]]
+    assert record["failed"] == {} and record["open"] == [] and "not private" in record["note"]
+    of = {r["variant"]: r for r in record["runs"]}
+    assert {v: r["public_images"] for v, r in of.items()} == {
+        "privimage": 240, "random": 240, "pdp-diffusion": 240, "dpdm": 0, "public-only": 240, "non-private": 240,
+    }  # fmt: skip
+    assert all(4.9 < of[v]["epsilon"] <= 5 for v in ("privimage", "random", "pdp-diffusion", "dpdm"))
+    assert of["non-private"]["epsilon"] == "inf" and 0 < of["public-only"]["epsilon"] < 5
+
+
+@pytest.mark.parametrize(
+    ("variant", "queries", "steps"), [("privimage", 1, 8), ("random", 0, 8), ("dpdm", 0, 8), ("public-only", 1, 0)]
+)
+def test_each_run_charges_its_own_query_and_steps(done: Path, variant: str, queries: int, steps: int) -> None:
+    events = ledger(done, f"{variant}_epsilon=5_seed=0").events()
+    assert sum(isinstance(e, GaussianEvent) for e in events) == queries
+    assert sum(isinstance(e, DPSGDEvent) for e in events) == steps
+
+
+def test_public_only_never_saw_a_sensitive_image(done: Path) -> None:
+    folder = RunFolder(done / "out" / "runs" / "public-only_epsilon=5_seed=0")
+    pretrained = folder.load_tensors(folder.checkpoint("pretrain"), "pretrain")[0]
+    model = folder.load_tensors(folder.model / "model.safetensors", "finetune")[0]
+    assert all(np.array_equal(model[name], pretrained[name]) for name in model)
+    assert "OVER BUDGET" not in (page := (folder.path / "report.html").read_text()) and "DISAGREE" not in page
+
+
+def test_table_and_sheet(done: Path) -> None:
+    table = (done / "out" / "table.md").read_text()
+    assert "**not private**" in table and "6 of 6 runs finished" in table
+    assert "All runs as one release have no finite ε" in table
+    assert sum(line.startswith(f"| {v} |") for line in table.splitlines() for v in GRID["variants"]) == 6
+    rows = list(csv.DictReader((done / "out" / "results.csv").read_text().splitlines()))
+    assert len(rows) == 6 and {r["privacy.epsilon"] for r in rows} == {"5.0", "inf"}
+    with Image.open(done / "out" / "sheet.png") as sheet:
+        assert sheet.height >= 6 * 8
+
+
+def test_a_finished_comparison_runs_nothing_again(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_module, "run_cell", lambda *a: pytest.fail("run again"))
+    comparison = load_comparison(done / "grid.yaml")
+    assert {o.state for o in run_comparison(comparison)} == {"kept"}
+    changed = replace(comparison, base=build_config({"sample": {"per_class": 13}}, comparison.base))
+    assert not any(is_finished(cell) for cell in changed.cells)
+
+
+def inode(folder: Path, run: str, name: str) -> int:
+    return os.stat(folder / "out" / "runs" / run / "checkpoints" / f"{name}.safetensors").st_ino
+
+
+def test_public_training_is_shared_and_private_training_is_not(seeds: Path, done: Path) -> None:
+    runs = [f"{v}_epsilon=5_seed={s}" for v in ("privimage", "pdp-diffusion") for s in (0, 1)]
+    assert len({inode(seeds, run, "classifier") for run in runs}) == 1
+    assert inode(seeds, runs[2], "pretrain") == inode(seeds, runs[3], "pretrain") != inode(seeds, runs[0], "pretrain")
+    assert len({inode(seeds, run, "finetune") for run in runs}) == len(runs)
+    assert inode(done, "dpdm_epsilon=5_seed=0", "pretrain") != inode(done, "pdp-diffusion_epsilon=5_seed=0", "pretrain")
+
+
+def test_the_query_is_never_shared(seeds: Path) -> None:
+    folders = [seeds / "out" / "runs" / f"privimage_epsilon=5_seed={s}" for s in (0, 1)]
+    tables = [json.loads((folder / "query.json").read_text())["counts"] for folder in folders]
+    assert np.abs(np.subtract(*tables)).min() > 0  # noise of its own in every cell, shared seed or not
+
+
+def test_epsilon_of_all_runs_is_composed(seeds: Path) -> None:
+    together = json.loads((seeds / "out" / "results.json").read_text())["epsilon_together"]
+    runs = [f"{v}_epsilon=5_seed={s}" for v in ("privimage", "pdp-diffusion") for s in (0, 1)]
+    assert together == pytest.approx(epsilon([e for run in runs for e in ledger(seeds, run).events()], 1e-3))
+    assert together > 7
+    assert "All 4 runs as one release: ε = " in (table := (seeds / "out" / "table.md").read_text()) and "±" in table
+
+
+def test_a_wrong_offer_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two subsets under one key: the second run has to train for itself."""
+    monkeypatch.setattr(SharedTraining, "_pretrain_key", lambda self, run: "pretrain-always-the-same")
+    shared, tensors = SharedTraining(tmp_path / "shared"), []
+    for cell in load_comparison(write(tmp_path, variants=["pdp-diffusion", "dpdm"])).cells:
+        run = Run(cell.config, public=PUBLIC, private=PRIVATE, test=TEST)
+        with run.opened(resume=True):
+            run.select()
+            assert shared.offer_pretrain(run) is bool(tensors)
+            run.pretrain()
+            shared.keep_pretrain(run)
+        tensors.append(run.folder.load_tensors(run.folder.checkpoint("pretrain"), "pretrain"))
+    assert [metadata["steps"] for _, metadata in tensors] == [SECTIONS["pretrain"]["steps"], 0]
+    assert any(not np.array_equal(value, tensors[1][0][name]) for name, value in tensors[0][0].items())
+
+
+def test_a_failed_run_is_reported_and_the_rest_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    path, tried = write(tmp_path, variants=["dpdm", "pdp-diffusion"]), []
+    real = runner_module.run_cell
+
+    def half(run: Run, shared: SharedTraining) -> None:
+        tried.append(run.config.select.mode)
+        return real(run, shared) if run.config.select.mode == "all" else 1 / 0
+
+    monkeypatch.setattr(runner_module, "run_cell", half)
+    assert main(["compare", "--config", str(path)]) == 2
+    assert "1 of 2 runs failed (dpdm_epsilon=5_seed=0)" in capsys.readouterr().err
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "failed: dpdm_epsilon=5_seed=0: ZeroDivisionError" in table and "| pdp-diffusion |" in table
+    assert main(["compare", "--config", str(path)]) == 2
+    assert tried == ["none", "all", "none"]  # what failed is taken up again, what is done is not
+
+
+def test_only_and_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    path, ran = write(tmp_path, variants=["dpdm", "public-only"]), []
+    assert main(["compare", "--config", str(path), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "dpdm_epsilon=5_seed=0" in out and "no DP-SGD" in out and "2 runs in" in out
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(runner_module, "run_cell", lambda run, shared: ran.append(run.config.select.mode) or 1 / 0)
+    assert main(["compare", "--config", str(path), "--only", "dpdm*"]) == 2
+    assert ran == ["none"]
+    assert "not run yet: public-only_epsilon=5_seed=0" in (tmp_path / "out" / "table.md").read_text()
+
+
+# -------------------------------------------------------------------------------------------------------------- plots
+
+
+def test_lines_along_an_axis(tmp_path: Path) -> None:
+    """Each grid draws its own runs; one that fixes the axis is a level line; runs of the other grid stay out."""
+    comparison = load_comparison(write(tmp_path, variants=["dpdm", "non-private"], seeds=[0, 1], grids=[
+        {"axes": {"privacy.epsilon": [8, 4]}},
+        {"variants": ["dpdm"], "axes": {"privacy.epsilon": [8], "sample.per_class": [12, 14]}},
+    ]))  # fmt: skip
+
+    def measured(cell: Cell) -> Row:
+        budget = cell.config.privacy.epsilon
+        figure = 0.9 if math.isinf(budget) else 0.05 * budget + 0.1 * cell.seed
+        return Row(cell, 1.0, 1e-3, 0, 0.0, 1, {ACCURACY: figure, "Fréchet distance FD-x": 2.0})
+
+    summaries = summarise([measured(cell) for cell in comparison.cells])
+    first = series(comparison, comparison.grids[0], "privacy.epsilon", summaries, accuracy)
+    assert sorted((value, round(mean, 6)) for value, mean, _ in first["dpdm"]) == [(4.0, 0.25), (8.0, 0.45)]
+    assert first["dpdm"][0][2] == pytest.approx(0.1 / 2**0.5)
+    assert [(value, mean) for value, mean, _ in first["non-private"]] == [(4, 0.9), (8, 0.9)]
+    second = series(comparison, comparison.grids[1], "sample.per_class", summaries, accuracy)
+    assert {line: sorted(value for value, _, _ in points) for line, points in second.items()} == {"dpdm": [12, 14]}
+    written = plot_figures(comparison, summaries, tmp_path, {"accuracy": accuracy, "distance": distance})
+    assert [p.name for p in written] == [f"{f}-by-{a}.png" for a in ("epsilon", "per_class") for f in ("accuracy", "distance")]
+    with Image.open(written[0]) as picture:
+        assert np.asarray(picture.convert("RGB")).min() < 120  # something is drawn
