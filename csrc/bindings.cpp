@@ -341,6 +341,11 @@ PYBIND11_MODULE(_C, m) {
         "denominator"_a, "optimizer"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "momentum"_a,
         "ema_decay"_a, "optimizer_step"_a, "num_threads"_a, "cuda_stream"_a);
   m.def("build_info", &build_info);
+#ifdef PRIVIMAGE_WITH_CUDA
+  m.def("cuda_problem", &cuda::problem);
+#else
+  m.def("cuda_problem", [] { return std::string("this build has no CUDA kernels"); });
+#endif
   m.def("set_emulation_schedule", &emulation::set_schedule, "seed"_a);
   m.def("set_cpu_isa", [](const std::string& name) { return set_cpu_isa(name.c_str()); }, "name"_a);
 }

@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 namespace privimage {
 
@@ -181,6 +182,7 @@ void* scratch(size_t bytes);
 
 #ifdef PRIVIMAGE_WITH_CUDA
 namespace cuda {
+std::string problem();  // why the kernels cannot run here; empty: they can
 void conv_weight_grad(const ConvWeightGradParams& params, void* stream);
 void conv_gram(const ConvGramParams& params, void* stream);
 void affine_grad(const AffineGradParams& params, void* stream);

@@ -23,11 +23,9 @@ _TILE = 64  # the smallest side of a kernel's tile; partial norms are counted by
 
 def supports(op: str, tensors: Sequence[Tensor]) -> bool:
     """Whether ``op`` has a CUDA kernel for these tensors: strided, on one GPU, of a known dtype."""
-    if not native._HAS_CUDA or op not in globals() or not tensors:
+    if op not in globals() or not tensors or not all(t.is_cuda for t in tensors) or not native.cuda_usable():
         return False
-    if any(
-        t.layout != torch.strided or not t.is_cuda or t.dtype not in native._SUPPORTED.get(op, native._FLOATS) for t in tensors
-    ):
+    if any(t.layout != torch.strided or t.dtype not in native._SUPPORTED.get(op, native._FLOATS) for t in tensors):
         return False
     return len({t.device for t in tensors}) == 1 and torch.cuda.get_device_capability(tensors[0].device) >= (8, 0)
 

@@ -6,6 +6,7 @@ module never fails; ``IMPORT_ERROR`` says why the extension is absent.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -48,6 +49,17 @@ _SUPPORTED: dict[str, frozenset[torch.dtype]] = {
     "chacha20_block": frozenset(),
     "private_step_": frozenset({torch.float32, torch.float64}),
 }
+
+
+@functools.cache
+def cuda_usable() -> bool:
+    """Whether this build's kernels can run on this machine; says once why not, where there is a GPU."""
+    if not _HAS_CUDA:
+        return False
+    problem = _C.cuda_problem()
+    if problem:
+        logging.getLogger("privimage_fast").warning("CUDA kernels are not used (%s): ops on the GPU run on plain torch", problem)
+    return not problem
 
 
 def supports(op: str, tensors: Sequence[Tensor]) -> bool:
@@ -380,8 +392,8 @@ def private_step_(
     checks.step_arguments("private_step_", tensors, optimizer, momentum, noise_std, denominator, optimizer_step)
     checks.noise_arguments("private_step_", key, step, rank, stream, param.numel(), offset)
     device = _device or param.device.type
-    devices = ("cpu", "emulated", "cuda") if _HAS_CUDA else ("cpu", "emulated")
-    if param.dtype != torch.float32 or device not in devices:
+    native_here = device in ("cpu", "emulated") or (device == "cuda" and cuda_usable())
+    if param.dtype != torch.float32 or not native_here:
         noise = None
         if noise_std:
             noise = gaussian_noise(key, step=step, rank=rank, stream=stream, n=param.numel(), offset=offset)

@@ -361,6 +361,27 @@ def test_the_order_of_threads_changes_no_bit(shuffled: Callable[[int], None]) ->
             assert torch.equal(a, b)
 
 
+def test_a_driver_too_old_is_told_once_and_torch_takes_over(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Extension:
+        @staticmethod
+        def cuda_problem() -> str:
+            return "the kernels were built with CUDA 13.0, and the driver knows CUDA 12.4 at most"
+
+    monkeypatch.setattr(native, "_HAS_CUDA", True)
+    monkeypatch.setattr(native, "_C", Extension)
+    native.cuda_usable.cache_clear()
+    try:
+        assert not native.cuda_usable() and not native.cuda_usable()
+    finally:
+        native.cuda_usable.cache_clear()
+    assert [r.getMessage() for r in caplog.records] == [
+        "CUDA kernels are not used (the kernels were built with CUDA 13.0, and the driver knows CUDA 12.4 at most): ops on the "
+        "GPU run on plain torch"
+    ]
+
+
 def test_a_step_in_a_cuda_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(
