@@ -97,6 +97,8 @@ def _parse_run(command: str, argv: list[str], description: str, *, base: str | N
     if command in ("run", "demo", "finetune"):
         what = "print σ, steps, memory, rough time and how each layer's gradients are had, and stop"
         parser.add_argument("--dry-run", action="store_true", help=what)
+    if command in ("run", "demo", "evaluate"):
+        parser.add_argument("--inception", metavar="FILE", help="Inception as TorchScript or ONNX, for FID")
     parser.epilog = "any configuration key: --privacy.epsilon 3 --data.public DIR … (`privimage keys` lists them)"
     flags, rest = parser.parse_known_args(argv)
     overrides: dict[str, Any] = {}
@@ -115,6 +117,8 @@ def _parse_run(command: str, argv: list[str], description: str, *, base: str | N
         overrides["data.skip_bad"] = True
     if flags.out:
         overrides["out"] = flags.out
+    if getattr(flags, "inception", None):
+        overrides["evaluate.inception"] = flags.inception
     config = None
     for document in base.split("\n---\n") if base else ():
         config = build_config(load_yaml(document, "embedded configuration"), config)
@@ -193,6 +197,7 @@ def _stage(stage: str, argv: list[str]) -> None:
             raise RunError("there is nothing to evaluate against: set data.test, or data.holdout before the run")
         for metric in result["metrics"]:
             value = "n/a" if metric["value"] is None else f"{metric['value']:.4f}"
+            value += f" ± {metric['spread']:.4f}" if metric["spread"] is not None else ""
             print(f"{metric['name']:<48} {value:>10}  {'private' if metric['private'] else 'NOT private'}")
     if stage == "sample":
         print(f"{len(result)} images in {run.folder.synthetic}")

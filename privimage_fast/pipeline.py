@@ -170,6 +170,8 @@ class Run:
             )
         if self.config.query.onnx and not Path(self.config.query.onnx).is_file():
             raise ConfigError(f"query.onnx: no file {self.config.query.onnx}")
+        if self.config.evaluate.inception and not Path(self.config.evaluate.inception).is_file():
+            raise ConfigError(f"evaluate.inception: no file {self.config.evaluate.inception}")
 
     def check_new(self, *, resume: bool) -> None:
         """Refuses a folder that holds a run, unless it is to be gone on with, and a path that is no folder."""
@@ -357,7 +359,7 @@ class Run:
         return run_evaluate(
             self.folder, c.evaluate, synthetic=self.sample(), test=self.test, feature_network=network,
             weights=load_pretrained(self.folder.model)[2], seed=c.seed, device=self.device,
-            private=self.private if c.evaluate.neighbours else None,
+            private=self.private if c.evaluate.neighbours or c.evaluate.memorisation else None,
         )  # fmt: skip
 
     def report(self) -> Path:

@@ -7,9 +7,12 @@
 //            input channels (an RGB stem), where natural would leave most lanes empty.
 //
 // x (zero-padded) and g are packed channels innermost, block by block of channels, so that the inner loop reads both as
-// streams; a kernel offset is a shifted pointer. A group of tiles shares one block of vectors: a run of positions short
-// enough for the first cache passes through all of them before the next run. Rows of one sample are packed a few at a
-// time; after the last of them a group is written while its tiles are near.
+// streams; a kernel offset is a shifted pointer. Scalars that follow each other along a row of the image are read where
+// they are: they need no padding, and a tile reads only a few such rows at once.
+//
+// A group of tiles shares one block of vectors: a run of positions short enough for the first cache passes through all of
+// them before the next run. Rows of one sample are packed a few at a time; after the last of them a group is written
+// while its tiles are near.
 #include "conv_weight_grad.h"
 #include "microkernel.h"
 #include "packing.h"
@@ -22,6 +25,8 @@ namespace {
 constexpr int64_t kRun = 256;      // positions of a run: 16 KiB of vectors at 16 lanes
 constexpr int64_t kPacked = 1024;  // positions packed at once, where several rows are
 constexpr int64_t kGroup = 9;      // tiles of a group, where a kernel does not need more
+constexpr int64_t kNearFloats = 4096;  // half of the first cache
+constexpr int64_t kStayFloats = 65536;  // half of the second
 
 struct Plan {
   const ConvWeightGradParams& p;
@@ -32,12 +37,14 @@ struct Plan {
   int64_t images;        // rows of the batch packed at once
   bool flat;             // 1x1, stride 1, no padding: positions form one line
   bool swapped;
+  bool in_place;         // g is not packed
   int64_t scalars, scalar_lanes;  // scalars of all tiles; floats between two positions of the scalar operand
   int64_t scalar_blocks, vector_blocks, vectors;
   int64_t tiles_per_block;        // tiles of a block of scalars
   int64_t group_blocks, groups;   // scalar blocks of a group of tiles; such groups
   int64_t x_block, g_block;       // floats of a packed block of channels
   int64_t x_blocks, g_blocks;
+  bool vectors_first;             // a block of vectors meets all groups, rather than a group all blocks of vectors
   bool one_pass;                  // all rows of a sample are packed at once
 
   explicit Plan(const ConvWeightGradParams& params) : p(params) {
@@ -63,11 +70,16 @@ struct Plan {
     tiles_per_block = swapped ? 1 : offsets;
     group_blocks = min64(scalar_blocks, max64(1, kGroup / tiles_per_block));
     groups = div_up(scalar_blocks, group_blocks);
+    in_place = !swapped && p.g_dtype == DType::f32 && p.g_stride[3] == 1;
     scalar_lanes = swapped ? div_up(in, kLanes) * kLanes : kLanes;
     x_block = images * xh * xw * (swapped ? scalar_lanes : kWide);
     g_block = images * gh * gw * (swapped ? kWide : kLanes);
+    // The operand of the inner loop is read again for each step of the outer one: the lesser evil.
+    const int64_t vector_floats = vector_blocks * (swapped ? g_block : x_block);
+    const int64_t scalar_floats = swapped ? x_block : images * gh * gw * out;
+    vectors_first = vector_floats > kStayFloats && groups * vector_floats > vector_blocks * scalar_floats;
     x_blocks = swapped ? 1 : vector_blocks;
-    g_blocks = swapped ? vector_blocks : scalar_blocks;
+    g_blocks = swapped ? vector_blocks : in_place ? 0 : scalar_blocks;
   }
 
   int64_t lanes(int64_t vector_block) const {
@@ -86,38 +98,62 @@ struct Buffers {
   double* sq;
 };
 
-// Packs a block of channels of `images` rows, from row `first` of the batch on: `n` channels `lanes` apart by position.
-void pack_block(const Plan& plan, bool gradient, float* dst, int64_t lanes, int64_t n, int64_t first, int64_t images,
-                int64_t channel) {
+// Packs all blocks of channels of `images` rows, from row `first` of the batch and `channel` on.
+void pack_operand(const Plan& plan, bool gradient, float* dst, int64_t first, int64_t images, int64_t channel, Team team) {
   const ConvWeightGradParams& p = plan.p;
   const int64_t* stride = gradient ? p.g_stride : p.x_stride;
   const int64_t* size = gradient ? p.out_size : p.in_size;
+  const bool scalars = gradient != plan.swapped;
+  const int64_t channels = gradient ? plan.out : plan.in, blocks = gradient ? plan.g_blocks : plan.x_blocks;
+  const int64_t block_channels = !scalars ? kWide : gradient ? kBroadcasts : channels;
+  const int64_t block_floats = gradient ? plan.g_block : plan.x_block;
+  const int64_t rows = gradient ? plan.gh : plan.xh, cols = gradient ? plan.gw : plan.xw;
+  const int64_t h0 = gradient ? 0 : -p.padding[0], w0 = gradient ? 0 : -p.padding[1];
   const Image image{size[0], size[1], stride[1], stride[2], stride[3]};
-  const Window window = gradient ? Window{0, 0, plan.gh, plan.gw} : Window{-p.padding[0], -p.padding[1], plan.xh, plan.xw};
-  for (int64_t k = 0; k < images; ++k, dst += window.rows * window.cols * lanes) {
-    for (int64_t v = 0; v < min64(lanes, div_up(n, kLanes) * kLanes); v += kLanes) {
-      pack_window(dst + v, lanes, window.cols, gradient ? p.g : p.x, gradient ? p.g_dtype : p.x_dtype,
-                  (first + k) * stride[0] + (channel + v) * stride[1], min64(kLanes, n - v), image, window);
+  // Where channels are adjacent, all blocks take their part of some positions while these are in the first cache.
+  const int64_t near = stride[1] == 1 ? max64(8, kNearFloats / channels) : rows * cols;
+  const int64_t band_cols = min64(cols, near), band_rows = min64(rows, max64(1, near / cols));
+  for (int64_t k = 0; k < images; ++k) {
+    for (int64_t r = 0; r < rows; r += band_rows) {
+      for (int64_t q = 0; q < cols; q += band_cols) {
+        const Window window{h0 + r, w0 + q, min64(band_rows, rows - r), min64(band_cols, cols - q)};
+        for (int64_t i = team.member; i < blocks; i += team.size) {
+          const int64_t lanes = scalars ? plan.scalar_lanes : plan.lanes(i), n = channels - i * block_channels;
+          float* at = dst + i * block_floats + ((k * rows + r) * cols + q) * lanes;
+          for (int64_t v = 0; v < min64(lanes, div_up(n, kLanes) * kLanes); v += kLanes) {
+            pack_window(at + v, lanes, cols, gradient ? p.g : p.x, gradient ? p.g_dtype : p.x_dtype,
+                        (first + k) * stride[0] + (channel + i * block_channels + v) * stride[1], min64(kLanes, n - v), image,
+                        window);
+          }
+        }
+      }
     }
   }
 }
 
-// Passes `images` packed rows through the tiles of one group and one block of vectors.
-void accumulate_group(const Plan& plan, const Buffers& buf, float* sums, int64_t group, int64_t vb, int64_t images, bool fresh) {
+// Passes `images` packed rows through the tiles of one group and one block of vectors. g: the first of them, where g is
+// read in place.
+void accumulate_group(const Plan& plan, const Buffers& buf, const float* g_in_place, float* sums, int64_t group, int64_t vb,
+                      int64_t images, bool fresh) {
   const ConvWeightGradParams& p = plan.p;
   const int64_t lanes = plan.lanes(vb);
   const int64_t x_lanes = plan.swapped ? plan.scalar_lanes : lanes, g_lanes = plan.swapped ? lanes : plan.scalar_lanes;
   const int64_t last_block = min64(plan.scalar_blocks, (group + 1) * plan.group_blocks);
   Walk x{plan.xh * plan.xw * x_lanes, p.stride[0] * plan.xw * x_lanes, p.stride[1] * x_lanes};
   Walk g{plan.gh * plan.gw * g_lanes, plan.gw * g_lanes, g_lanes};
+  if (plan.in_place) g = Walk{p.g_stride[0], p.g_stride[2], 1};
   int64_t rows = plan.gh, cols = plan.gw;
-  if (plan.flat) {  // rows and images follow each other
-    cols *= rows * images;
-    rows = images = 1;
+  if (plan.flat && g.row == cols * g.col) {  // rows follow each other, images may
+    cols *= rows;
+    rows = 1;
+    if (g.image == cols * g.col) {
+      cols *= images;
+      images = 1;
+    }
   }
-  const int64_t run_cols = min64(cols, images * rows > 1 ? cols : kRun);
+  const int64_t run_cols = min64(cols, rows > 1 ? cols : kRun);
   const int64_t run_rows = max64(1, min64(rows, kRun / run_cols));
-  const int64_t run_images = run_rows < rows ? 1 : max64(1, min64(images, kRun / (rows * run_cols)));
+  const int64_t run_images = run_rows < rows || run_cols < cols ? 1 : max64(1, min64(images, kRun / (rows * run_cols)));
   for (int64_t image = 0; image < images; image += run_images) {
     for (int64_t row = 0; row < rows; row += run_rows) {
       for (int64_t col = 0; col < cols; col += run_cols) {
@@ -125,12 +161,13 @@ void accumulate_group(const Plan& plan, const Buffers& buf, float* sums, int64_t
                       plan.swapped ? g : x, plan.swapped ? x : g};
         const bool start = fresh && image == 0 && row == 0 && col == 0;
         const float* xp = buf.x + image * x.image + row * x.row + col * x.col + (plan.swapped ? 0 : vb * plan.x_block);
-        const float* gp = buf.g + image * g.image + row * g.row + col * g.col + (plan.swapped ? vb * plan.g_block : 0);
+        const float* gp = (plan.in_place ? g_in_place : buf.g) + image * g.image + row * g.row + col * g.col +
+                          (plan.swapped ? vb * plan.g_block : 0);
         float* tile = sums;
         for (int64_t sb = group * plan.group_blocks; sb < last_block; ++sb) {
           const int64_t count = min64(kBroadcasts, plan.scalars - sb * kBroadcasts);
+          int64_t at[kBroadcasts];
           if (plan.swapped) {
-            int64_t at[kBroadcasts];
             for (int64_t j = 0; j < count; ++j) {
               const int64_t scalar = sb * kBroadcasts + j;  // channel-major: scalar = channel * offsets + offset
               at[j] = scalar / plan.offsets + plan.shift(scalar % plan.offsets, x_lanes);
@@ -139,9 +176,12 @@ void accumulate_group(const Plan& plan, const Buffers& buf, float* sums, int64_t
             tile += kTile;
             continue;
           }
-          const OuterRun outer = outer_run<false>(count, lanes);
+          if (plan.in_place)
+            for (int64_t j = 0; j < count; ++j) at[j] = (sb * kBroadcasts + j) * p.g_stride[1];
+          const OuterRun outer = plan.in_place ? outer_run<true>(count, lanes) : outer_run<false>(count, lanes);
+          const float* scalars = plan.in_place ? gp : gp + sb * plan.g_block;
           for (int64_t offset = 0; offset < plan.offsets; ++offset, tile += kTile)
-            outer(run, xp + plan.shift(offset, x_lanes), gp + sb * plan.g_block, nullptr, tile, start);
+            outer(run, xp + plan.shift(offset, x_lanes), scalars, at, tile, start);
         }
       }
     }
@@ -181,21 +221,16 @@ void sample_grad(const Plan& plan, const Buffers& buf, int64_t b, Team team) {
     for (int64_t k = 0; k < p.multiplicity; k += plan.images) {
       const int64_t images = min64(plan.images, p.multiplicity - k), row = b * p.multiplicity + k;
       const bool last = k + images == p.multiplicity;
-      for (int64_t i = team.member; i < plan.x_blocks; i += team.size) {
-        const int64_t lanes = plan.swapped ? plan.scalar_lanes : plan.lanes(i);
-        pack_block(plan, false, buf.x + i * plan.x_block, lanes, plan.swapped ? plan.in : plan.in - i * kWide, row, images,
-                   conv_group * plan.in + i * kWide);
-      }
-      for (int64_t i = team.size - 1 - team.member; i < plan.g_blocks; i += team.size) {
-        const int64_t lanes = plan.swapped ? plan.lanes(i) : plan.scalar_lanes;
-        const int64_t channel = i * (plan.swapped ? kWide : kBroadcasts);
-        pack_block(plan, true, buf.g + i * plan.g_block, lanes, plan.out - channel, row, images, conv_group * plan.out + channel);
-      }
+      pack_operand(plan, false, buf.x, row, images, conv_group * plan.in, team);
+      pack_operand(plan, true, buf.g, row, images, conv_group * plan.out, team);
       team.barrier();
+      const float* g = nullptr;
+      if (plan.in_place) g = static_cast<const float*>(p.g) + row * p.g_stride[0] + conv_group * plan.out * p.g_stride[1];
       for (int64_t i = team.first(items); i < team.last(items); ++i) {
-        const int64_t group = i / plan.vector_blocks, vb = i % plan.vector_blocks;
+        const int64_t group = plan.vectors_first ? i % plan.groups : i / plan.vector_blocks;
+        const int64_t vb = plan.vectors_first ? i / plan.groups : i % plan.vector_blocks;
         float* sums = buf.sums + (plan.one_pass ? team.member : i) * plan.group_floats();
-        accumulate_group(plan, buf, sums, group, vb, images, k == 0);
+        accumulate_group(plan, buf, g, sums, group, vb, images, k == 0);
         if (last) buf.sq[i] = finish_group(plan, sums, group, vb, conv_group, out);
       }
       team.barrier();

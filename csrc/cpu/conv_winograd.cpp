@@ -25,7 +25,7 @@ constexpr int64_t kSharedFloats = 65536;  // g blocks that stay in the second ca
 template <int M>
 struct Plan {
   static constexpr int kSide = M + 2, kPoints = kSide * kSide;
-  static constexpr int64_t kRunTiles = M == 4 ? 64 : 128;
+  static constexpr int64_t kRunTiles = M == 4 ? 64 : 128, kLongestRun = 4 * kRunTiles;
 
   const ConvWeightGradParams& p;
   int64_t in, out;                    // channels of a group
@@ -45,15 +45,24 @@ struct Plan {
     tile_rows = div_up(p.out_size[0], M);
     tile_cols = div_up(p.out_size[1], M);
     rows = p.multiplicity * tile_rows;
-    run_rows = div_up(rows, div_up(rows * tile_cols, kRunTiles));
+    set_run(div_up(rows, div_up(rows * tile_cols, kRunTiles)));
+    if (!one_run && rows * tile_cols <= kLongestRun) {  // sums in memory may cost more of it than a longer run
+      const int64_t floats = x_floats + g_floats + sum_floats, shorter = run_rows;
+      set_run(rows);
+      if (x_floats + g_floats > floats) set_run(shorter);
+    }
+    const int64_t row_floats = M * (M * tile_cols + 2) * kWide;
+    band_rows = max64(1, min64(tile_rows, kStageFloats / row_floats));
+    stage_floats = (band_rows * M + 2) * (M * tile_cols + 2) * kWide;
+  }
+
+  void set_run(int64_t tile_rows_of_run) {
+    run_rows = tile_rows_of_run;
     one_run = run_rows >= rows;
     tiles = run_rows * tile_cols | 1;  // odd: the points of a tile then fall into different sets of the first cache
     x_floats = x_blocks * kPoints * tiles * kWide;
     g_floats = g_blocks * kPoints * tiles * kLanes;
     sum_floats = one_run ? 0 : g_blocks * x_blocks * kPoints * kTile;
-    const int64_t row_floats = M * (M * tile_cols + 2) * kWide;
-    band_rows = max64(1, min64(tile_rows, kStageFloats / row_floats));
-    stage_floats = (band_rows * M + 2) * (M * tile_cols + 2) * kWide;
   }
 
   int64_t lanes(int64_t x_block) const {
@@ -235,13 +244,18 @@ void sample_grad(const Plan<M>& plan, const Buffers& buf, int64_t b, Team team) 
   if (team.member == 0) p.sq_norms[b] = sum;
 }
 
+int64_t padded(int64_t floats) { return div_up(floats, 16) * 16; }
+
+template <int M>
+int64_t thread_floats(const Plan<M>& plan) {
+  return padded(plan.x_floats) + padded(plan.g_floats) + padded(plan.sum_floats) + padded(2 * plan.g_blocks * plan.x_blocks) +
+         padded(plan.stage_floats);
+}
+
 template <int M>
 void winograd(const ConvWeightGradParams& p) {
   const Plan<M> plan(p);
-  const int64_t sq_floats = 2 * plan.g_blocks * plan.x_blocks;
-  const auto padded = [](int64_t floats) { return div_up(floats, 16) * 16; };
-  const int64_t floats = padded(plan.x_floats) + padded(plan.g_floats) + padded(plan.sum_floats) + padded(sq_floats) +
-                         padded(plan.stage_floats);
+  const int64_t floats = thread_floats(plan);
   for_each_sample(p.samples, p.num_threads, static_cast<size_t>(floats) * sizeof(float),
                   [&](int64_t b, char* shared, char* own, Team team) {
                     Buffers buf;
@@ -259,6 +273,10 @@ void winograd(const ConvWeightGradParams& p) {
 void conv_winograd(const ConvWeightGradParams& p, int tile) {
   if (tile == 2) return winograd<2>(p);
   winograd<4>(p);
+}
+
+int64_t conv_winograd_bytes(const ConvWeightGradParams& p, int tile) {
+  return 4 * (tile == 2 ? thread_floats(Plan<2>(p)) : thread_floats(Plan<4>(p)));
 }
 
 }  // namespace ISA_NAMESPACE

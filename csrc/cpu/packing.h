@@ -51,7 +51,7 @@ static HOST_DEVICE void pack_line(float* dst, int64_t step, const T* src, int64_
 }
 
 // Channels 0 .. n-1 (n <= kLanes) of `src` as one vector per position: position (r, q) at dst + (r * pitch + q) * step.
-// Lanes from n on are zero.
+// Lanes from n on hold anything.
 template <class T>
 static void pack_window(float* dst, int64_t step, int64_t pitch, const T* src, int64_t n, const Image& image,
                         const Window& window) {
@@ -72,10 +72,14 @@ static void pack_window(float* dst, int64_t step, int64_t pitch, const T* src, i
     float* to = dst + left * step;
     const int64_t count = right - left;
     if (image.channel_stride == 1) {
-      for (int64_t q = 0; q < count; ++q) {
-        const T* pixel = line + q * image.w_stride;
-        store(to + q * step, n == kLanes ? load_floats(pixel) : load_some(pixel, n));
-      }
+      // Whole vectors as long as they end within the line.
+      const int64_t last = (count - 1) * image.w_stride + n - kLanes;
+      const int64_t some = image.w_stride > 0 && last >= 0 ? min64(count, last / image.w_stride + 1) : 0;
+      const int64_t whole = n == kLanes ? count : some;
+      const T* pixel = line;
+      int64_t q = 0;
+      for (; q < whole; ++q, pixel += image.w_stride, to += step) store(to, load_floats(pixel));
+      for (; q < count; ++q, pixel += image.w_stride, to += step) store(to, load_some(pixel, n));
     } else if (image.w_stride == 1) {
       pack_line(to, step, line, image.channel_stride, n, count);
     } else {

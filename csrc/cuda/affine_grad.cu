@@ -31,10 +31,10 @@ template <bool kLast>
 __global__ void __launch_bounds__(32 * kWays) affine_kernel(AffineGradParams p) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   constexpr int kChannels = kLast ? 32 : kWays;
-  const int64_t chunks = (p.channels + kChannels - 1) / kChannels;
+  const unsigned chunks = (static_cast<unsigned>(p.channels) + kChannels - 1) / kChannels;
   const int64_t sample = blockIdx.x / chunks, channel = blockIdx.x % chunks * kChannels + (kLast ? lane : warp);
   const bool per_group = p.stats == AffineGradParams::Stats::per_group;
-  const int64_t group = channel / (p.channels / p.groups);
+  const int64_t group = static_cast<unsigned>(channel) / static_cast<unsigned>(p.channels / p.groups);
   Sum weight, bias;
   if (channel < p.channels) {
     for (int64_t row = sample * p.multiplicity; row < (sample + 1) * p.multiplicity; ++row) {

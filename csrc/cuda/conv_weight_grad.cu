@@ -262,6 +262,7 @@ template <class T>
 __global__ void __launch_bounds__(T::kBlock, T::kBlocksPerSM) weight_grad_kernel(Problem p) {
   const ConvGeometry& q = p.shape;
   using Element = typename T::Element;
+  static_assert((T::kMode == Mode::bf16) == (sizeof(Element) == 2));
   DYNAMIC_SHARED(shared);
   Element* const slots = reinterpret_cast<Element*>(shared);
 

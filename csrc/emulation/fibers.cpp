@@ -15,6 +15,7 @@
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 #if !defined(__x86_64__)
@@ -223,6 +224,9 @@ void run_block(const char* kernel, size_t shared_bytes, const std::function<void
     order[i] = i;
     f.index = {unsigned(i % block_dim.x), unsigned(i / block_dim.x % block_dim.y), unsigned(i / block_dim.x / block_dim.y)};
     f.stack = stacks.get(i);
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(f.stack, kStackBytes);  // the last fiber here never returned from its frames
+#endif
     f.context.prepare(f.stack, kStackBytes, fiber_main);
   }
   size_t done = 0;

@@ -99,7 +99,8 @@ class Collector:
 
     def _defer(self, use: Use, multiplicity: int, how: str) -> None:
         assert isinstance(use.rule, MatrixRule)
-        use = _in_float(use)
+        if use.g.device.type == "cpu" or torch.float16 in (use.x.dtype, use.g.dtype):
+            use = _in_float(use)  # on a GPU bfloat16 stays: half the memory, and its norm is one matrix product
         name = use.rule.names["weight"]
         self.sq_norms[name] = use.rule.weight_norms(use.x, use.g, multiplicity, how) * (1 + DEFERRED_SLACK)
         for term in use.rule.bias_terms(use.g, multiplicity, self.stored):
@@ -131,6 +132,8 @@ class Collector:
 
     def total_sq_norms(self, device: torch.device) -> Tensor:
         total = torch.zeros(self.samples, dtype=torch.float64, device=device)
+        if device.type != "cpu" and self.sq_norms:  # one launch instead of one a parameter
+            return torch.stack([sq.to(total) for sq in self.sq_norms.values()]).sum(0)
         for sq in self.sq_norms.values():
             total += sq.double()
         return total
@@ -143,11 +146,12 @@ class Collector:
 
         deferred = {}  # computed first: where one fails, nothing has been added
         for name, entry in self._deferred.items():
+            entry.use = _in_float(entry.use)
             x, g = entry.use.x, entry.use.g
             per_row = of(name).repeat_interleave(x.shape[0] // self.samples).view(-1, *([1] * (g.dim() - 1)))
             # Multiplying by zero would let an infinite sample through as NaN; such rows are replaced, input and all.
             kept = per_row != 0
-            if not bool(kept.all()) or g.device.type != "cpu":
+            if g.device.type != "cpu" or not bool(kept.all()):  # looking at the values would wait for a GPU
                 g = torch.where(kept, g, 0) * per_row
                 x = torch.where(kept.view(-1, *([1] * (x.dim() - 1))), x, 0)
             else:

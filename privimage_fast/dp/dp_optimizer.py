@@ -303,6 +303,14 @@ class DPOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.original_optimizer.load_state_dict(state_dict)
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked by an enabled GradScaler before it steps."""
+        raise RuntimeError(
+            "GradScaler multiplies the loss, so gradients would be clipped at C divided by its scale; train in bfloat16 "
+            "autocast, which needs no scaler (GradScaler(enabled=False))"
+        )
+
     def __getattr__(self, name: str) -> Any:
         if name == "original_optimizer" or name.startswith("__"):
             raise AttributeError(name)

@@ -118,6 +118,10 @@ def _accumulate(
     parameters = trainable_parameters(module)
     if not parameters:
         raise ValueError(f"{type(module).__name__} has no trainable parameter: every requires_grad is False")
+    first = next((t for t in batch_tensors(list(args)) if t.dim()), None)
+    if first is not None and first.shape[0] == 0:  # an empty draw; many modules do not run on no rows
+        device = next(iter(parameters.values())).device
+        return torch.zeros(0, dtype=torch.float64, device=device), torch.zeros(0, device=device)
     sink = Sink()
     tracker = Tracker(module, args, sink)
     with torch.enable_grad(), eagerly(module), tracker:

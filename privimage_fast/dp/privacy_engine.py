@@ -99,7 +99,7 @@ class PrivacyEngine:
             clipping: "flat", "per_layer", "automatic" (``gamma``) or "adaptive" (``target_unclipped_quantile``,
                 ``clipbound_learning_rate``, ``min_clipbound``, ``max_clipbound``, ``unclipped_num_std``).
             multiplicity: K adjacent rows belong to one sample, whose gradient is that of the mean of its rows' losses.
-            population: N, stated as a public value; len(dataset) unless given.
+            population: N, stated as a public value; the ledger's, or len(dataset), unless given.
             strategy: "auto", "store", "gram" or "norm-only", as in :func:`privimage_fast.clipped_grad`.
             batch_first, grad_sample_mode, wrap_model, rand_on_empty: Opacus' keywords; True, any, any, False.
 
@@ -136,7 +136,7 @@ class PrivacyEngine:
             raise TypeError(f"make_private got unknown options for clipping={clipping!r}: {', '.join(sorted(options))}")
 
         loader = DPDataLoader.from_data_loader(
-            data_loader, poisson_sampling=poisson_sampling, population=population, randomness=self._randomness
+            data_loader, poisson_sampling=poisson_sampling, population=self._population(population), randomness=self._randomness
         )
         existing = recorder_of(module)
         if existing is not None:
@@ -170,13 +170,23 @@ class PrivacyEngine:
             raise TypeError(
                 "make_private_with_epsilon finds the noise_multiplier; give either it (make_private) or target_epsilon"
             )
-        loader = DPDataLoader.from_data_loader(data_loader, poisson_sampling=poisson_sampling, population=population)
+        loader = DPDataLoader.from_data_loader(
+            data_loader, poisson_sampling=poisson_sampling, population=self._population(population)
+        )
         steps = math.ceil(epochs * loader.length) if poisson_sampling else math.ceil(epochs)
         sigma = self._solve(target_epsilon, target_delta, loader.sample_rate, steps)
         return self.make_private(
             module=module, optimizer=optimizer, data_loader=data_loader, noise_multiplier=sigma, max_grad_norm=max_grad_norm,
             poisson_sampling=poisson_sampling, population=population, **keywords,
         )  # fmt: skip
+
+    def _population(self, stated: int | None) -> int | None:
+        """The public N: the ledger's where there is one."""
+        if self.ledger is None:
+            return stated
+        if stated not in (None, self.ledger.header.population):
+            raise ValueError(f"population is {stated}, but the ledger was opened with {self.ledger.header.population}")
+        return self.ledger.header.population
 
     def _solve(self, target_epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
         prior, accountant = self._events(), self.accountant.mechanism()
@@ -190,12 +200,12 @@ class PrivacyEngine:
         if accountant == "pld" or fits(sigma):
             return sigma
         # The other accountants report more than PLD does, and it is their figure that get_epsilon will show.
-        low, high = sigma, sigma * 1.02
+        low, high = sigma, sigma * 1.01
         while not fits(high):
-            low, high = high, high * 1.5
+            low, high = high, high * 1.2
             if high > accounting.MAX_NOISE_MULTIPLIER:
                 raise accounting.BudgetError(f"no noise multiplier keeps {steps} steps within {target_epsilon} by {accountant}")
-        while high / low > 1.0005:
+        while high / low > 1.003:  # a PRV composition takes seconds
             middle = math.sqrt(low * high)
             low, high = (low, middle) if fits(middle) else (middle, high)
         return high

@@ -35,9 +35,20 @@ logger = logging.getLogger(__name__)
 class _Call:
     """One call of the module: its tracker, its rows, and the batch that was drawn last when it ran."""
 
-    def __init__(self, tracker: Tracker, batch: DrawnBatch | None) -> None:
-        self.tracker, self.rows, self.batch = tracker, tracker.rows, batch
-        self.over = False  # the optimizer has stepped since
+    def __init__(self, tracker: Tracker, batch: DrawnBatch | None, step: int) -> None:
+        self.tracker, self.rows, self.batch, self.step = tracker, tracker.rows, batch, step
+        self.received = False  # its backward pass has been here
+
+
+class _UsesOf(Counter[str]):
+    """How often each parameter is used in the calls of a list that still grows."""
+
+    def __init__(self, calls: list[_Call]) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def __missing__(self, name: str) -> int:
+        return sum(made.tracker.calls[name] for made in self.calls)
 
 
 class _CallTracker(Tracker):
@@ -71,10 +82,11 @@ class Recorder:
     def __init__(self, module: nn.Module, *, multiplicity: int, choose: Choice) -> None:
         self.module, self.multiplicity, self._choose = module, multiplicity, choose
         self.batch: DrawnBatch | None = None  # the one handed out last; set by the optimizer
+        self._step = 0  # counts optimizer steps, those that only add up too
         self._calls: list[_Call] = []
-        self._counts: Counter[str] = Counter()
         self._collector: Collector | None = None
         self._collected_batch: DrawnBatch | None = None
+        self._refusal: str | None = None
         self._running = False
         self._hooks = WeakIdKeyDictionary()  # parameter → handle
         self._probed_silently = False
@@ -96,7 +108,6 @@ class Recorder:
     def _run_watched(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._hook_parameters()
         sink = Sink()
-        sink.calls = self._counts
         tracker = _CallTracker(self.module, (args, kwargs), sink)
         if tracker.rows % self.multiplicity:
             raise ValueError(
@@ -108,7 +119,7 @@ class Recorder:
         tracker.check_buffers()
         tracker.check_gradients({})
         self._probe(out, (args, kwargs), tracker, sink)
-        made = _Call(tracker, self.batch)
+        made = _Call(tracker, self.batch, self._step)
         self._calls.append(made)
         sink.receiver = functools.partial(self._receive, made)
         return out
@@ -155,34 +166,49 @@ class Recorder:
             probe_rows(self.module, part_of, inputs, rows, self.multiplicity, tracker, sink, key=key)
 
     def _receive(self, made: _Call, use: Use) -> None:
-        if made.over:
+        if made.step != self._step:
             raise RuntimeError(
                 "loss.backward() reached a call of the private module that was made before the last optimizer.step(); the "
                 "weights have changed since. Call the module again, or detach its output"
             )
-        samples, batch = made.rows // self.multiplicity, made.batch
-        if batch is not None and samples > batch.samples:
-            raise RuntimeError(
+        if not made.received:
+            made.received = True
+            if not any(made is other for other in self._calls):  # differentiated once more, after zero_grad
+                self._calls.append(made)
+        if self._refusal is None:
+            self._refusal = self._why_not(made)
+        if self._refusal is None:
+            with torch.no_grad():
+                if self._collector is None:
+                    self._collector = Collector(made.rows, self.multiplicity, _UsesOf(self._calls), self._choose)
+                    self._collected_batch = made.batch
+                self._collector(use)
+
+    def _why_not(self, made: _Call) -> str | None:
+        """Why gradients of a call cannot join those of the step. Said when the optimizer steps: ``zero_grad`` may come first, as
+        after a generator's backward pass through its discriminator.
+        """
+        batch, k = made.batch, self.multiplicity
+        if batch is not None and made.rows != batch.samples * k:
+            return (
                 f"the private module was called with {made.rows} rows on a batch of {batch.samples} samples"
-                + (f" and multiplicity {self.multiplicity}" if self.multiplicity > 1 else "")
-                + ": each row would be clipped as a sample of its own. Call it once for each kind of row (real, fake), or keep "
-                "a sample's K rows adjacent and give make_private multiplicity=K"
+                + (f" and multiplicity {k}" if k > 1 else "")
+                + ": rows could not be told apart by sample. Call it with all rows of the batch, once for each kind (real, "
+                "fake); where a sample has K rows, keep them adjacent and give make_private multiplicity=K"
             )
         if self._collector is None:
-            self._collector = Collector(made.rows, self.multiplicity, self._counts, self._choose)
-            self._collected_batch = batch
-        elif batch is not self._collected_batch:
-            raise RuntimeError(
+            return None
+        if batch is not self._collected_batch:
+            return (
                 "gradients of two batches came together without an optimizer.step() or zero_grad() between them: their samples "
                 "would be clipped as one. Step after every batch; BatchMemoryManager cuts large ones"
             )
-        elif made.rows != self._collector.rows:
-            raise RuntimeError(
+        if made.rows != self._collector.rows:
+            return (
                 f"the private module was called with {self._collector.rows} and with {made.rows} rows in one step; row b of "
                 "every call has to belong to sample b. Make as many fake rows as there are real ones"
             )
-        with torch.no_grad():
-            self._collector(use)
+        return None
 
     # --- the optimizer's side
 
@@ -192,25 +218,36 @@ class Recorder:
         return bool(self._calls)
 
     def take(self) -> Collector | None:
-        """The per-sample gradients received since the last step; None if there are none. The next batch begins."""
-        collector, calls = self._collector, self._calls
+        """The per-sample gradients received since the last step; None if there are none. The next batch begins.
+
+        Raises:
+            RuntimeError: gradients came that cannot be told apart by sample.
+        """
+        collector, calls, refusal = self._collector, self._calls, self._refusal
+        self._calls, self._collector, self._refusal = [], None, None
+        self._step += 1
+        if refusal is not None:
+            raise RuntimeError(refusal)
         if collector is not None:
             derived = {key: t for made in calls for key, t in made.tracker.derived.items()}
             collector.pull_back(derived, trainable_parameters(self.module))
-        for made in calls:
-            made.over = True
-        self._calls, self._counts, self._collector = [], Counter(), None
         return collector
 
     def forget(self) -> None:
         """Drops the gradients received so far, as ``zero_grad`` does; calls whose backward pass is still to come stay."""
-        self._collector = None
+        self._collector = self._refusal = None
+        done = [made for made in self._calls if made.received]
+        self._calls[:] = [made for made in self._calls if not made.received]
+        for made in done:
+            made.received = False
 
     # --- the module itself
 
     def attach(self) -> nn.Module:
         """Makes the module run under this recorder from now on; it stays the same object of a subclass of its class."""
         module = self.module
+        # torch.compile of the private module then leaves its calls as written. (torch.optim has loaded the compiler already.)
+        self.run = torch.compiler.disable(self.run)  # type: ignore[method-assign]
         _recorders[module] = self
         object.__setattr__(module, "__class__", _watched_class(type(module)))
         return module
@@ -264,6 +301,11 @@ class _Watched:
         if recorder is not None:
             recorder.forget()
         super().zero_grad(set_to_none)  # type: ignore[misc]
+
+    def to_standard_module(self) -> Any:
+        """Opacus' name: the module without privacy."""
+        recorder = _recorders.get(self)  # type: ignore[call-overload]
+        return self if recorder is None else recorder.detach()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Copies and pickles are of the user's own class. (pickle insists on the object's own class after copyreg.__newobj__.)

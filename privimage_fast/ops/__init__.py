@@ -19,8 +19,8 @@ from privimage_fast.ops import cuda, native, reference
 
 __all__ = [
     "BuildInfo", "bias_grad", "build_info", "chacha20_block", "clip_factors", "conv_gram_norms", "conv_weight_grad",
-    "embedding_grad", "gaussian_noise", "group_norm_affine_grad", "layer_norm_affine_grad", "linear_gram_norms",
-    "linear_weight_grad", "private_step_", "weighted_sum_",
+    "embedding_grad", "gaussian_noise", "group_norm_affine_grad", "has_cpu_kernel", "layer_norm_affine_grad",
+    "linear_gram_norms", "linear_weight_grad", "private_step_", "weighted_sum_",
 ]  # fmt: skip
 
 P = ParamSpec("P")
@@ -43,10 +43,11 @@ def _dispatch(plain: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(plain)
     def op(*args: P.args, **kwargs: P.kwargs) -> R:
         tensors = list(_tensors((*args, *kwargs.values())))
+        if native.supports(name, tensors):
+            with torch.no_grad():
+                return kernel(*args, **kwargs)
         # A caller's autocast must not reach the reference: norms of bf16 products break the clip bound.
         with torch.no_grad(), torch.autocast(tensors[0].device.type if tensors else "cpu", enabled=False):
-            if native.supports(name, tensors):
-                return kernel(*args, **kwargs)
             if on_gpu is not None and cuda.supports(name, tensors):
                 return on_gpu(*args, **kwargs)
             return plain(*args, **kwargs)
@@ -67,6 +68,11 @@ weighted_sum_ = _dispatch(reference.weighted_sum_)
 gaussian_noise = _dispatch(reference.gaussian_noise)
 chacha20_block = _dispatch(reference.chacha20_block)
 private_step_ = _dispatch(reference.private_step_)
+
+
+def has_cpu_kernel(op: str, *tensors: Tensor) -> bool:
+    """Whether ``op`` runs in compiled code on these tensors' CPU memory, and not on the reference."""
+    return native.supports(op, tensors)
 
 
 @dataclass(frozen=True)

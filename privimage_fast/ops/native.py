@@ -96,6 +96,7 @@ def conv_weight_grad(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     op = "conv_weight_grad"
     shape = checks.conv_shape(op, x, g, kernel_size, stride, padding, dilation, groups, multiplicity)
+    checks.require(_algorithm in _ALGORITHMS, op, "_algorithm", _algorithm, "auto, direct, winograd2 or winograd4")
     if _algorithm.startswith("winograd"):
         plain = shape.kernel == (3, 3) and shape.stride == (1, 1) and shape.dilation == (1, 1)
         checks.require(plain, op, "_algorithm", _algorithm, "direct: Winograd's form is for 3×3, stride 1, dilation 1")

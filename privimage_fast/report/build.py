@@ -51,7 +51,7 @@ def summary_table(run_dir: Path) -> str:
     if privacy.replays:
         rows.append(("charged again", text.visible(privacy.replayed), ""))
     rows += [
-        (text.visible(m.name), text.metric_text(m.value, m.unit), "private" if m.private else "NOT private")
+        (text.visible(m.name), text.metric_text(m.value, m.unit, m.spread), "private" if m.private else "NOT private")
         for m in facts.metrics
     ]
     if facts.open_stages:
@@ -87,7 +87,7 @@ def _cards() -> Environment:
 def _with_filters(environment: Environment) -> Environment:
     environment.filters.update(
         epsilon=text.epsilon_text, delta=text.delta_text, factor=text.factor_text, number=text.number_text,
-        seconds=text.seconds_text, metric=lambda m: text.metric_text(m.value, m.unit), whole=_whole,
+        seconds=text.seconds_text, metric=lambda m: text.metric_text(m.value, m.unit, m.spread), whole=_whole,
         capfirst=lambda s: s[:1].upper() + s[1:],
     )  # fmt: skip
     environment.globals["infinity"] = math.inf

@@ -40,6 +40,7 @@ class Metric:
     unit: str
     private: bool
     detail: str
+    spread: Any = None
 
 
 @dataclass(frozen=True)
@@ -252,6 +253,7 @@ def _metrics(value: Any) -> list[Metric] | None:
             str(m.get("unit") or ""),
             m.get("private") is True,
             str(m.get("detail") or ""),
+            m.get("spread"),
         )
         for m in value["metrics"]
     ]

@@ -58,13 +58,17 @@ def number_text(value: Any) -> str:
     return f"{value:.6g}"
 
 
-def metric_text(value: Any, unit: Any) -> str:
-    """A measured figure; fractions as per cent, what could not be computed as n/a."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
+def metric_text(value: Any, unit: Any, spread: Any = None) -> str:
+    """A measured figure and, after ±, its spread; fractions as per cent, what could not be computed as n/a."""
+    if not _measured(value):
         return "n/a"
-    if unit == "fraction":
-        return f"{100 * value:.1f} %"
-    return f"{value:.4g} {unit or ''}".strip()
+    scale, digits, unit = (100, ".1f", "%") if unit == "fraction" else (1, ".4g", unit or "")
+    around = f" ± {scale * spread:{'.1f' if scale == 100 else '.2g'}}" if _measured(spread) else ""
+    return f"{scale * value:{digits}}{around} {unit}".strip()
+
+
+def _measured(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, int | float) and abs(value) < 1e300
 
 
 def seconds_text(seconds: float) -> str:

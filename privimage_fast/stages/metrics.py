@@ -95,6 +95,52 @@ def precision_recall(real: ArrayLike, fake: ArrayLike, k: int = 3) -> tuple[floa
     return _covered(fake, real, k), _covered(real, fake, k)
 
 
+def density_coverage(real: ArrayLike, fake: ArrayLike, k: int = 5) -> tuple[float, float]:
+    """Density and coverage of fake (m, d) against real (n, d) (Naeem et al. 2020, eq. 3-4).
+
+    Density counts how many real rows' balls (radius: distance to the k-th nearest other real row) a fake row lies in,
+    over k; it may exceed 1, and one outlier cannot raise it much. Coverage is the share of real rows with a fake row in
+    their ball. Raises ValueError as precision_recall does.
+    """
+    real, fake = _pair(real, fake, "real", "fake")
+    if len(real) <= k:
+        raise ValueError(f"real has {len(real)} row(s); k = {k} needs at least {k + 1}")
+    squared_radii = nearest_neighbours(real, real, k + 1)[1][:, k] ** 2
+    inside, reached = 0, np.zeros(len(real), bool)
+    for within in _within(fake, real, squared_radii):
+        inside += int(within.sum())
+        reached |= within.any(axis=0)
+    return inside / (k * len(fake)), _share(reached)
+
+
+@dataclass(frozen=True)
+class MembershipInference:
+    """How well an attacker tells members from others by a score; not private.
+
+    auc: probability that a random member scores higher than a random other, ties counting one half; 0.5 is a guess.
+    tpr: share of members above the threshold that at most the share ``fpr`` of others exceeds.
+    """
+
+    auc: float
+    tpr: float
+    fpr: float
+
+
+def membership_inference(members: ArrayLike, others: ArrayLike, fpr: float = 0.01) -> MembershipInference:
+    """Scores (n,) of members and (m,) of others, higher meaning "member" → how well they are told apart.
+
+    Raises ValueError on empty or non-finite scores.
+    """
+    members, others = np.asarray(members, np.float64).ravel(), np.sort(np.asarray(others, np.float64).ravel())
+    for name, scores in (("members", members), ("others", others)):
+        if len(scores) == 0 or not np.isfinite(scores).all():
+            raise ValueError(f"{name}: expected at least one score, all finite")
+    below, not_above = np.searchsorted(others, members, "left"), np.searchsorted(others, members, "right")
+    auc = float((below + not_above).mean() / (2 * len(others)))
+    threshold = others[-1 - int(fpr * len(others))]
+    return MembershipInference(auc, _share(members > threshold), fpr)
+
+
 def memorisation(
     synthetic: ArrayLike, train: ArrayLike, held_out: ArrayLike | None = None, tolerance: float = 0.0
 ) -> Memorisation:
@@ -121,12 +167,17 @@ def _share(flags: NDArray[np.bool_]) -> float:
 def _covered(points: NDArray[np.float64], centres: NDArray[np.float64], k: int) -> float:
     # Each centre is its own nearest neighbour, so its k-th other one is at position k.
     squared_radii = nearest_neighbours(centres, centres, k + 1)[1][:, k] ** 2
+    return sum(int(within.any(axis=1).sum()) for within in _within(points, centres, squared_radii)) / len(points)
+
+
+def _within(
+    points: NDArray[np.float64], centres: NDArray[np.float64], squared_radii: NDArray[np.float64]
+) -> Iterator[NDArray[np.bool_]]:
+    """Yields, a block of points at a time, which of the centres' balls each lies in, (rows, centres)."""
     squared_norms = (centres**2).sum(axis=1)
-    covered = 0
     for start, squared in _squared_distances(points, centres):
         slack = _ROUNDING * ((points[start : start + len(squared)] ** 2).sum(axis=1)[:, None] + squared_norms)
-        covered += int((squared <= squared_radii + slack).any(axis=1).sum())
-    return covered / len(points)
+        yield squared <= squared_radii + slack
 
 
 def _squared_distances(

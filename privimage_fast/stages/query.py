@@ -122,7 +122,7 @@ def _semantic_function(
     if config.onnx is not None:
         return load_onnx(Path(config.onnx)), f"ONNX model {Path(config.onnx).name}"
     model = public_classifier(folder, config.classifier, public, seed=seed, device=device)
-    return model, f"CNN of width {config.classifier.width} trained on the public set's {public.n_classes} labels"
+    return model, f"{config.classifier.name} trained on the public set's {public.n_classes} labels"
 
 
 def public_classifier(folder: RunFolder, config: ClassifierConfig, public: ImageSet, *, seed: int, device: str) -> Classifier:
@@ -131,7 +131,7 @@ def public_classifier(folder: RunFolder, config: ClassifierConfig, public: Image
     if path.exists():
         tensors, metadata = folder.load_tensors(path, "query")
         if metadata.get("fingerprint") == stamp:
-            model = Classifier(config.width, channels=public.channels, num_classes=public.n_classes)
+            model = Classifier(config, channels=public.channels, num_classes=public.n_classes)
             model.load_state_dict(tensors)
             return model.to(device).eval()
     train, held_out = train_test_split(public, 0.1, seed)
