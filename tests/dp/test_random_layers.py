@@ -399,9 +399,7 @@ def check(case: Case, max_grad_norm: float | None = None) -> None:
     tolerance = TOLERANCE + 4 * error_of_autograd(module, args, k, c)
     # A gradient that is zero because every position cancels or pads is measured as what its sum may round to.
     atol = 1e-12 if samples and float(norms.max()) > 0 else 1e-3
-    assert_matches_loop(
-        module, row_loss, args, multiplicity=k, tolerance=tolerance, norm_atol=atol, max_grad_norm=c, **options
-    )
+    assert_matches_loop(module, row_loss, args, multiplicity=k, tolerance=tolerance, norm_atol=atol, max_grad_norm=c, **options)
     whole = pf.clipped_grad(module, row_loss, args, max_grad_norm=c, multiplicity=k, **options).grads
     parts: dict[str, Tensor] = {name: torch.zeros_like(g, dtype=torch.float64) for name, g in whole.items()}
     for b in range(samples):
@@ -464,7 +462,8 @@ def test_the_bound_holds_over_the_range_of_floats(kind: str, strategy: str) -> N
     """Inputs and gradients of 1e-38 … 1e38, where factors and products become denormal or infinite."""
     torch.manual_seed(0)
     module, shape = {
-        "linear": (nn.Linear(9, 6, bias=False), (4, 9)), "rank-1": (nn.Linear(9, 6), (9,)), "conv": (nn.Conv2d(2, 4, 3), (2, 5, 5)),
+        "linear": (nn.Linear(9, 6, bias=False), (4, 9)), "rank-1": (nn.Linear(9, 6), (9,)),
+        "conv": (nn.Conv2d(2, 4, 3), (2, 5, 5)),
         "norm": (nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4)), (2, 5, 5)),
     }[kind]  # fmt: skip
 
