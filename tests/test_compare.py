@@ -66,6 +66,13 @@ def test_a_grid_is_variants_times_axes_times_seeds(tmp_path: Path) -> None:
     assert {c.config.select.mode for c in cells if c.variant == "dpdm"} == {"none"}
 
 
+def test_a_grid_may_have_seeds_of_its_own(tmp_path: Path) -> None:
+    grids = [{"axes": {"privacy.epsilon": [1]}}, {"axes": {"privacy.epsilon": [1, 2]}, "seeds": [1, 2]}]
+    cells = load_comparison(write(tmp_path, variants=["dpdm"], seeds=[0, 1], grids=grids)).cells
+    assert [(c.config.privacy.epsilon, c.seed) for c in cells] == [(1, 0), (1, 1), (1, 2), (2, 1), (2, 2)]
+    assert {c.config.public_seed for c in cells} == {0}
+
+
 def test_a_variant_keeps_what_it_fixes_and_is_run_once(tmp_path: Path) -> None:
     grid = [{"axes": {"privacy.epsilon": [1, 10]}}]
     cells = load_comparison(write(tmp_path, variants=["non-private"], grids=grid)).cells
@@ -88,6 +95,19 @@ def test_built_in_variants_are_configuration(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "benchmarks" / "grids").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_the_committed_grids_have_every_baseline_and_three_seeds(path: Path) -> None:
+    comparison = load_comparison(path)
+    at_ten = {(c.variant, c.seed) for c in comparison.cells if c.config.privacy.epsilon >= 10}
+    assert at_ten >= {
+        (v, s) for v in ("privimage", "random", "pdp-diffusion", "dpdm", "public-only", "non-private") for s in range(3)
+    }
+    assert len({c.config.select.max_image_ratio for c in comparison.cells if c.variant == "privimage"}) == 4
+    assert {c.config.select.max_image_ratio for c in comparison.cells if c.variant == "pdp-diffusion"} == {None}
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"variant": []}, "unknown 'variant'; did you mean variants"),
@@ -97,6 +117,7 @@ def test_built_in_variants_are_configuration(name: str) -> None:
         ({"variants": {"mine": {"select": {"mode": "best"}}}}, "variant mine.*semantic, random"),
         ({"seeds": [0, 0]}, "different whole numbers"),
         ({"seeds": 3}, "different whole numbers"),
+        ({"grids": [{"seeds": [-1]}]}, r"grids\[0\]\.seeds: expected a list of different whole numbers"),
         ({"grids": [{"axes": {"privacy.epsilonn": [1]}}]}, "did you mean privacy.epsilon"),
         ({"grids": [{"axes": {"privacy.epsilon": 1}}]}, "expected a list of values"),
         ({"grids": [{"axes": {"seed": [1]}}]}, "give `seeds`"),
@@ -162,6 +183,7 @@ def test_public_only_never_saw_a_sensitive_image(done: Path) -> None:
     pretrained = folder.load_tensors(folder.checkpoint("pretrain"), "pretrain")[0]
     model = folder.load_tensors(folder.model / "model.safetensors", "finetune")[0]
     assert all(np.array_equal(model[name], pretrained[name]) for name in model)
+    assert "left the fine-tuning out" in (folder.path / "README.md").read_text()
     assert "OVER BUDGET" not in (page := (folder.path / "report.html").read_text()) and "DISAGREE" not in page
 
 

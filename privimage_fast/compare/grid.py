@@ -8,6 +8,7 @@ grids:
   - axes: {privacy.epsilon: [1, 10]}
   - variants: [privimage, random]
     axes: {privacy.epsilon: [10], select.max_image_ratio: [0.01, 0.05, 0.2]}
+    seeds: [0]                           # where other ones than the comparison's will do
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Grid:
 
     variants: tuple[str, ...]
     axes: Mapping[str, tuple[Any, ...]]
+    seeds: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,8 @@ def load_comparison(path: str | Path, *, out: str | Path | None = None) -> Compa
             out=Path(out or _text(values, "out", f"compare/{path.stem}")),
             base=_base(values.get("base"), path),
             variants=(variants := _variants(values.get("variants", ["privimage"]))),
-            seeds=tuple(_whole_numbers(values.get("seeds", [0]))),
-            grids=tuple(_grids(values.get("grids") or [{}], tuple(variants))),
+            seeds=(seeds := tuple(_whole_numbers(values.get("seeds", [0]), "seeds"))),
+            grids=tuple(_grids(values.get("grids") or [{}], tuple(variants), seeds)),
             share_public_training=_flag(values, "share_public_training", True),
         )
     except (GridError, ConfigError) as error:
@@ -147,14 +149,14 @@ def _variants(value: Any) -> dict[str, dict[str, Any]]:
     return variants
 
 
-def _grids(value: Any, variants: tuple[str, ...]) -> Iterator[Grid]:
+def _grids(value: Any, variants: tuple[str, ...], seeds: tuple[int, ...]) -> Iterator[Grid]:
     if not isinstance(value, list):
         raise GridError(f"grids: expected a list of {{variants: […], axes: {{key: […]}}}}, found {value!r}")
     for i, entry in enumerate(value):
         where = f"grids[{i}]"
         if not isinstance(entry, dict):
             raise GridError(f"{where}: expected {{variants: […], axes: {{key: […]}}}}, found {entry!r}")
-        _known(entry, ["variants", "axes"], where)
+        _known(entry, ["variants", "axes", "seeds"], where)
         chosen, axes = entry.get("variants", list(variants)), entry.get("axes") or {}
         if not isinstance(chosen, list) or not isinstance(axes, dict):
             raise GridError(f"{where}: variants must be a list and axes a mapping key: [values]")
@@ -165,17 +167,18 @@ def _grids(value: Any, variants: tuple[str, ...]) -> Iterator[Grid]:
                 raise GridError(f"{where}.axes.{key}: expected a list of values, found {values!r}")
             if key in ("out", "seed", "public_seed"):
                 raise GridError(f"{where}.axes.{key}: set by the comparison itself; give `seeds`")
-        yield Grid(tuple(chosen), {key: tuple(values) for key, values in axes.items()})
+        own = tuple(_whole_numbers(entry["seeds"], f"{where}.seeds")) if "seeds" in entry else seeds
+        yield Grid(tuple(chosen), {key: tuple(values) for key, values in axes.items()}, own)
 
 
 def _cells(comparison: Comparison) -> Iterator[Cell]:
     seen: dict[str, str] = {}
-    count = sum(len(g.variants) * len(comparison.seeds) * _combinations(g) for g in comparison.grids)
+    count = sum(len(g.variants) * len(g.seeds) * _combinations(g) for g in comparison.grids)
     if count > MAX_CELLS:
         raise GridError(f"{count} runs, at most {MAX_CELLS} are meant for one comparison")
     for grid in comparison.grids:
         for variant, values in itertools.product(grid.variants, itertools.product(*grid.axes.values())):
-            for cell in _of_all_seeds(comparison, variant, dict(zip(grid.axes, values, strict=True))):
+            for cell in _of_all_seeds(comparison, variant, dict(zip(grid.axes, values, strict=True)), grid.seeds):
                 if cell.stamp in seen:
                     continue
                 if cell.name in seen.values():
@@ -191,7 +194,7 @@ def _combinations(grid: Grid) -> int:
     return count
 
 
-def _of_all_seeds(comparison: Comparison, variant: str, axes: dict[str, Any]) -> Iterator[Cell]:
+def _of_all_seeds(comparison: Comparison, variant: str, axes: dict[str, Any], seeds: tuple[int, ...]) -> Iterator[Cell]:
     changes = comparison.variants[variant]
     try:
         check_keys(dotted_keys(changes), f"variants.{variant}")
@@ -199,8 +202,8 @@ def _of_all_seeds(comparison: Comparison, variant: str, axes: dict[str, Any]) ->
     except ConfigError as error:
         raise GridError(f"variant {variant} with {axes}: {error}") from error
     settings = {key: setting(config, key) for grid in comparison.grids for key in grid.axes}
-    varied = [f"{key.rpartition('.')[2]}={_slug(setting(config, key))}" for key in axes if setting_in(changes, key) is None]
-    for seed in comparison.seeds:
+    varied = [f"{key.rpartition('.')[2]}={_slug(setting(config, key))}" for key in axes if not fixes(changes, key)]
+    for seed in seeds:
         name = "_".join([variant, *varied, f"seed={seed}"])
         public_seed = comparison.seeds[0] if comparison.share_public_training else None
         place = str(comparison.out / "runs" / name)
@@ -215,12 +218,14 @@ def setting(config: RunConfig, key: str) -> Any:
     return value
 
 
-def setting_in(changes: Mapping[str, Any], key: str) -> Any:
-    """The value that nested changes have at a dotted key; None if they leave it alone."""
+def fixes(changes: Mapping[str, Any], key: str) -> bool:
+    """Whether nested changes say something of a dotted key, if only null."""
     value: Any = changes
     for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value
+        if not isinstance(value, Mapping) or part not in value:
+            return False
+        value = value[part]
+    return True
 
 
 def _slug(value: Any) -> str:
@@ -250,8 +255,8 @@ def _flag(values: dict[str, Any], key: str, default: bool) -> bool:
     return value
 
 
-def _whole_numbers(value: Any) -> list[int]:
+def _whole_numbers(value: Any, where: str) -> list[int]:
     whole = isinstance(value, list) and value and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in value)
     if not whole or len(set(value)) != len(value):
-        raise GridError(f"seeds: expected a list of different whole numbers, found {value!r}")
+        raise GridError(f"{where}: expected a list of different whole numbers, found {value!r}")
     return value

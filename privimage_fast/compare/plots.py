@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from privimage_fast.compare.grid import Comparison, Grid, setting, setting_in
+from privimage_fast.compare.grid import Comparison, Grid, fixes, setting
 from privimage_fast.data.atomic import atomic_path
 from privimage_fast.data.sheet import image_sheet
 from privimage_fast.stages.folder import RunFolder
@@ -50,16 +50,16 @@ def series(
     """Line → (value on the axis, mean, spread). A variant that fixes the axis has the same figure at every value."""
     lines: dict[str, list[tuple[Any, float, float | None]]] = {}
     for s in summaries:
-        fixes = {k for k in s.settings if setting_in(comparison.variants[s.variant], k) is not None}
+        fixed = {k for k in s.settings if fixes(comparison.variants[s.variant], k)}
         # A run of another grid belongs to this one if it differs from the base in this grid's axes only.
         allowed = {k: grid.axes.get(k, (setting(comparison.base, k),)) for k in s.settings}
-        if s.variant not in grid.variants or not all(v in allowed[k] for k, v in s.settings.items() if k not in fixes):
+        if s.variant not in grid.variants or not all(v in allowed[k] for k, v in s.settings.items() if k not in fixed):
             continue
         mean, spread = s.figure(figure)
         if mean is None:
             continue
         rest = [f"{k.rpartition('.')[2]} {_text(s.settings[k])}" for k, v in grid.axes.items() if k != key and len(v) > 1]
-        at = ordered(grid.axes[key]) if key in fixes else [s.settings[key]]
+        at = ordered(grid.axes[key]) if key in fixed else [s.settings[key]]
         lines.setdefault(", ".join([s.variant, *rest]), []).extend((value, mean, spread) for value in at)
     return lines
 
