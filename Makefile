@@ -16,11 +16,14 @@ demo:
 	privimage demo --out runs/demo
 
 ptxas:            ## registers and spills of every CUDA kernel
-	for f in csrc/cuda/*.cu; do nvcc -std=c++17 -O3 -arch=sm_90 -Icsrc -Xptxas -v -c $$f -o /dev/null; done
+	for f in csrc/cuda/*.cu; do nvcc -std=c++17 -O3 -arch=sm_90 -fmad=false -Xptxas -v -c $$f -o /dev/null 2>&1 | c++filt | grep -E "Function|Used|spill"; done
 
 clean:
 	rm -rf build _build* *.egg-info
 
-bench:            ## DP step ÷ plain step, beside Opacus, in one run
-	pytest benchmarks --benchmark-json=benchmarks/results/dp_step.json --benchmark-columns=median,iqr,rounds -o addopts=
-	python benchmarks/table.py benchmarks/results/dp_step.json
+bench:            ## every benchmark, then README's tables and plots from the raw results; 20 minutes on two idle cores
+	for name in ops dp_step growth; do \
+	  pytest benchmarks/test_$$name.py -o addopts= -q --benchmark-json=benchmarks/results/$$name.json \
+	    --benchmark-columns=median,iqr,rounds --benchmark-sort=name || exit 1; \
+	done
+	python benchmarks/table.py

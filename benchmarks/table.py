@@ -1,40 +1,209 @@
-"""Prints ratios to the plain step from a pytest-benchmark JSON file, as a Markdown table.
+"""README's tables and plots, from the raw results.
 
-python benchmarks/table.py benchmarks/results/dp_step.json
+    python benchmarks/table.py [--results benchmarks/results] [--readme README.md] [--images docs/images]
+
+A table goes between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is the stem of a file in the results. Ratios are taken
+round by round and given as median (quartiles).
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
+import re
+import statistics
 from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+Entry = dict[str, Any]
 
 
-def table(path: str) -> str:
-    """One row a group: median of each subject divided by the plain median, with the quartiles of its own rounds."""
-    with open(path) as handle:
-        result = json.load(handle)
-    groups: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
+def _entries(result: Entry, test: str) -> dict[str, dict[str, Entry]]:
+    """Group → subject → benchmark, of one test function, in the order in which they ran."""
+    groups: dict[str, dict[str, Entry]] = defaultdict(dict)
     for entry in result["benchmarks"]:
-        groups[entry["group"]][entry["name"].split("[")[0].removeprefix("test_")] = entry["stats"]
-    subjects = sorted({name for group in groups.values() for name in group} - {"plain"})
-    lines = [
-        "| network | plain step | " + " | ".join(f"{s} ÷ plain" for s in subjects) + " |",
-        "|---" * (len(subjects) + 2) + "|",
-    ]
-    for name, group in sorted(groups.items()):
-        plain = group["plain"]["median"]
-        cells = [
-            f"{group[s]['median'] / plain:.2f} ({group[s]['q1'] / plain:.2f}–{group[s]['q3'] / plain:.2f})" if s in group else "–"
-            for s in subjects
-        ]
-        lines.append(f"| {name} | {plain * 1e3:.1f} ms | " + " | ".join(cells) + " |")
-    machine = result["machine_info"]["cpu"]
-    lines.append(
-        f"\n{machine.get('brand_raw', 'unknown CPU')}, {result['datetime'][:10]}, commit {result['commit_info']['id'][:10]}"
+        if entry["name"].split("[")[0] == test:
+            groups[entry["group"]][entry["extra_info"]["subject"]] = entry
+    return dict(groups)
+
+
+def _rounds(entry: Entry) -> list[float]:
+    return entry["stats"]["data"]
+
+
+def fastest(group: dict[str, Entry], *names: str) -> Entry:
+    """Of the same thing in several layouts, the one with the smaller median."""
+    return min((group[n] for n in names if n in group), key=lambda e: e["stats"]["median"])
+
+
+def ratio(above: Entry, below: Entry) -> tuple[float, float, float]:
+    """Median and quartiles of above/below over rounds."""
+    values = [a / b for a, b in zip(_rounds(above), _rounds(below), strict=True)]
+    if len(values) < 2:
+        return (values[0],) * 3
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return middle, low, high
+
+
+def _cell(value: tuple[float, float, float]) -> str:
+    return f"{value[0]:.2f} ({value[1]:.2f}–{value[2]:.2f})"
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _source(result: Entry, path: str) -> str:
+    machine, commit = result["machine_info"], result["commit_info"]
+    versions = machine["versions"]
+    cpu = machine["cpu"].get("brand_raw", "unknown CPU")
+    return (
+        f"\n*{cpu}, {machine['threads']} threads, kernels {machine['privimage_fast']['isa']}; torch {versions['torch']}, Opacus "
+        f"{versions['opacus']}, diffusers {versions['diffusers']}; {result['datetime'][:10]}, commit {commit['id'][:10]}"
+        f"{' with changes' if commit['dirty'] else ''}; raw: [{Path(path).name}]({path})*"
     )
-    return "\n".join(lines)
+
+
+def dp_step(result: Entry) -> str:
+    """One row a network and K: time ÷ plain and peak memory ÷ plain."""
+    names = (("ours", ("ours", "ours-channels-last")), ("ours, lean", ("ours-lean",)))
+    names += (("Opacus hooks", ("opacus-hooks",)), ("Opacus ghost", ("opacus-ghost",)))
+    rows = []
+    footnotes: dict[str, list[str]] = defaultdict(list)
+    for name, group in _entries(result, "test_step").items():
+        plain = fastest(group, "plain", "plain-channels-last")
+        facts = plain["extra_info"]
+        base = min((e["extra_info"].get("peak_growth_bytes") or 0 for n, e in group.items() if n.startswith("plain")), default=0)
+        row = [f"{name}, {facts['parameters'] / 1e6:.1f} M", f"{plain['stats']['median'] * 1e3:.0f} ms"]
+        for title, subjects in names:
+            found = [s for s in subjects if s in group]
+            if not found:
+                reason = facts["refused"].get(subjects[0], "not run")
+                if reason != "no multiplicity":
+                    footnotes[f"{title}: {reason}"].append(name)
+                row.append("no multiplicity" if reason == "no multiplicity" else "refused")
+                continue
+            entry = fastest(group, *found)
+            memory = entry["extra_info"].get("peak_growth_bytes")
+            row.append(_cell(ratio(entry, plain)) + (f"; {memory / base:.2f}" if memory and base else ""))
+        row[1] += f"; {base / 2**20:.0f} MiB" if base else ""
+        rows.append(row)
+    table = _markdown(["network, parameters", "plain: time; memory", *(f"{title} ÷ plain" for title, _ in names)], rows)
+    notes = "".join(f"\n- {', '.join(cases)}: {text}" for text, cases in footnotes.items())
+    return table + ("\n\nRefused:" + notes if notes else "") + "\n"
+
+
+def ops(result: Entry) -> str:
+    """Weight gradients in GFLOP/s beside the peak and oneDNN; norms; the step; the weighted sum."""
+    rows = []
+    for group in _entries(result, "test_weight_grad").values():
+        library = fastest(group, "onednn", "onednn-channels-last")
+        ours = fastest(group, "ours", "ours-channels-last")
+
+        def rate(entry: Entry) -> float:
+            return entry["extra_info"]["flop"] / entry["stats"]["median"] / 1e9
+
+        rows.append([
+            ours["extra_info"]["layer"], f"{rate(ours):.0f}", f"{rate(library):.0f}", f"{rate(group['sgemm']):.0f}",
+            _cell(ratio(library, ours)), _cell(ratio(group["ours-norm-only"], ours)), _cell(ratio(group["unfold-bmm"], ours)),
+        ])  # fmt: skip
+    head = [
+        "layer, 16 rows", "ours, GFLOP/s", "oneDNN, batched", "sgemm", "oneDNN ÷ ours", "norm only ÷ ours", "unfold + bmm ÷ ours",
+    ]  # fmt: skip
+    text = [_markdown(head, rows)]
+    rows = [
+        [g["gram"]["extra_info"]["layer"], f"{g['direct']['stats']['median'] * 1e3:.2f} ms", _cell(ratio(g["gram"], g["direct"]))]
+        for g in _entries(result, "test_norm").values()
+    ]
+    text.append(_markdown(["norms alone, 16 rows", "direct", "Gram ÷ direct"], rows))
+    rows = []
+    for name, group in _entries(result, "test_noise_adam_ema").items():
+        ours = group["ours"]
+        torch_ops = fastest(group, "torch-fused", "torch-foreach", "torch-flat")
+        per_element = ours["stats"]["median"] / ours["extra_info"]["elements"] * 1e9
+        rows.append([name, f"{per_element:.2f} ns an element", _cell(ratio(torch_ops, ours)), _cell(ratio(ours, group["copy"]))])
+    for name, group in _entries(result, "test_weighted_sum").items():
+        ours = group["ours"]
+        speed = ours["extra_info"]["bytes"] / ours["stats"]["median"] / 1e9
+        rows.append([name, f"{speed:.1f} GB/s", _cell(ratio(group["torch"], ours)), _cell(ratio(ours, group["copy"]))])
+    text.append(_markdown(["pass over memory", "ours", "torch ops ÷ ours", "ours ÷ copy of as many elements"], rows))
+    return "\n\n".join(text) + "\n"
+
+
+def growth(result: Entry) -> str:
+    """Time ÷ plain along each axis."""
+    rows: dict[str, list[str]] = defaultdict(list)
+    for axis, value, (middle, low, high) in _growth_points(result):
+        rows[axis].append(f"{value}: {_cell((middle, low, high))}")
+    return _markdown(["axis", "ours ÷ plain, time"], [[axis, " · ".join(cells)] for axis, cells in rows.items()]) + "\n"
+
+
+def _growth_points(result: Entry) -> list[tuple[str, int, tuple[float, float, float]]]:
+    points = []
+    for group in _entries(result, "test_growth").values():
+        ours, plain = fastest(group, "ours", "ours-channels-last"), fastest(group, "plain", "plain-channels-last")
+        points.append((ours["extra_info"]["axis"], ours["extra_info"]["value"], ratio(ours, plain)))
+    return points
+
+
+def plot_growth(result: Entry, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    axes: dict[str, list[tuple[int, tuple[float, float, float]]]] = defaultdict(list)
+    for axis, value, spread in _growth_points(result):
+        axes[axis].append((value, spread))
+    figure, panels = pyplot.subplots(1, len(axes), figsize=(3 * len(axes), 2.6), sharey=True, squeeze=False, layout="constrained")
+    for panel, (axis, points) in zip(panels[0], axes.items(), strict=True):
+        values, middle = [p[0] for p in points], [p[1][0] for p in points]
+        error = [[p[1][0] - p[1][1] for p in points], [p[1][2] - p[1][0] for p in points]]
+        panel.errorbar(values, middle, error, marker="o", capsize=3)
+        panel.axhline(1, color="grey", linewidth=0.8)
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(values, [str(v) for v in values])
+        panel.set_xlabel(axis)
+    panels[0][0].set_ylabel("DP step ÷ plain step, time")
+    panels[0][0].set_ylim(bottom=0)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+TABLES: dict[str, Callable[[Entry], str]] = {"dp_step": dp_step, "ops": ops, "growth": growth}
+
+
+def fill(text: str, name: str, table: str) -> str:
+    """``text`` with the table between its markers. Raises ValueError where they are missing."""
+    pattern = re.compile(rf"(<!-- table: {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"no '<!-- table: {name} -->' … '<!-- end -->' in the page; put the markers where the table should go")
+    return pattern.sub(lambda m: m[1] + table + m[2], text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument("--images", type=Path, default=Path("docs/images"))
+    options = parser.parse_args()
+    page = options.readme.read_text()
+    for name, make in TABLES.items():
+        source = options.results / f"{name}.json"
+        if not source.exists():
+            print(f"{source} is not there: its table stays as it is")
+            continue
+        result = json.loads(source.read_text())
+        page = fill(page, name, make(result) + _source(result, source.as_posix()) + "\n")
+        if name == "growth":
+            options.images.mkdir(parents=True, exist_ok=True)
+            plot_growth(result, options.images / "growth.png")
+        print(f"{source}: table written to {options.readme}")
+    options.readme.write_text(page)
 
 
 if __name__ == "__main__":
-    print(table(sys.argv[1]))
+    main()

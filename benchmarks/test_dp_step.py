@@ -1,91 +1,53 @@
-"""One DP step beside the plain step and beside Opacus' hooks, on the same network, batch and machine, in one run.
+"""One DP step beside the plain step and beside Opacus: time in turns in one process, peak memory in a process each.
 
-    make bench          # writes benchmarks/results/dp_step.json and prints the ratios
-
-Figures are only comparable inside one run: read the ratios, not the seconds.
+make bench          # writes benchmarks/results/dp_step.json; table.py makes README's table of it
 """
 
 from __future__ import annotations
 
+import importlib.util
+from functools import cache
+from typing import Any
+
 import pytest
-import torch
+from cases import FULL, SMOKE, Case, parameters
+from memory import peak_growth
 from pytest_benchmark.fixture import BenchmarkFixture
-from torch import Tensor
-
-from privimage_fast.dp.optimizer import PrivateOptimizer, UpdateRule
-from privimage_fast.models.edm import Denoiser, DenoisingLoss, EDMConfig, denoising_batch
-from privimage_fast.models.unet import PRESETS
-
-CASES = {"small-14": ("small", 14, 1), "base-32": ("base", 32, 3)}
-ROWS = 16
+from rounds import Times, interleave, record, replay
+from subjects import LEAN, SUBJECTS, prepare
 
 
-def case(name: str, multiplicity: int) -> tuple[Denoiser, tuple[Tensor, ...], DenoisingLoss]:
-    torch.manual_seed(0)
-    preset, resolution, channels = CASES[name]
-    model = Denoiser(PRESETS[preset], EDMConfig(), resolution=resolution, channels=channels, num_classes=10)
-    samples = ROWS // multiplicity
-    batch = denoising_batch(
-        torch.rand(samples, channels, resolution, resolution) * 2 - 1, torch.arange(samples) % 10, edm=model.edm, num_classes=10,
-        multiplicity=multiplicity, label_dropout=0.1, generator=None,
-    )  # fmt: skip
-    return model, batch.args(), DenoisingLoss(multiplicity)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    cases = SMOKE if metafunc.config.getoption("--smoke") else FULL
+    metafunc.parametrize("case", cases, ids=str)
+    metafunc.parametrize("subject", list(SUBJECTS))
 
 
-def measure(benchmark: BenchmarkFixture, step, group: str) -> None:
-    benchmark.group = group
-    benchmark.pedantic(step, rounds=9, warmup_rounds=2)
+SIZED = ("ours", "ours-lean", "opacus-hooks", "opacus-ghost")  # and plain; a process each, so not every layout
 
 
-@pytest.mark.parametrize("multiplicity", [1, 8])
-@pytest.mark.parametrize("name", CASES)
-def test_plain(benchmark: BenchmarkFixture, name: str, multiplicity: int) -> None:
-    """Forward, backward, Adam: what a step costs without privacy."""
-    model, args, loss_fn = case(name, multiplicity)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        loss_fn(model, *args).sum().backward()
-        optimizer.step()
-
-    measure(benchmark, step, f"{name} K={multiplicity}")
+@cache
+def measured(case: Case, smoke: bool) -> tuple[Times, dict[str, str], dict[str, int]]:
+    """Times, refusals and peak memory of all subjects: taken together, recorded one test at a time."""
+    memory = {"plain": peak_growth(case, "plain")}
+    budget = 2**26 if smoke else int(LEAN * memory["plain"])
+    steps, refused = prepare(case, budget)
+    times = interleave(steps, rounds=2 if smoke else 5, seconds=0 if smoke else 12, warmup=0 if smoke else 1)
+    for name in ("ours-lean",) if smoke else SIZED:
+        if name in steps:
+            memory[name] = peak_growth(case, name, budget)
+    return times, refused, memory
 
 
-@pytest.mark.parametrize("multiplicity", [1, 8])
-@pytest.mark.parametrize("name", CASES)
-def test_privimage_fast(benchmark: BenchmarkFixture, name: str, multiplicity: int) -> None:
-    """Forward, backward, norms, clipping, ChaCha20 noise, Adam and EMA."""
-    model, args, loss_fn = case(name, multiplicity)
-    optimizer = PrivateOptimizer(
-        model, max_grad_norm=1e-3, noise_multiplier=1.0, expected_batch_size=ROWS // multiplicity, multiplicity=multiplicity,
-        update=UpdateRule("adam", lr=1e-4), ema_decay=0.999,
-    )  # fmt: skip
-
-    def step() -> None:
-        optimizer.accumulate(loss_fn, args)
-        optimizer.step()
-
-    measure(benchmark, step, f"{name} K={multiplicity}")
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_opacus_hooks(benchmark: BenchmarkFixture, name: str) -> None:
-    """Opacus' per-sample gradients by hooks, its optimizer with ordinary torch noise; it has no multiplicity, so K=1."""
-    from opacus import GradSampleModule
-    from opacus.optimizers import DPOptimizer
-
-    model, args, loss_fn = case(name, 1)
-    wrapped = GradSampleModule(model, loss_reduction="sum")
-    wrapped.edm = model.edm
-    optimizer = DPOptimizer(
-        torch.optim.Adam(wrapped.parameters(), lr=1e-4, fused=True), noise_multiplier=1.0, max_grad_norm=1e-3,
-        expected_batch_size=ROWS, loss_reduction="sum",
-    )  # fmt: skip
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        loss_fn(wrapped, *args).sum().backward()
-        optimizer.step()
-
-    measure(benchmark, step, f"{name} K=1")
+@pytest.mark.benchmark(timer=replay)
+def test_step(benchmark: BenchmarkFixture, case: Case, subject: str, smoke: bool) -> None:
+    if case.network.startswith("UNet2DModel") and importlib.util.find_spec("diffusers") is None:
+        pytest.skip("diffusers is not installed")
+    times, refused, memory = measured(case, smoke)
+    facts: dict[str, Any] = {
+        "network": case.network, "multiplicity": case.multiplicity, "rows": case.rows, "subject": subject,
+        "parameters": parameters(case.build().model), "refused": refused,
+    }  # fmt: skip
+    if subject in refused:
+        pytest.skip(f"{subject} refuses {case}: {refused[subject]}")
+    record(benchmark, str(case), times[subject], **facts, peak_growth_bytes=memory.get(subject))

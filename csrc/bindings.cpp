@@ -51,126 +51,6 @@ NoiseKey noise_key(const py::bytes& key, uint32_t stream, uint32_t rank, uint32_
   return noise;
 }
 
-void conv_weight_grad(Address x, Address g, int x_dtype, int g_dtype, int64_t samples, int64_t multiplicity,
-                      int64_t groups, int64_t in_channels, int64_t out_channels, Pair in_size, Pair out_size,
-                      Pair kernel, Pair stride, Pair padding, Pair dilation, std::array<int64_t, 4> x_stride,
-                      std::array<int64_t, 4> g_stride, Address out, std::array<int64_t, 5> out_stride, bool accumulate,
-                      Address sq_norms, int num_threads) {
-  ConvWeightGradParams p;
-  p.x = pointer<void>(x);
-  p.g = pointer<void>(g);
-  p.x_dtype = static_cast<DType>(x_dtype);
-  p.g_dtype = static_cast<DType>(g_dtype);
-  p.samples = samples;
-  p.multiplicity = multiplicity;
-  p.groups = groups;
-  p.in_channels = in_channels;
-  p.out_channels = out_channels;
-  copy(in_size, p.in_size);
-  copy(out_size, p.out_size);
-  copy(kernel, p.kernel);
-  copy(stride, p.stride);
-  copy(padding, p.padding);
-  copy(dilation, p.dilation);
-  copy(x_stride, p.x_stride);
-  copy(g_stride, p.g_stride);
-  p.out = pointer<float>(out);
-  copy(out_stride, p.out_stride);
-  p.accumulate = accumulate;
-  p.sq_norms = pointer<double>(sq_norms);
-  p.num_threads = num_threads;
-  py::gil_scoped_release release;
-  cpu_kernels().conv_weight_grad(p);
-}
-
-void conv_gram(Address x, Address g, int x_dtype, int g_dtype, int64_t samples, int64_t multiplicity, int64_t groups,
-               int64_t in_channels, int64_t out_channels, Pair in_size, Pair out_size, Pair kernel, Pair stride,
-               Pair padding, Pair dilation, std::array<int64_t, 4> x_stride, std::array<int64_t, 4> g_stride,
-               Address sq_norms, int num_threads) {
-  ConvGramParams p;
-  p.x = pointer<void>(x);
-  p.g = pointer<void>(g);
-  p.x_dtype = static_cast<DType>(x_dtype);
-  p.g_dtype = static_cast<DType>(g_dtype);
-  p.samples = samples;
-  p.multiplicity = multiplicity;
-  p.groups = groups;
-  p.in_channels = in_channels;
-  p.out_channels = out_channels;
-  copy(in_size, p.in_size);
-  copy(out_size, p.out_size);
-  copy(kernel, p.kernel);
-  copy(stride, p.stride);
-  copy(padding, p.padding);
-  copy(dilation, p.dilation);
-  copy(x_stride, p.x_stride);
-  copy(g_stride, p.g_stride);
-  p.sq_norms = pointer<double>(sq_norms);
-  p.num_threads = num_threads;
-  py::gil_scoped_release release;
-  cpu_kernels().conv_gram(p);
-}
-
-void affine_grad(Address x, Address g, int x_dtype, int g_dtype, bool channels_last, bool per_position, Address mean,
-                 Address rstd, int64_t samples, int64_t multiplicity, int64_t channels, int64_t positions,
-                 int64_t groups, Address weight, Address bias, bool accumulate_weight, bool accumulate_bias,
-                 Address sq_norms_weight, Address sq_norms_bias, int num_threads) {
-  AffineGradParams p;
-  p.x = pointer<void>(x);
-  p.g = pointer<void>(g);
-  p.x_dtype = static_cast<DType>(x_dtype);
-  p.g_dtype = static_cast<DType>(g_dtype);
-  p.layout = channels_last ? AffineGradParams::Layout::channels_last : AffineGradParams::Layout::channels_first;
-  p.stats = per_position ? AffineGradParams::Stats::per_position : AffineGradParams::Stats::per_group;
-  p.mean = pointer<float>(mean);
-  p.rstd = pointer<float>(rstd);
-  p.samples = samples;
-  p.multiplicity = multiplicity;
-  p.channels = channels;
-  p.positions = positions;
-  p.groups = groups;
-  p.weight = pointer<float>(weight);
-  p.bias = pointer<float>(bias);
-  p.accumulate_weight = accumulate_weight;
-  p.accumulate_bias = accumulate_bias;
-  p.sq_norms_weight = pointer<double>(sq_norms_weight);
-  p.sq_norms_bias = pointer<double>(sq_norms_bias);
-  p.num_threads = num_threads;
-  py::gil_scoped_release release;
-  cpu_kernels().affine_grad(p);
-}
-
-void embedding_grad(Address ids, Address g, int g_dtype, int64_t samples, int64_t positions, int64_t dim,
-                    int64_t num_embeddings, int64_t padding_idx, Address out, bool accumulate, Address sq_norms,
-                    int num_threads) {
-  EmbeddingGradParams p;
-  p.ids = pointer<int64_t>(ids);
-  p.g = pointer<void>(g);
-  p.g_dtype = static_cast<DType>(g_dtype);
-  p.samples = samples;
-  p.positions = positions;
-  p.dim = dim;
-  p.num_embeddings = num_embeddings;
-  p.padding_idx = padding_idx;
-  p.out = pointer<float>(out);
-  p.accumulate = accumulate;
-  p.sq_norms = pointer<double>(sq_norms);
-  p.num_threads = num_threads;
-  py::gil_scoped_release release;
-  cpu_kernels().embedding_grad(p);
-}
-
-void clip_factors_(Address sq_norms, Address sample_weight, double max_grad_norm, int64_t samples, Address factors) {
-  ClipFactorsParams p;
-  p.sq_norms = pointer<double>(sq_norms);
-  p.sample_weight = pointer<double>(sample_weight);
-  p.max_grad_norm = max_grad_norm;
-  p.samples = samples;
-  p.factors = pointer<float>(factors);
-  py::gil_scoped_release release;
-  clip_factors(p);
-}
-
 enum class Backend { cpu, cuda, emulated };
 
 // cuda_op is null in a build without CUDA, where backend_of has already refused that backend.
@@ -198,6 +78,135 @@ Backend backend_of(const std::string& device) {
   throw py::value_error("device: this build has no kernels for " + device);
 }
 
+#define RUN_ON(device, p, cpu_op, op, stream) run_on(backend_of(device), p, cpu_op, emulated::op, CUDA_OP(op), stream)
+
+void conv_weight_grad(Address x, Address g, int x_dtype, int g_dtype, int64_t samples, int64_t multiplicity,
+                      int64_t groups, int64_t in_channels, int64_t out_channels, Pair in_size, Pair out_size,
+                      Pair kernel, Pair stride, Pair padding, Pair dilation, std::array<int64_t, 4> x_stride,
+                      std::array<int64_t, 4> g_stride, Address out, std::array<int64_t, 5> out_stride, bool accumulate,
+                      Address sq_norms, int num_threads, const std::string& device, Address stream, Address partials,
+                      int64_t partials_size, bool tf32, Address coef, int64_t chunk, int algorithm) {
+  ConvWeightGradParams p;
+  p.x = pointer<void>(x);
+  p.g = pointer<void>(g);
+  p.x_dtype = static_cast<DType>(x_dtype);
+  p.g_dtype = static_cast<DType>(g_dtype);
+  p.samples = samples;
+  p.multiplicity = multiplicity;
+  p.groups = groups;
+  p.in_channels = in_channels;
+  p.out_channels = out_channels;
+  copy(in_size, p.in_size);
+  copy(out_size, p.out_size);
+  copy(kernel, p.kernel);
+  copy(stride, p.stride);
+  copy(padding, p.padding);
+  copy(dilation, p.dilation);
+  copy(x_stride, p.x_stride);
+  copy(g_stride, p.g_stride);
+  p.out = pointer<float>(out);
+  copy(out_stride, p.out_stride);
+  p.accumulate = accumulate;
+  p.sq_norms = pointer<double>(sq_norms);
+  p.num_threads = num_threads;
+  p.partials = pointer<double>(partials);
+  p.partials_size = partials_size;
+  p.tf32 = tf32;
+  p.coef = pointer<float>(coef);
+  p.chunk = chunk;
+  p.algorithm = static_cast<ConvWeightGradParams::Algorithm>(algorithm);
+  RUN_ON(device, p, cpu_kernels().conv_weight_grad, conv_weight_grad, stream);
+}
+
+void conv_gram(Address x, Address g, int x_dtype, int g_dtype, int64_t samples, int64_t multiplicity, int64_t groups,
+               int64_t in_channels, int64_t out_channels, Pair in_size, Pair out_size, Pair kernel, Pair stride,
+               Pair padding, Pair dilation, std::array<int64_t, 4> x_stride, std::array<int64_t, 4> g_stride,
+               Address sq_norms, int num_threads, const std::string& device, Address stream, Address partials,
+               int64_t partials_size) {
+  ConvGramParams p;
+  p.x = pointer<void>(x);
+  p.g = pointer<void>(g);
+  p.x_dtype = static_cast<DType>(x_dtype);
+  p.g_dtype = static_cast<DType>(g_dtype);
+  p.samples = samples;
+  p.multiplicity = multiplicity;
+  p.groups = groups;
+  p.in_channels = in_channels;
+  p.out_channels = out_channels;
+  copy(in_size, p.in_size);
+  copy(out_size, p.out_size);
+  copy(kernel, p.kernel);
+  copy(stride, p.stride);
+  copy(padding, p.padding);
+  copy(dilation, p.dilation);
+  copy(x_stride, p.x_stride);
+  copy(g_stride, p.g_stride);
+  p.sq_norms = pointer<double>(sq_norms);
+  p.num_threads = num_threads;
+  p.partials = pointer<double>(partials);
+  p.partials_size = partials_size;
+  RUN_ON(device, p, cpu_kernels().conv_gram, conv_gram, stream);
+}
+
+void affine_grad(Address x, Address g, int x_dtype, int g_dtype, bool channels_last, bool per_position, Address mean,
+                 Address rstd, int64_t samples, int64_t multiplicity, int64_t channels, int64_t positions,
+                 int64_t groups, Address weight, Address bias, bool accumulate_weight, bool accumulate_bias,
+                 Address sq_norms_weight, Address sq_norms_bias, int num_threads, const std::string& device,
+                 Address stream) {
+  AffineGradParams p;
+  p.x = pointer<void>(x);
+  p.g = pointer<void>(g);
+  p.x_dtype = static_cast<DType>(x_dtype);
+  p.g_dtype = static_cast<DType>(g_dtype);
+  p.layout = channels_last ? AffineGradParams::Layout::channels_last : AffineGradParams::Layout::channels_first;
+  p.stats = per_position ? AffineGradParams::Stats::per_position : AffineGradParams::Stats::per_group;
+  p.mean = pointer<float>(mean);
+  p.rstd = pointer<float>(rstd);
+  p.samples = samples;
+  p.multiplicity = multiplicity;
+  p.channels = channels;
+  p.positions = positions;
+  p.groups = groups;
+  p.weight = pointer<float>(weight);
+  p.bias = pointer<float>(bias);
+  p.accumulate_weight = accumulate_weight;
+  p.accumulate_bias = accumulate_bias;
+  p.sq_norms_weight = pointer<double>(sq_norms_weight);
+  p.sq_norms_bias = pointer<double>(sq_norms_bias);
+  p.num_threads = num_threads;
+  RUN_ON(device, p, cpu_kernels().affine_grad, affine_grad, stream);
+}
+
+void embedding_grad(Address ids, Address g, int g_dtype, int64_t samples, int64_t positions, int64_t dim,
+                    int64_t num_embeddings, int64_t padding_idx, Address out, bool accumulate, Address sq_norms,
+                    int num_threads, const std::string& device, Address stream) {
+  EmbeddingGradParams p;
+  p.ids = pointer<int64_t>(ids);
+  p.g = pointer<void>(g);
+  p.g_dtype = static_cast<DType>(g_dtype);
+  p.samples = samples;
+  p.positions = positions;
+  p.dim = dim;
+  p.num_embeddings = num_embeddings;
+  p.padding_idx = padding_idx;
+  p.out = pointer<float>(out);
+  p.accumulate = accumulate;
+  p.sq_norms = pointer<double>(sq_norms);
+  p.num_threads = num_threads;
+  RUN_ON(device, p, cpu_kernels().embedding_grad, embedding_grad, stream);
+}
+
+void clip_factors_(Address sq_norms, Address sample_weight, double max_grad_norm, int64_t samples, Address factors,
+                   const std::string& device, Address stream) {
+  ClipFactorsParams p;
+  p.sq_norms = pointer<double>(sq_norms);
+  p.sample_weight = pointer<double>(sample_weight);
+  p.max_grad_norm = max_grad_norm;
+  p.samples = samples;
+  p.factors = pointer<float>(factors);
+  RUN_ON(device, p, clip_factors, clip_factors, stream);
+}
+
 // (out, stored, stored_stride, outer, offsets, channels) of one layer.
 using SumItem = std::tuple<Address, Address, int64_t, int64_t, int64_t, int64_t>;
 
@@ -213,7 +222,7 @@ void weighted_sum(const std::string& device, const std::vector<SumItem>& items, 
   p.coef = pointer<float>(coef);
   p.samples = samples;
   p.num_threads = num_threads;
-  run_on(backend_of(device), p, cpu_kernels().weighted_sum, emulated::weighted_sum, CUDA_OP(weighted_sum), stream);
+  RUN_ON(device, p, cpu_kernels().weighted_sum, weighted_sum, stream);
 }
 
 void gaussian_noise(const py::bytes& key, uint32_t step, uint32_t rank, uint32_t stream, int64_t offset, int64_t size,
@@ -263,7 +272,7 @@ void private_step(const std::string& device, Address param, Address grad_sum, Ad
   p.ema_decay = ema_decay;
   p.optimizer_step = optimizer_step;
   p.num_threads = num_threads;
-  run_on(backend_of(device), p, cpu_kernels().private_step, emulated::private_step, CUDA_OP(private_step), cuda_stream);
+  RUN_ON(device, p, cpu_kernels().private_step, private_step, cuda_stream);
 }
 
 py::dict build_info() {
@@ -307,18 +316,21 @@ PYBIND11_MODULE(_C, m) {
   m.def("conv_weight_grad", &conv_weight_grad, py::kw_only(), "x"_a, "g"_a, "x_dtype"_a, "g_dtype"_a, "samples"_a,
         "multiplicity"_a, "groups"_a, "in_channels"_a, "out_channels"_a, "in_size"_a, "out_size"_a, "kernel"_a,
         "stride"_a, "padding"_a, "dilation"_a, "x_stride"_a, "g_stride"_a, "out"_a, "out_stride"_a, "accumulate"_a,
-        "sq_norms"_a, "num_threads"_a);
+        "sq_norms"_a, "num_threads"_a, "device"_a = "cpu", "stream"_a = 0, "partials"_a = 0, "partials_size"_a = 0,
+        "tf32"_a = false, "coef"_a = 0, "chunk"_a = 1, "algorithm"_a = 0);
   m.def("conv_gram", &conv_gram, py::kw_only(), "x"_a, "g"_a, "x_dtype"_a, "g_dtype"_a, "samples"_a, "multiplicity"_a,
         "groups"_a, "in_channels"_a, "out_channels"_a, "in_size"_a, "out_size"_a, "kernel"_a, "stride"_a, "padding"_a,
-        "dilation"_a, "x_stride"_a, "g_stride"_a, "sq_norms"_a, "num_threads"_a);
+        "dilation"_a, "x_stride"_a, "g_stride"_a, "sq_norms"_a, "num_threads"_a, "device"_a = "cpu", "stream"_a = 0,
+        "partials"_a = 0, "partials_size"_a = 0);
   m.def("affine_grad", &affine_grad, py::kw_only(), "x"_a, "g"_a, "x_dtype"_a, "g_dtype"_a, "channels_last"_a,
         "per_position"_a, "mean"_a, "rstd"_a, "samples"_a, "multiplicity"_a, "channels"_a, "positions"_a, "groups"_a,
         "weight"_a, "bias"_a, "accumulate_weight"_a, "accumulate_bias"_a, "sq_norms_weight"_a, "sq_norms_bias"_a,
-        "num_threads"_a);
+        "num_threads"_a, "device"_a = "cpu", "stream"_a = 0);
   m.def("embedding_grad", &embedding_grad, py::kw_only(), "ids"_a, "g"_a, "g_dtype"_a, "samples"_a, "positions"_a,
-        "dim"_a, "num_embeddings"_a, "padding_idx"_a, "out"_a, "accumulate"_a, "sq_norms"_a, "num_threads"_a);
+        "dim"_a, "num_embeddings"_a, "padding_idx"_a, "out"_a, "accumulate"_a, "sq_norms"_a, "num_threads"_a,
+        "device"_a = "cpu", "stream"_a = 0);
   m.def("clip_factors", &clip_factors_, py::kw_only(), "sq_norms"_a, "sample_weight"_a, "max_grad_norm"_a, "samples"_a,
-        "factors"_a);
+        "factors"_a, "device"_a = "cpu", "stream"_a = 0);
   m.def("weighted_sum", &weighted_sum, py::kw_only(), "device"_a, "items"_a, "coef"_a, "samples"_a, "num_threads"_a,
         "stream"_a);
   m.def("gaussian_noise", &gaussian_noise, py::kw_only(), "key"_a, "step"_a, "rank"_a, "stream"_a, "offset"_a, "size"_a,
@@ -329,5 +341,11 @@ PYBIND11_MODULE(_C, m) {
         "denominator"_a, "optimizer"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "momentum"_a,
         "ema_decay"_a, "optimizer_step"_a, "num_threads"_a, "cuda_stream"_a);
   m.def("build_info", &build_info);
+#ifdef PRIVIMAGE_WITH_CUDA
+  m.def("cuda_problem", &cuda::problem);
+#else
+  m.def("cuda_problem", [] { return std::string("this build has no CUDA kernels"); });
+#endif
+  m.def("set_emulation_schedule", &emulation::set_schedule, "seed"_a);
   m.def("set_cpu_isa", [](const std::string& name) { return set_cpu_isa(name.c_str()); }, "name"_a);
 }

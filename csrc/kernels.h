@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 namespace privimage {
 
@@ -15,6 +16,7 @@ enum class DType : int { f32 = 0, bf16 = 1 };
 // W_b[p,c,i,j] = sum over K rows and output positions of g[p,oh,ow] * x[c, oh*stride+i*dilation-padding, ...].
 // A linear layer is this with a 1x1 kernel and T positions.
 struct ConvWeightGradParams {
+  enum class Algorithm : int { automatic = 0, direct = 1, winograd2 = 2, winograd4 = 3 };  // Winograd: 3x3, stride 1
   const void* x = nullptr;
   const void* g = nullptr;
   DType x_dtype = DType::f32, g_dtype = DType::f32;
@@ -28,7 +30,16 @@ struct ConvWeightGradParams {
   int64_t out_stride[5] = {0, 0, 0, 0, 0};  // sample, output channel, input channel in the group, kernel h, kernel w
   bool accumulate = false;                  // out += W_b, and the norm is that of the sum
   double* sq_norms = nullptr;               // (samples,) squared norms of what is in out
+  Algorithm algorithm = Algorithm::automatic;
   int num_threads = 1;
+  // CUDA only. partials: room for a number a tile of 64 × 64, (samples, groups, ceil(p / 64), ceil(c * kernel / 64)).
+  double* partials = nullptr;
+  int64_t partials_size = 0;
+  bool tf32 = false;  // one product of rounded operands instead of three; the norm is still that of what is in out
+  // Not null: out[i] = sum of coef[b] * W_b over samples i * chunk .. (i+1) * chunk - 1, and no norms. A sample whose
+  // coefficient is 0 adds nothing, whatever it holds.
+  const float* coef = nullptr;
+  int64_t chunk = 1;
 };
 
 // The squared norms of the above alone, from inner products of pairs of positions; W_b is never formed.
@@ -44,6 +55,8 @@ struct ConvGramParams {
   int64_t g_stride[4] = {0, 0, 0, 0};
   double* sq_norms = nullptr;  // (samples,)
   int num_threads = 1;
+  double* partials = nullptr;  // CUDA only: (samples, groups, n (n + 1) / 2) with n = ceil(positions of a sample / 64)
+  int64_t partials_size = 0;
 };
 
 // Affine gradients: dbias_c = sum g, dweight_c = sum g * (x - mean) * rstd, over everything but sample and channel.
@@ -169,14 +182,29 @@ void* scratch(size_t bytes);
 
 #ifdef PRIVIMAGE_WITH_CUDA
 namespace cuda {
+std::string problem();  // why the kernels cannot run here; empty: they can
+void conv_weight_grad(const ConvWeightGradParams& params, void* stream);
+void conv_gram(const ConvGramParams& params, void* stream);
+void affine_grad(const AffineGradParams& params, void* stream);
+void embedding_grad(const EmbeddingGradParams& params, void* stream);
+void clip_factors(const ClipFactorsParams& params, void* stream);
 void weighted_sum(const WeightedSumParams& params, void* stream);
 void private_step(const PrivateStepParams& params, void* stream);
 }  // namespace cuda
 #endif
 
 namespace emulated {  // the same .cu files compiled as C++ and run on the host, block by block
+void conv_weight_grad(const ConvWeightGradParams& params, void* stream);
+void conv_gram(const ConvGramParams& params, void* stream);
+void affine_grad(const AffineGradParams& params, void* stream);
+void embedding_grad(const EmbeddingGradParams& params, void* stream);
+void clip_factors(const ClipFactorsParams& params, void* stream);
 void weighted_sum(const WeightedSumParams& params, void* stream);
 void private_step(const PrivateStepParams& params, void* stream);
 }  // namespace emulated
+
+namespace emulation {
+void set_schedule(uint64_t seed);  // 0: the threads of a block run in order; otherwise shuffled, from this seed
+}  // namespace emulation
 
 }  // namespace privimage

@@ -35,22 +35,15 @@ static inline StepConstants step_constants(const PrivateStepParams& p) {
   return c;
 }
 
-static HOST_DEVICE float float_sqrt(float v) {
-#if defined(__CUDA_ARCH__)
-  return __fsqrt_rn(v);
-#else
-  return __builtin_sqrtf(v);
-#endif
-}
-
 // The noisy mean gradient. The sum of signal and noise is formed in double and rounded once.
 static HOST_DEVICE float noisy_gradient(const StepConstants& c, float grad_sum, double normal) {
   return static_cast<float>((static_cast<double>(grad_sum) + c.noise_std * normal) * c.inv_denominator);
 }
 
-template <Optimizer kOptimizer, bool kMomentum>
-static HOST_DEVICE float update_element(const StepConstants& c, float param, float grad, float& exp_avg,
-                                        float& exp_avg_sq) {
+// M::F is float, or a vector of them.
+template <Optimizer kOptimizer, bool kMomentum, class M>
+static HOST_DEVICE typename M::F update_element(const StepConstants& c, typename M::F param, typename M::F grad,
+                                                typename M::F& exp_avg, typename M::F& exp_avg_sq) {
   if (kOptimizer == Optimizer::adamw) {
     param = param * c.shrink;
   } else {
@@ -65,7 +58,7 @@ static HOST_DEVICE float update_element(const StepConstants& c, float param, flo
   }
   exp_avg = exp_avg + c.one_minus_beta1 * (grad - exp_avg);
   exp_avg_sq = c.beta2 * exp_avg_sq + c.one_minus_beta2 * grad * grad;
-  return param - c.step_size * (exp_avg / (float_sqrt(exp_avg_sq) * c.inv_sqrt_bias2 + c.eps));
+  return param - c.step_size * (exp_avg / (M::sqrt(exp_avg_sq) * c.inv_sqrt_bias2 + c.eps));
 }
 
 }  // namespace privimage

@@ -19,6 +19,12 @@ _EXPORTS = {
     "make_plan": "privimage_fast.dp.planner",
     "MemoryBudgetError": "privimage_fast.dp.planner",
     "PrivateOptimizer": "privimage_fast.dp.optimizer",
+    "PrivacyEngine": "privimage_fast.dp.privacy_engine",
+    "DPOptimizer": "privimage_fast.dp.dp_optimizer",
+    "DPDataLoader": "privimage_fast.dp.loader",
+    "BatchMemoryManager": "privimage_fast.dp.batch_memory",
+    "ModuleValidator": "privimage_fast.dp.validator",
+    "UnsupportedModuleError": "privimage_fast.dp.validator",
     "PrivImage": "privimage_fast.pipeline",
     "RunConfig": "privimage_fast.config",
     "cluster_labels": "privimage_fast.stages.clusters",
@@ -31,10 +37,15 @@ __all__ = ["__version__", *_EXPORTS]
 if TYPE_CHECKING:
     from privimage_fast.config import RunConfig
     from privimage_fast.data import ImageSet, open_image_set
+    from privimage_fast.dp.batch_memory import BatchMemoryManager
+    from privimage_fast.dp.dp_optimizer import DPOptimizer
     from privimage_fast.dp.engine import ClippedGrad, check_per_sample, clipped_grad
+    from privimage_fast.dp.loader import DPDataLoader
     from privimage_fast.dp.optimizer import PrivateOptimizer
     from privimage_fast.dp.planner import MemoryBudgetError, Plan, make_plan
+    from privimage_fast.dp.privacy_engine import PrivacyEngine
     from privimage_fast.dp.rules import UncoveredParameterError
+    from privimage_fast.dp.validator import ModuleValidator, UnsupportedModuleError
     from privimage_fast.pipeline import PrivImage
     from privimage_fast.stages.clusters import cluster_labels
 

@@ -85,7 +85,8 @@ def _is_for_users(error: Exception) -> bool:
 
 
 def _parse_run(command: str, argv: list[str], description: str, *, base: str | None = None) -> tuple[Any, argparse.Namespace]:
-    """(RunConfig, flags) from ``--config FILE``, dotted overrides and flags; ``base`` is YAML beneath both."""
+    """(RunConfig, flags) from ``--config FILE``, dotted overrides and flags; ``base`` is YAML beneath both (several documents:
+    each over those before it)."""
     import yaml
 
     from privimage_fast.config import ConfigError, build_config, check_keys, load_yaml, nest
@@ -123,7 +124,9 @@ def _parse_run(command: str, argv: list[str], description: str, *, base: str | N
         overrides["out"] = flags.out
     if getattr(flags, "inception", None):
         overrides["evaluate.inception"] = flags.inception
-    config = build_config(load_yaml(base, "embedded configuration")) if base else None
+    config = None
+    for document in base.split("\n---\n") if base else ():
+        config = build_config(load_yaml(document, "embedded configuration"), config)
     saved = Path(flags.out) / "config.yaml" if flags.out else None
     if flags.config:
         path = Path(flags.config)
@@ -169,7 +172,13 @@ def _run(argv: list[str], *, command: str = "run", base: str | None = None) -> N
 def _demo(argv: list[str]) -> None:
     from importlib.resources import files
 
-    base = (files("privimage_fast") / "demo.yaml").read_text()
+    def text(name: str) -> str:
+        return (files("privimage_fast") / name).read_text()
+
+    base = text("demo.yaml")
+    config, _ = _parse_run("demo", argv, "", base=base)
+    if config.model.family == "gan":  # the same data, other settings; what the user gives stands above both
+        base += "\n---\n" + text("demo-gan.yaml")
     _run(argv, command="demo", base=base)
 
 

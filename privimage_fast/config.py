@@ -12,8 +12,12 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from privimage_fast.models.edm import EDMConfig
-from privimage_fast.models.unet import PRESETS, UNetConfig
+from privimage_fast.models import gan, unet
+from privimage_fast.models.adversarial import GAN, AdversarialConfig
+from privimage_fast.models.edm import Denoiser, EDMConfig
+from privimage_fast.models.gan import GANConfig
+from privimage_fast.models.training import ImageModel
+from privimage_fast.models.unet import UNetConfig
 from privimage_fast.stages.evaluate import EvaluateConfig
 from privimage_fast.stages.finetune import FinetuneConfig
 from privimage_fast.stages.pretrain import PretrainConfig
@@ -83,26 +87,46 @@ class PrivacyConfig:
             raise ValueError(f"privacy.population must be ≥ 2 or null, found {self.population}")
 
 
+FAMILIES: dict[str, type[Denoiser] | type[GAN]] = {"diffusion": Denoiser, "gan": GAN}
+
+
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network.
+    """The networks.
 
     Args:
-        preset: small, base or large; "custom" takes `unet` as it stands.
+        family: diffusion (PRIVIMAGE+D) or gan (PRIVIMAGE+G).
+        preset: small, base or large; "custom" takes `unet` or `gan` as it stands.
         unet: sizes of the custom U-Net.
-        edm: preconditioning and training noise.
+        edm: preconditioning and training noise of the diffusion model.
+        gan: sizes of the custom GAN.
+        adversarial: how a GAN is trained.
     """
 
+    family: str = "diffusion"
     preset: str = "base"
     unet: UNetConfig = field(default_factory=UNetConfig)
     edm: EDMConfig = field(default_factory=EDMConfig)
+    gan: GANConfig = field(default_factory=GANConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
 
     def __post_init__(self) -> None:
-        if self.preset not in (*PRESETS, "custom"):
-            raise ValueError(f"model.preset must be one of {', '.join(PRESETS)}, custom; found {self.preset!r}")
+        if self.family not in FAMILIES:
+            raise ValueError(f"model.family must be {' or '.join(FAMILIES)}, found {self.family!r}")
+        if self.preset not in (*unet.PRESETS, "custom"):
+            raise ValueError(f"model.preset must be one of {', '.join(unet.PRESETS)}, custom; found {self.preset!r}")
 
-    def resolved_unet(self) -> UNetConfig:
-        return self.unet if self.preset == "custom" else PRESETS[self.preset]
+    @property
+    def default_multiplicity(self) -> int:
+        return FAMILIES[self.family].default_multiplicity
+
+    def build(self, *, resolution: int, channels: int, num_classes: int) -> ImageModel:
+        """The networks with fresh weights."""
+        shape = {"resolution": resolution, "channels": channels, "num_classes": num_classes}
+        if self.family == "gan":
+            sizes = self.gan if self.preset == "custom" else gan.PRESETS[self.preset]
+            return GAN(sizes, self.adversarial, **shape)
+        return Denoiser(self.unet if self.preset == "custom" else unet.PRESETS[self.preset], self.edm, **shape)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,9 @@ from privimage_fast.dp.ledger import Ledger
 from privimage_fast.dp.noise import NoiseKey
 from privimage_fast.dp.planner import Plan as StepPlan
 from privimage_fast.dp.sampling import OSRandom, SeededRandom
-from privimage_fast.models.edm import Denoiser, DenoisingLoss, EDMConfig, denoising_batch
+from privimage_fast.models.edm import Denoiser, EDMConfig
+from privimage_fast.models.gan import GANConfig, Generator
+from privimage_fast.models.training import Drawable, ImageModel
 from privimage_fast.models.unet import UNetConfig
 from privimage_fast.stages.agreement import check_text, question, stand_in_tables
 from privimage_fast.stages.evaluate import run_evaluate
@@ -68,6 +70,7 @@ class Plan:
     epsilon_without_query: float
     labels_per_class: int
     parameters: int
+    private_parameters: int  # trained on sensitive images
     step: StepPlan
     pretrain_seconds: float
     finetune_seconds: float
@@ -83,7 +86,8 @@ class Plan:
             ("selection", f"{self.labels_per_class} public labels a class"),
             ("DP-SGD", f"σ = {self.noise_multiplier:.4f}, q = {self.sample_rate:.4g}, {self.steps} steps" if self.steps
              else "none: trained on public images only"),
-            ("network", f"{self.parameters:,} parameters"),
+            ("network", f"{self.parameters:,} parameters" + ("" if self.private_parameters == self.parameters else
+                        f", {self.private_parameters:,} of them (the discriminator) trained by DP-SGD")),
             ("micro-batch", f"{self.step.physical_batch_size} images, up to {self.step.peak_bytes / 2**20:.0f} MiB to fine-tune"),
             ("rough time", f"{_minutes(total)}: pre-train {_minutes(self.pretrain_seconds)}, fine-tune "
                            f"{_minutes(self.finetune_seconds)}, sample {_minutes(self.sample_seconds)} (classifiers apart)"),
@@ -253,12 +257,13 @@ class Run:
         if query_noise is None:
             query_noise = query_noise_multiplier(c.privacy.epsilon, delta, c.query.share)
         steps = c.finetune.steps or filled.finetune.steps or c.finetune.total_steps(population)
+        multiplicity = c.finetune.multiplicity or filled.finetune.multiplicity or c.model.default_multiplicity
         return replace(
             c,
             privacy=replace(c.privacy, population=population, delta=delta),
             query=replace(c.query, noise_multiplier=query_noise, votes_per_image=c.query.votes_per_image or each),
             select=replace(c.select, labels_per_class=each),
-            finetune=replace(c.finetune, steps=steps),
+            finetune=replace(c.finetune, steps=steps, multiplicity=multiplicity),
         )
 
     @cached_property
@@ -285,14 +290,13 @@ class Run:
 
     # ---- stages
 
-    def model(self) -> Denoiser:
-        """A denoiser with its initial weights."""
+    def model(self) -> ImageModel:
+        """The networks with their initial weights."""
         c = self.config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._public_seed)
-            return Denoiser(
-                c.model.resolved_unet(), c.model.edm, resolution=c.data.resolution, channels=c.data.channels,
-                num_classes=self.private.n_classes,
+            return c.model.build(
+                resolution=c.data.resolution, channels=c.data.channels, num_classes=self.private.n_classes
             )  # fmt: skip
 
     def query(self) -> dict[str, Any] | None:
@@ -350,7 +354,7 @@ class Run:
             labels_each=c.select.labels_per_class, seed=c.seed,
         )  # fmt: skip
 
-    def pretrain(self) -> Denoiser:
+    def pretrain(self) -> ImageModel:
         c, model = self.config, self.model()
         selection = self.folder.read_json(self.folder.selection, "select")
         indices, labels = selected_subset(selection, self.public, self.private.label_names)
@@ -359,10 +363,10 @@ class Run:
             device=self.device,
         )  # fmt: skip
         if not (self.folder.samples / "before.png").exists():
-            self._sheets_before(model, indices, labels)
+            self._sheets_before(model.drawable, indices, labels)
         return model
 
-    def _sheets_before(self, model: Denoiser, indices: np.ndarray, labels: np.ndarray) -> None:
+    def _sheets_before(self, model: Drawable, indices: np.ndarray, labels: np.ndarray) -> None:
         """What the model draws, and what it was shown, before it has seen a sensitive image."""
         names = self.private.label_names
         wanted = np.repeat(np.arange(min(20, len(names))), 12)
@@ -373,7 +377,7 @@ class Run:
             chosen = ImageSet(self.public.images[indices[order]], labels[order], names, name="public")
             save_sheet(self.folder, "public", chosen)
 
-    def finetune(self) -> Denoiser:
+    def finetune(self) -> ImageModel:
         c, model = self.config, self.model()
         model.load_state_dict(self.folder.load_tensors(self.folder.checkpoint("pretrain"), "pretrain")[0])
         assert c.privacy.population is not None and c.privacy.delta is not None
@@ -385,17 +389,17 @@ class Run:
             target_epsilon=c.privacy.epsilon, delta=c.privacy.delta, ledger=self.ledger, noise_key=self.noise_key,
             randomness=OSRandom() if c.privacy.secure else SeededRandom(c.seed), seed=c.seed, device=self.device,
         )  # fmt: skip
-        save_pretrained(model, self.folder.model, class_names=self.private.label_names, run=self)
+        save_pretrained(model.drawable, self.folder.model, class_names=self.private.label_names, run=self)
         return model
 
-    def _keep_public(self, model: Denoiser) -> None:
+    def _keep_public(self, model: ImageModel) -> None:
         """In place of fine-tuning, for the baseline that never trains on sensitive images: no step, no charge."""
         c = self.config
         with timed(self.folder, "finetune", fingerprint("public only", c.model, c.pretrain)):
             population, delta = self.ledger.header.population, self.ledger.header.delta
             record = budget_record(c.finetune, population, c.privacy.epsilon, delta, 0.0, 0, self.ledger)
             self.folder.write_json(self.folder.budget, record)
-            save_pretrained(model, self.folder.model, class_names=self.private.label_names, run=self)
+            save_pretrained(model.drawable, self.folder.model, class_names=self.private.label_names, run=self)
 
     def sample(self) -> ImageSet:
         if not self.folder.model.exists():
@@ -447,22 +451,22 @@ class Run:
             )  # fmt: skip
         model = self.model().to(self.device)
         step = plan_finetune(model, c.finetune)
-        parameters = sum(p.numel() for p in model.parameters())
+        networks = (model, c.finetune.training(model).module)
+        parameters, private_parameters = (sum(p.numel() for p in network.parameters()) for network in networks)
         # The last micro-batch is padded to its fixed shape: half of one, on average.
-        rows_a_step = c.finetune.multiplicity * (c.finetune.batch_size + step.physical_batch_size / 2)
-        per_row = _seconds_per_row(model, c.finetune.multiplicity, self.device)
-        evaluations = c.sample.sampler.steps * (2 if c.sample.sampler.method == "heun" else 1)
-        evaluations *= 1 if c.sample.sampler.guidance == 1 else 2
+        images_a_step = c.finetune.batch_size + step.physical_batch_size / 2
+        seconds = _step_seconds(model, c, self.device)
         images = c.sample.per_class * self.private.n_classes
         return Plan(
             epsilon=c.privacy.epsilon, delta=c.privacy.delta, population=c.privacy.population, sample_rate=rate,
             steps=steps, noise_multiplier=sigma,
             query_noise_multiplier=c.query.noise_multiplier if queried else None,
             epsilon_without_query=epsilon([DPSGDEvent(sigma, rate, steps)] if steps else [], c.privacy.delta),
-            labels_per_class=c.select.labels_per_class, parameters=parameters, step=step,
-            pretrain_seconds=0.0 if c.select.mode == "none" else per_row.plain * c.pretrain.batch_size * c.pretrain.steps,
-            finetune_seconds=per_row.private * rows_a_step * steps,
-            sample_seconds=per_row.forward * images * evaluations,
+            labels_per_class=c.select.labels_per_class, parameters=parameters,
+            private_parameters=private_parameters, step=step,
+            pretrain_seconds=0.0 if c.select.mode == "none" else seconds.public * c.pretrain.batch_size * c.pretrain.steps,
+            finetune_seconds=(seconds.private * images_a_step + seconds.after_step) * steps,
+            sample_seconds=seconds.draw * images,
         )  # fmt: skip
 
     def write_plan(self, plan: Plan) -> None:
@@ -476,36 +480,49 @@ class Run:
 
 
 @dataclass(frozen=True)
-class _RowTimes:
-    forward: float
-    plain: float
+class _Seconds:
+    """An image's share of drawing, of a public and of a private step, and what a private step takes beside its images."""
+
+    draw: float
+    public: float
     private: float
+    after_step: float
 
 
-def _seconds_per_row(model: Denoiser, multiplicity: int, device: str, rows: int = 64) -> _RowTimes:
-    """Times a forward pass, a plain and a private step on random images (best of two)."""
-    rows = max(multiplicity, rows // multiplicity * multiplicity)
-    samples = rows // multiplicity
-    shape = (samples, model.channels, model.resolution, model.resolution)
-    batch = denoising_batch(
-        torch.rand(shape) * 2 - 1, torch.zeros(samples, dtype=torch.int64), edm=model.edm, num_classes=model.num_classes,
-        multiplicity=multiplicity, label_dropout=0.0, generator=None,
+def _step_seconds(model: ImageModel, config: RunConfig, device: str, rows: int = 64) -> _Seconds:
+    """Times each part on random images (best of two). Changes the model's weights."""
+    private = config.finetune.training(model)
+    public = model.public_training(
+        lr=1e-6, ema_decay=config.pretrain.ema_decay, label_dropout=config.pretrain.label_dropout
     )  # fmt: skip
-    args, loss_fn = [t.to(device) for t in batch.args()], DenoisingLoss(multiplicity)
-    sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    count = max(1, rows // private.rows)
+    random = torch.Generator().manual_seed(0)
+    images = torch.rand((count, model.channels, model.resolution, model.resolution), generator=random) * 2 - 1
+    labels = torch.zeros(count, dtype=torch.int64)
+    # One step of a sampler tells what all of them take.
+    sampler = replace(config.sample.sampler, steps=2)
+    passes = [model.drawable.network_evaluations(options) for options in (config.sample.sampler, sampler)]
+    sums = {name: torch.zeros_like(p) for name, p in private.module.named_parameters()}
 
-    def forward() -> None:
-        with torch.inference_mode():
-            loss_fn(model, *args).sum().item()
+    def draw() -> None:
+        model.drawable.draw(labels.to(device), sampler, random).sum().item()
 
-    def plain() -> None:
-        loss_fn(model, *args).sum().backward()
-        model.zero_grad(set_to_none=True)
+    def public_step() -> None:
+        on_device = (images.to(device), labels.to(device))
+        public.step(*on_device, random if device == "cpu" else torch.Generator(device), 1e-6).item()
 
-    def private() -> None:
-        accumulate_clipped(model, loss_fn, args, sums, max_grad_norm=1.0, multiplicity=multiplicity)[0].sum().item()
+    def private_step() -> None:
+        args = [t.to(device) for t in private.batch(images, labels, random)]
+        accumulate_clipped(private.module, private.loss, args, sums, max_grad_norm=1.0, multiplicity=private.rows)[0].sum().item()
 
-    return _RowTimes(*(_best_of_two(work) / rows for work in (forward, plain, private)))
+    def after_steps() -> None:
+        for step in range(private.round):
+            private.after_step(step, 0)
+
+    return _Seconds(
+        _best_of_two(draw) / count * passes[0] / passes[1], _best_of_two(public_step) / count,
+        _best_of_two(private_step) / count, _best_of_two(after_steps) / private.round,
+    )  # fmt: skip
 
 
 def _best_of_two(work: Callable[[], None]) -> float:
@@ -551,14 +568,14 @@ def _minutes(seconds: float) -> str:
 # ---------------------------------------------------------------------------------------------------- saved models
 
 
-def save_pretrained(model: Denoiser, path: str | Path, *, class_names: tuple[str, ...], run: Run | None = None) -> None:
+def save_pretrained(model: Drawable, path: str | Path, *, class_names: tuple[str, ...], run: Run | None = None) -> None:
     """Writes model.safetensors and config.json (and, of a run, its ledger) to a folder."""
     folder = RunFolder(path)
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.save_tensors(folder.path / "model.safetensors", model.state_dict(), {})
     described: dict[str, Any] = {
-        "format": 1, "unet": asdict(model.unet.config), "edm": asdict(model.edm), "resolution": model.resolution,
-        "channels": model.channels, "class_names": list(class_names),
+        "format": 1, **model.describe(), "resolution": model.resolution, "channels": model.channels,
+        "class_names": list(class_names),
     }  # fmt: skip
     if run is not None:
         described["privacy"] = run.spent()
@@ -571,7 +588,7 @@ def _json_number(value: float) -> float | str:
     return value if math.isfinite(value) else "inf"
 
 
-def load_pretrained(path: str | Path) -> tuple[Denoiser, tuple[str, ...], str]:
+def load_pretrained(path: str | Path) -> tuple[Drawable, tuple[str, ...], str]:
     """(model, class names, fingerprint of the weights) of a folder written by :func:`save_pretrained`."""
     folder = RunFolder(path)
     described = folder.read_json(folder.path / "config.json", "finetune")
@@ -579,10 +596,14 @@ def load_pretrained(path: str | Path) -> tuple[Denoiser, tuple[str, ...], str]:
         if described["format"] != 1:
             raise ValueError(f"format {described['format']}, expected 1")
         names = tuple(str(name) for name in described["class_names"])
-        model = Denoiser(
-            UNetConfig(**described["unet"]), EDMConfig(**described["edm"]), resolution=int(described["resolution"]),
-            channels=int(described["channels"]), num_classes=len(names),
-        )  # fmt: skip
+        shape = {name: int(described[name]) for name in ("resolution", "channels")} | {"num_classes": len(names)}
+        family = described.get("family", "diffusion")
+        if family == "gan":
+            model: Drawable = Generator(GANConfig(**described["gan"]), **shape)
+        elif family == "diffusion":
+            model = Denoiser(UNetConfig(**described["unet"]), EDMConfig(**described["edm"]), **shape)
+        else:
+            raise ValueError(f"family {family!r}, expected diffusion or gan")
         tensors, _ = folder.load_tensors(folder.path / "model.safetensors", "finetune")
         model.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -607,7 +628,7 @@ class PrivImage:
     def __init__(self, config: RunConfig | None = None, **sections: Any) -> None:
         self.config = build_config(sections, config)
         self._run: Run | None = None
-        self._model: Denoiser | None = None
+        self._model: Drawable | None = None
         self._class_names: tuple[str, ...] = ()
         self._pretrained: dict[str, Any] = {}
 
@@ -625,7 +646,7 @@ class PrivImage:
             run.query()
             run.select()
             run.pretrain()
-            self._model = run.finetune().eval()
+            self._model = run.finetune().drawable.eval()
             run.report()
         self._run, self._class_names, self.config = run, run.private.label_names, run.config
         return self
@@ -681,7 +702,7 @@ class PrivImage:
         self._pretrained = described.get("privacy", {})
         return self
 
-    def _fitted(self) -> Denoiser:
+    def _fitted(self) -> Drawable:
         if self._model is None:
             raise RunError("there is no model yet; call fit, or PrivImage.from_pretrained")
         return self._model

@@ -113,7 +113,7 @@ def test_nothing_private_is_written_unmarked(finished: Run) -> None:
         "expected_batch_size query_noise_multiplier",
         "stages.json": "query select pretrain finetune sample evaluate",
         "metrics.json": "metrics",
-        "model/config.json": "format unet edm resolution channels class_names privacy sampler",
+        "model/config.json": "format family unet edm resolution channels class_names privacy sampler",
     }
     found = {str(p.relative_to(finished.folder.path)) for p in finished.folder.path.rglob("*.json")}
     assert found == set(allowed)

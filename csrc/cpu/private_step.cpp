@@ -6,34 +6,44 @@
 namespace privimage {
 namespace ISA_NAMESPACE {
 
-// Elements lo..hi of the flat tensors; normals[0] belongs to element lo. Simple loops over one small range, so that
-// the compiler vectorises each and the data stays in the first cache.
-template <Optimizer kOptimizer, bool kMomentum>
-static void update_range(const PrivateStepParams& p, const StepConstants& c, const double* normals, int64_t lo,
-                         int64_t hi) {
-  const int64_t n = hi - lo;
-  float grad[kNoiseBatch];
-  float* __restrict__ sum = p.grad_sum + lo;
-  float* __restrict__ param = p.param + lo;
-  for (int64_t i = 0; i < n; ++i) grad[i] = noisy_gradient(c, sum[i], normals[i]);
-  for (int64_t i = 0; i < n; ++i) sum[i] = 0;
-  if (p.grad_out) std::memcpy(p.grad_out + lo, grad, static_cast<size_t>(n) * sizeof(float));
-  if constexpr (kOptimizer == Optimizer::sgd && !kMomentum) {
-    float unused = 0;
-    for (int64_t i = 0; i < n; ++i) param[i] = update_element<kOptimizer, false>(c, param[i], grad[i], unused, unused);
-  } else if constexpr (kOptimizer == Optimizer::sgd) {
-    float* __restrict__ buffer = p.exp_avg + lo;
-    float unused = 0;
-    for (int64_t i = 0; i < n; ++i) param[i] = update_element<kOptimizer, true>(c, param[i], grad[i], buffer[i], unused);
-  } else {
-    float* __restrict__ m = p.exp_avg + lo;
-    float* __restrict__ v = p.exp_avg_sq + lo;
-    for (int64_t i = 0; i < n; ++i) param[i] = update_element<kOptimizer, false>(c, param[i], grad[i], m[i], v[i]);
-  }
+// Update and EMA of the element or the vector at i of the flat tensors.
+template <Optimizer kOptimizer, bool kMomentum, class M>
+static HOST_DEVICE void update(const PrivateStepParams& p, const StepConstants& c, typename M::F grad, int64_t i) {
+  using F = typename M::F;
+  constexpr bool kFirst = kMomentum || kOptimizer != Optimizer::sgd, kSecond = kOptimizer != Optimizer::sgd;
+  F first = F{}, second = F{};
+  if constexpr (kFirst) first = load<F>(p.exp_avg + i);
+  if constexpr (kSecond) second = load<F>(p.exp_avg_sq + i);
+  const F param = update_element<kOptimizer, kMomentum, M>(c, load<F>(p.param + i), grad, first, second);
+  store(p.param + i, param);
+  if constexpr (kFirst) store(p.exp_avg + i, first);
+  if constexpr (kSecond) store(p.exp_avg_sq + i, second);
   if (p.ema) {
-    float* __restrict__ ema = p.ema + lo;
-    for (int64_t i = 0; i < n; ++i) ema[i] += c.one_minus_ema * (param[i] - ema[i]);
+    const F ema = load<F>(p.ema + i);
+    store(p.ema + i, ema + c.one_minus_ema * (param - ema));
   }
+}
+
+// Elements lo..hi of the flat tensors; normals[0] belongs to element lo. The structs come by value: vector stores may
+// alias anything, and pointers would be read again after each.
+template <Optimizer kOptimizer, bool kMomentum>
+static HOST_DEVICE void update_range(const PrivateStepParams p, const StepConstants c, const double* normals, int64_t lo,
+                                     int64_t hi) {
+  float grad[kNoiseBatch];
+  const int64_t n = hi - lo;
+  int64_t i = 0;
+  for (; i + kDoubleLanes <= n; i += kDoubleLanes) {
+    const vd sum = to_double(load<vf_half>(p.grad_sum + lo + i));
+    store(grad + i, __builtin_convertvector((sum + c.noise_std * load<vd>(normals + i)) * c.inv_denominator, vf_half));
+    store(p.grad_sum + lo + i, vf_half{});
+  }
+  for (; i < n; ++i) {
+    grad[i] = noisy_gradient(c, p.grad_sum[lo + i], normals[i]);
+    p.grad_sum[lo + i] = 0;
+  }
+  if (p.grad_out) std::memcpy(p.grad_out + lo, grad, static_cast<size_t>(n) * sizeof(float));
+  for (i = 0; i + kLanes <= n; i += kLanes) update<kOptimizer, kMomentum, VectorMath>(p, c, load<vf>(grad + i), lo + i);
+  for (; i < n; ++i) update<kOptimizer, kMomentum, ScalarMath>(p, c, grad[i], lo + i);
 }
 
 template <Optimizer kOptimizer, bool kMomentum>
@@ -47,7 +57,7 @@ static void run(const PrivateStepParams& p) {
     const int64_t at = batch * kNoiseBatch;
     const int64_t lo = max64(begin, at), hi = min64(end, at + kNoiseBatch);
     if (c.noise_std != 0) {
-      noise_batch(p.noise, batch * kLanes, normals);
+      noise_batch(p.noise, batch * kNoiseBlocks, normals);
     } else {
       std::memset(normals, 0, sizeof normals);
     }

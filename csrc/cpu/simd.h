@@ -1,5 +1,6 @@
 // One vector width per compilation: every file of cpu/ that includes this is built once per instruction set, with
-// PRIVIMAGE_ISA set to baseline, avx2 or avx512. GCC vector extensions, so the source has no intrinsics.
+// PRIVIMAGE_ISA set to baseline, avx2 or avx512. GCC vector extensions; intrinsics only where
+// GCC 12 makes five instructions of one.
 //
 // Everything here is static or a type: a function the linker could merge across instruction sets would be a bug.
 #pragma once
@@ -18,6 +19,10 @@
 #define PRIVIMAGE_ISA_avx2 1
 #define PRIVIMAGE_ISA_avx512 2
 #define PRIVIMAGE_ISA_LEVEL PRIVIMAGE_PASTE(PRIVIMAGE_ISA_, PRIVIMAGE_ISA)
+
+#if PRIVIMAGE_ISA_LEVEL > 0
+#include <immintrin.h>
+#endif
 
 namespace privimage {
 namespace ISA_NAMESPACE {
@@ -45,6 +50,16 @@ static HOST_DEVICE V load(const T* p) {
 template <class V, class T>
 static HOST_DEVICE void store(T* p, V v) {
   std::memcpy(p, &v, sizeof v);
+}
+
+static HOST_DEVICE vd to_double(vf_half v) {
+#if PRIVIMAGE_ISA_LEVEL == 2
+  return reinterpret_cast<vd>(_mm512_maskz_cvtps_pd(0xff, reinterpret_cast<__m256>(v)));  // the unmasked form warns
+#elif PRIVIMAGE_ISA_LEVEL == 1
+  return reinterpret_cast<vd>(_mm256_cvtps_pd(reinterpret_cast<__m128>(v)));
+#else
+  return vd{static_cast<double>(v[0]), static_cast<double>(v[1])};
+#endif
 }
 
 struct bf16 {
@@ -106,15 +121,24 @@ static HOST_DEVICE void transpose_doubles(vd* r) {
   if constexpr (kDoubleLanes > 4) transpose_step<(kDoubleLanes > 4 ? 4 : 1), kDoubleLanes, vd, vl>(r);
 }
 
+// Half a vector as doubles. Told element by element: of that, unlike of __builtin_convertvector, GCC makes one conversion.
+template <int First, class F, int... L>
+static HOST_DEVICE vd to_doubles(const F& f, Indices<L...>) {
+  return vd{static_cast<double>(f[First + L])...};
+}
+
 // Sum of squares in double, whatever the ISA's width.
 struct SquareSum {
   vd lanes = vd{};
   double scalar = 0;
-  HOST_DEVICE void add_vector(const float* p) {  // from memory, because halves of a register are awkward to name
-    const vd a = __builtin_convertvector(load<vf_half>(p), vd);
-    const vd b = __builtin_convertvector(load<vf_half>(p + kDoubleLanes), vd);
+  template <class F>
+  HOST_DEVICE void add_halves(const F& f) {
+    using Half = typename MakeIndices<kDoubleLanes>::type;
+    const vd a = to_doubles<0>(f, Half()), b = to_doubles<kDoubleLanes>(f, Half());
     lanes += a * a + b * b;
   }
+  HOST_DEVICE void add_vector(const float* p) { add_halves(p); }
+  HOST_DEVICE void add_vector(vf v) { add_halves(v); }
   HOST_DEVICE void add(float v) { scalar += static_cast<double>(v) * static_cast<double>(v); }
   HOST_DEVICE double total() const {
     double t = scalar;

@@ -6,15 +6,39 @@ namespace ISA_NAMESPACE {
 
 constexpr int64_t kChunk = 4096;  // 16 KiB of sums stay in the first cache while the samples stream past
 
+// sums += c[0] * in[0] + .., in this order whatever N is.
+template <int N>
+static void add_scaled(const float* const* in, const float* c, int64_t n, float* __restrict__ sums) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    vf s = load<vf>(sums + i);
+    for (int k = 0; k < N; ++k) s += c[k] * load<vf>(in[k] + i);
+    store(sums + i, s);
+  }
+  for (; i < n; ++i)
+    for (int k = 0; k < N; ++k) sums[i] += c[k] * in[k][i];
+}
+
 // Elements lo .. lo+n-1 of one layer, in stored order.
 static void add_chunk(const WeightedSumParams::Item& item, const WeightedSumParams& p, int64_t lo, int64_t n) {
   alignas(64) float sums[kChunk];
   std::memset(sums, 0, static_cast<size_t>(n) * sizeof(float));
-  for (int64_t b = 0; b < p.samples; ++b) {
-    const float c = p.coef[b];
-    if (c == 0) continue;  // not a multiplication: a rejected sample may hold inf or NaN
-    const float* __restrict__ in = item.stored + b * item.stored_stride + lo;
-    for (int64_t i = 0; i < n; ++i) sums[i] += c * in[i];
+  // Four samples a pass: the sums are read and written a quarter as often, and four streams keep memory busier than one.
+  int64_t b = 0;
+  while (b < p.samples) {
+    const float* in[4];
+    float c[4];
+    int taken = 0;
+    for (; b < p.samples && taken < 4; ++b) {
+      if (p.coef[b] == 0) continue;  // not a multiplication: a rejected sample may hold inf or NaN
+      c[taken] = p.coef[b];
+      in[taken++] = item.stored + b * item.stored_stride + lo;
+    }
+    if (taken == 4) {
+      add_scaled<4>(in, c, n, sums);
+    } else {
+      for (int k = 0; k < taken; ++k) add_scaled<1>(in + k, c + k, n, sums);
+    }
   }
   if (item.offsets == 1) {
     float* __restrict__ out = item.out + lo;

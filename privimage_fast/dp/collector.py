@@ -7,7 +7,7 @@ norms are taken now ("gram", "norm-only") and x, g kept for one ordinary weight 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,9 +18,15 @@ from privimage_fast import ops
 from privimage_fast.dp.rules import LinearRule, MatrixRule, UncoveredParameterError, squared_norms
 from privimage_fast.dp.tracker import Use
 
-# Deferred layers measure the norm in one computation and contribute through another; both round. Measuring this much
-# more than was found keeps the contribution under the bound (relative, on the squared norm).
-DEFERRED_SLACK = 8e-6
+# A deferred layer measures the norm in one computation and contributes through another; both round, and where the positions of a
+# sample cancel (W_b = Σ_t g_t a_tᵀ before a normalisation, say) that is much against ‖W_b‖. So, of W_b as it is contributed:
+# - with many positions it is computed once more, sample by sample, and shortened where it is longer than was measured;
+# - with few, one product over the whole batch is faster, and the measured norm is raised by what that can be off: relative to
+#   ‖W_b‖, and for each position relative to ‖a‖·‖g‖.
+FEW_POSITIONS = 64
+DEFERRED_SLACK, SUM_ROUNDING = 4e-6, 2.0**-26
+# Below, squares are denormal floats and a norm is less than its elements.
+_LEAST_NORM = 1e-15
 
 # What decides how a call's weight gradient is had: (rule, x, g, multiplicity) → "store" | "gram" | "norm-only".
 Choice = Callable[[MatrixRule, Tensor, Tensor, int], str]
@@ -50,6 +56,23 @@ class _Deferred:
 
     use: Use
     multiplicity: int
+    alone: bool  # sample by sample
+
+    def sum_alone(self, factors: Tensor, sq_norms: Tensor) -> Tensor:
+        """Σ_b factors_b · W_b; no W_b is longer than ``sq_norms`` says."""
+        use, k = self.use, self.multiplicity
+        assert use.rule.weight is not None
+        out = torch.zeros_like(use.rule.weight, dtype=torch.float64 if use.g.dtype == torch.float64 else torch.float32)
+        # A few at a time are faster than one; but no more bytes than the copy of x or g that the other way would make.
+        kept = min(use.x.numel(), use.g.numel()) // out.numel()
+        step = torch.get_num_threads() * max(1, min(4, kept // torch.get_num_threads()))
+        for b in range(0, len(factors), step):
+            rows = slice(b * k, (b + step) * k)
+            (term,) = use.rule.per_sample(use.x[rows], use.g[rows], (), k, {})
+            shorter = (sq_norms[b : b + step] / term.sq_norms).sqrt().clamp(max=1).nan_to_num(1.0)  # 0/0 is no reason
+            whole = term.sq_norms.isfinite() & (factors[b : b + step] != 0)
+            ops.weighted_sum_(out, term.stored, torch.where(whole, factors[b : b + step] * shorter, 0).float())
+        return out
 
 
 class Collector:
@@ -99,12 +122,20 @@ class Collector:
 
     def _defer(self, use: Use, multiplicity: int, how: str) -> None:
         assert isinstance(use.rule, MatrixRule)
-        use = _in_float(use)
+        if use.g.device.type == "cpu" or torch.float16 in (use.x.dtype, use.g.dtype):
+            use = _in_float(use)  # on a GPU bfloat16 stays: half the memory, and its norm is one matrix product
         name = use.rule.names["weight"]
-        self.sq_norms[name] = use.rule.weight_norms(use.x, use.g, multiplicity, how) * (1 + DEFERRED_SLACK)
+        self.sq_norms[name] = use.rule.weight_norms(use.x, use.g, multiplicity, how)
+        positions = multiplicity * use.rule.positions(use.x, use.g)
+        alone = positions > FEW_POSITIONS and use.g.device.type == "cpu"
+        if not alone:
+            # Infinite where x or g are beyond 1e19: factors times g would be denormal, and such a sample contributes zero.
+            scale = use.rule.offsets() ** 0.5 * _norms(use.x, self.samples) * _norms(use.g, self.samples)
+            rounding = SUM_ROUNDING * min(positions, FEW_POSITIONS) * scale
+            self.sq_norms[name] = (self.sq_norms[name].sqrt() * (1 + DEFERRED_SLACK) + rounding).square()
         for term in use.rule.bias_terms(use.g, multiplicity, self.stored):
             self.stored[term.name], self.sq_norms[term.name] = term.stored, term.sq_norms
-        self._deferred[name] = _Deferred(Use(use.rule.without_bias(), use.x, use.g, ()), multiplicity)
+        self._deferred[name] = _Deferred(Use(use.rule.without_bias(), use.x, use.g, ()), multiplicity, alone)
 
     def pull_back(self, derived: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
         """Turns per-sample gradients of derived tensors into those of the parameters they are computed from."""
@@ -123,8 +154,16 @@ class Collector:
             self.stored[name] = self.stored[name].add_(grad) if name in self.stored else grad
             self.sq_norms[name] = squared_norms(self.stored[name])
 
+    def forget(self, names: Iterable[str]) -> None:
+        """Leaves out parameters that are not trained: they count neither in norms nor in sums."""
+        for name in list(names):
+            for kept in (self.stored, self.sq_norms, self._deferred):
+                kept.pop(name, None)
+
     def total_sq_norms(self, device: torch.device) -> Tensor:
         total = torch.zeros(self.samples, dtype=torch.float64, device=device)
+        if device.type != "cpu" and self.sq_norms:  # one launch instead of one a parameter
+            return torch.stack([sq.to(total) for sq in self.sq_norms.values()]).sum(0)
         for sq in self.sq_norms.values():
             total += sq.double()
         return total
@@ -137,16 +176,25 @@ class Collector:
 
         deferred = {}  # computed first: where one fails, nothing has been added
         for name, entry in self._deferred.items():
+            assert isinstance(entry.use.rule, MatrixRule)
+            if entry.alone:
+                with full_precision(entry.use.g.device):
+                    deferred[name] = entry.sum_alone(of(name), self.sq_norms[name])
+                continue
+            clipped = entry.use.rule.clipped_sum(entry.use.x, entry.use.g, of(name), entry.multiplicity)
+            if clipped is not None:
+                deferred[name] = clipped
+                continue
+            entry.use = _in_float(entry.use)
             x, g = entry.use.x, entry.use.g
             per_row = of(name).repeat_interleave(x.shape[0] // self.samples).view(-1, *([1] * (g.dim() - 1)))
             # Multiplying by zero would let an infinite sample through as NaN; such rows are replaced, input and all.
             kept = per_row != 0
-            if not bool(kept.all()) or g.device.type != "cpu":
+            if g.device.type != "cpu" or not bool(kept.all()):  # looking at the values would wait for a GPU
                 g = torch.where(kept, g, 0) * per_row
                 x = torch.where(kept.view(-1, *([1] * (x.dim() - 1))), x, 0)
             else:
                 g = g * per_row
-            assert isinstance(entry.use.rule, MatrixRule)
             with full_precision(g.device):
                 deferred[name] = entry.use.rule.weighted_weight_grad(x, g)
         if isinstance(factors, Tensor):
@@ -157,6 +205,12 @@ class Collector:
                 ops.weighted_sum_([sums[name]], [stored], factors[name])
         for name, grad in deferred.items():
             sums[name] += grad
+
+
+def _norms(t: Tensor, samples: int) -> Tensor:
+    """‖t_b‖ over all rows of a sample, (B,) float64; inf where a square passes the range of float32."""
+    rows = torch.linalg.vector_norm(t, dim=tuple(range(1, t.dim())))
+    return torch.linalg.vector_norm(rows.view(samples, -1), dim=1, dtype=torch.float64).clamp(min=_LEAST_NORM)
 
 
 def _in_float(use: Use) -> Use:

@@ -31,8 +31,8 @@ from privimage_fast.dp.tracker import Sink, Tracker, Use, batch_tensors, trainab
 
 STRATEGIES = ("auto", "store", "gram", "norm-only")
 
-# Below, clip factors are denormal floats and no longer precise.
-_MIN_GRAD_NORM = 1e-30
+# Below, clip factors and what they multiply are denormal floats, whose rounding would pass the bound.
+_MIN_GRAD_NORM = 1e-15
 
 LossFunction = Callable[..., Tensor]
 
@@ -118,6 +118,10 @@ def _accumulate(
     parameters = trainable_parameters(module)
     if not parameters:
         raise ValueError(f"{type(module).__name__} has no trainable parameter: every requires_grad is False")
+    first = next((t for t in batch_tensors(list(args)) if t.dim()), None)
+    if first is not None and first.shape[0] == 0:  # an empty draw; many modules do not run on no rows
+        device = next(iter(parameters.values())).device
+        return torch.zeros(0, dtype=torch.float64, device=device), torch.zeros(0, device=device)
     sink = Sink()
     tracker = Tracker(module, args, sink)
     with torch.enable_grad(), eagerly(module), tracker:
@@ -149,19 +153,20 @@ def _accumulate(
 
 def probe_rows(
     module: nn.Module, part_of: Callable[[Tensor], Tensor], args: Any, rows: int, multiplicity: int, tracker: Tracker, sink: Sink,
+    key: Any = None,
 ) -> None:  # fmt: skip
     """Sees to it, once for each module and shape, that a sample's rows are where the engine takes them to be.
 
     ``part_of(keep)`` is a scalar that depends on the rows in ``keep`` only, if rows are independent; ``keep`` (rows,) is True on
     half of the samples. Differentiated alone, it must leave the output gradients of every call zero on all rows of the other
     samples. Real and fake images concatenated behind each other, a sequence-first layer, positions broadcast over the batch and
-    means over it all fail here, whatever their shapes.
+    means over it all fail here, whatever their shapes. ``key`` is what counts as one shape; the shapes of ``args`` unless given.
 
     Raises:
         UncoveredParameterError: naming the parameters of the call.
     """
     samples = rows // multiplicity
-    key = (multiplicity, module.training, tuple(tuple(t.shape) for t in batch_tensors(args)))
+    key = (multiplicity, module.training, key or tuple(tuple(t.shape) for t in batch_tensors(args)))
     seen = _probed.setdefault(module, Counter())
     if samples < 2 or seen[key] >= _PROBE_ATTEMPTS:
         return

@@ -148,6 +148,11 @@ class Shape:
             "norm-only": (self.operations / rates.conv if self.kind == "conv3" else once) + again,
         }
 
+    @property
+    def scratch_bytes(self) -> int:
+        """Sums of transformed products that a thread keeps, where Winograd's algorithm is taken: 36 for each 3×3 kernel."""
+        return min(4 * 36 * self.channels * self.outputs, 64 * 2**20) if self.kind == "conv3" else 0
+
     def bytes_kept(self, way: str) -> int:
         return 4 * self.weights if way == "store" else self.kept_bytes
 
@@ -377,7 +382,8 @@ def _peak(found: Profile, ways: Sequence[str], samples: int, parts: bool) -> int
     peak = max(peak, everything + again + sum(4 * s.weights for s in deferred))
     # The sums; and as they were, should a later part fail.
     sums = found.parameter_bytes * (2 if parts else 1)
-    return int(_MARGIN * (peak + samples * found.other_bytes + sums)) + _SCRATCH
+    scratch = torch.get_num_threads() * max((layer.shape.scratch_bytes for layer in found.layers), default=0)
+    return int(_MARGIN * (peak + samples * found.other_bytes + sums)) + scratch + _SCRATCH
 
 
 def _choose(

@@ -140,6 +140,19 @@ class MatrixRule(Rule):
         """The ordinary weight gradient for output gradients g that already carry the clip factors."""
         raise NotImplementedError
 
+    def positions(self, x: Tensor, g: Tensor) -> int:
+        """Terms that a row adds to each weight's gradient."""
+        raise NotImplementedError
+
+    def offsets(self) -> int:
+        """Weights that join an input and an output channel: 1, or the kernel's size."""
+        assert self.weight is not None
+        return math.prod(self.weight.shape[2:])
+
+    def clipped_sum(self, x: Tensor, g: Tensor, factors: Tensor, multiplicity: int) -> Tensor | None:
+        """Σ_b factors_b · (weight gradient of b), with products as exact as in the norms; None where no kernel does that."""
+        return None
+
     def without_bias(self) -> MatrixRule:
         return replace(self, bias=None, names={k: v for k, v in self.names.items() if k == "weight"})
 
@@ -185,8 +198,14 @@ class LinearRule(MatrixRule):
             return ops.linear_weight_grad(x, g, multiplicity=multiplicity, store=False)[0]
         return ops.linear_gram_norms(x, g, multiplicity=multiplicity)
 
+    def clipped_sum(self, x: Tensor, g: Tensor, factors: Tensor, multiplicity: int) -> Tensor | None:
+        return ops.linear_clipped_sum(self._positions(x), self._positions(g), factors, multiplicity=multiplicity)
+
     def weighted_weight_grad(self, x: Tensor, g: Tensor) -> Tensor:
         return g.flatten(0, -2).T @ x.flatten(0, -2)
+
+    def positions(self, x: Tensor, g: Tensor) -> int:
+        return math.prod(x.shape[1:-1])
 
 
 class ConvRule(MatrixRule):
@@ -202,6 +221,9 @@ class ConvRule(MatrixRule):
     def contraction(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """What the weight gradient slides over, and what it is summed with position by position."""
         return x, g
+
+    def positions(self, x: Tensor, g: Tensor) -> int:
+        return math.prod(self.contraction(x, g)[1].shape[2:])
 
     def _backward(self, x: Tensor, g: Tensor, mask: list[bool]) -> Tensor:
         a = self._arguments()
@@ -236,7 +258,16 @@ class ConvRule(MatrixRule):
             return ops.conv_weight_grad(x, g, multiplicity=multiplicity, store=False, **self._kernel())[0]
         return ops.conv_gram_norms(x, g, multiplicity=multiplicity, **self._kernel())
 
+    def clipped_sum(self, x: Tensor, g: Tensor, factors: Tensor, multiplicity: int) -> Tensor | None:
+        return ops.conv_clipped_sum(*self.contraction(x, g), factors, multiplicity=multiplicity, **self._kernel())
+
     def weighted_weight_grad(self, x: Tensor, g: Tensor) -> Tensor:
+        if ops.has_cpu_kernel("conv_weight_grad", x, g):
+            # The batch as one sample a thread: two to five times faster than oneDNN's weight gradient.
+            rows = x.shape[0]
+            teams = max(t for t in range(1, torch.get_num_threads() + 1) if rows % t == 0)
+            _, grads = ops.conv_weight_grad(*self.contraction(x, g), multiplicity=rows // teams, **self._kernel())
+            return grads.sum(0)
         return self._backward(*self.contraction(x, g), [False, True, False])
 
 
@@ -244,7 +275,16 @@ class ConvTransposeRule(ConvRule):
     """Transposed convolution: the adjoint of a convolution, so input and output change places in the weight gradient."""
 
     def contraction(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        return g, x
+        # An output padding of a stride or more leaves room in g for positions that x does not have: zeros stand for them.
+        positions = [
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, k, s, p, d in zip(
+                g.shape[2:], self._kernel()["kernel_size"], self.options["stride"], self.options["padding"],
+                self.options["dilation"], strict=True,
+            )
+        ]  # fmt: skip
+        missing = [n - m for n, m in zip(positions, x.shape[2:], strict=True)]
+        return g, F.pad(x, [side for m in reversed(missing) for side in (0, m)]) if any(missing) else x
 
     def forward(self, x: Tensor, *more: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         convolution = F.conv_transpose1d if x.dim() == 3 else F.conv_transpose2d
@@ -252,7 +292,8 @@ class ConvTransposeRule(ConvRule):
 
     def input_grad(self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
         convolution = F.conv1d if x.dim() == 3 else F.conv2d
-        return convolution(g, self.weight, None, **self._arguments())
+        grad = convolution(g, self.weight, None, **self._arguments())
+        return grad[(..., *(slice(n) for n in x.shape[2:]))]
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -289,8 +330,11 @@ class GroupNormRule(Rule):
 
     def input_grad(self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
         rows, channels = x.shape[:2]
+        x = _dense(x)
+        # The kernel reads both in the order of x: a g in another order gives another gradient, without an error.
+        g = g.contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last)
         return torch.ops.aten.native_group_norm_backward(
-            _dense(g), _dense(x), *saved, self.weight, rows, channels, math.prod(x.shape[2:]),
+            g, x, *saved, self.weight, rows, channels, math.prod(x.shape[2:]),
             self.options["num_groups"], [True, False, False],
         )[0]  # fmt: skip
 
@@ -422,10 +466,9 @@ class GeneralRule(Rule):
                 if not same:
                     raise UncoveredParameterError(
                         f"{self.describe()} has no per-sample gradient rule, and the general one does not apply: row {row} "
-                        "alone gives another result than in the batch (rows not first, samples mixed, or a random "
-                        "function). Freeze the "
-                        "parameter with requires_grad_(False), or express it through linear, convolution, normalisation, "
-                        "embedding or broadcasting functions"
+                        "alone gives another result than in the batch (rows not first, samples mixed, or a random function). "
+                        "Freeze the parameter with requires_grad_(False), or express it through linear, convolution, "
+                        "normalisation, embedding or broadcasting functions"
                     )
 
     def forward(self, x: Tensor, *more: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

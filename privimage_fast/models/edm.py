@@ -5,12 +5,14 @@ Images are float in [−1, 1]. Equation numbers are those of "Elucidating the De
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from privimage_fast.models.training import AveragedAdam
 from privimage_fast.models.unet import UNet, UNetConfig
 
 
@@ -30,6 +32,8 @@ class EDMConfig:
 class Denoiser(nn.Module):
     """D(x; σ, label), eq. 7: c_skip·x + c_out·F(c_in·x, c_noise, label)."""
 
+    default_multiplicity = 8
+
     def __init__(self, unet: UNetConfig, edm: EDMConfig, *, resolution: int, channels: int, num_classes: int) -> None:
         super().__init__()
         self.edm, self.resolution, self.channels, self.num_classes = edm, resolution, channels, num_classes
@@ -43,6 +47,26 @@ class Denoiser(nn.Module):
         scale = (s**2 + data**2).rsqrt()
         predicted = self.unet(x * scale, sigma.log() / 4, labels)
         return data**2 * scale**2 * x + s * data * scale * predicted.to(x.dtype)
+
+    @property
+    def drawable(self) -> Denoiser:
+        return self
+
+    def draw(self, labels: Tensor, options: SamplerConfig, random: torch.Generator) -> Tensor:
+        return sample(self, labels, options, random)
+
+    def network_evaluations(self, options: SamplerConfig) -> int:
+        passes = 2 * options.steps - 1 if options.method == "heun" else options.steps
+        return passes * (1 if options.guidance == 1 else 2)
+
+    def describe(self) -> dict[str, Any]:
+        return {"family": "diffusion", "unet": asdict(self.unet.config), "edm": asdict(self.edm)}
+
+    def public_training(self, *, lr: float, ema_decay: float, label_dropout: float) -> PublicDenoising:
+        return PublicDenoising(self, lr=lr, ema_decay=ema_decay, label_dropout=label_dropout)
+
+    def private_training(self, *, lr: float, ema_decay: float, label_dropout: float, multiplicity: int) -> PrivateDenoising:
+        return PrivateDenoising(self, label_dropout=label_dropout, multiplicity=multiplicity)
 
 
 @dataclass(frozen=True)
@@ -88,9 +112,58 @@ class DenoisingLoss:
         return weight * (denoised - images).square().flatten(1).mean(1) / self.multiplicity
 
 
+class PublicDenoising:
+    """Ordinary training of the denoiser; see ``models.training.PublicTraining``."""
+
+    def __init__(self, model: Denoiser, *, lr: float, ema_decay: float, label_dropout: float) -> None:
+        self.model, self.label_dropout, self.loss = model, label_dropout, DenoisingLoss()
+        self.optimizer = AveragedAdam(model, lr=lr, ema_decay=ema_decay)
+        self.state_dict, self.load_state_dict = self.optimizer.state_dict, self.optimizer.load_state_dict
+        self.finish = self.optimizer.use_average
+
+    def step(self, images: Tensor, labels: Tensor, random: torch.Generator, lr: float) -> Tensor:
+        batch = denoising_batch(
+            images, labels, edm=self.model.edm, num_classes=self.model.num_classes, multiplicity=1,
+            label_dropout=self.label_dropout, generator=random,
+        )  # fmt: skip
+        loss = self.loss(self.model, *batch.args()).mean()
+        self.optimizer.step(loss, lr)
+        return loss.detach()
+
+
+class PrivateDenoising:
+    """DP-SGD of the whole denoiser, K noise levels an image; see ``models.training.PrivateTraining``."""
+
+    betas, averages, round = (0.9, 0.999), True, 1
+
+    def __init__(self, model: Denoiser, *, label_dropout: float, multiplicity: int) -> None:
+        self.module, self.rows, self.label_dropout = model, multiplicity, label_dropout
+        self.loss = DenoisingLoss(multiplicity)
+
+    def batch(self, images: Tensor, labels: Tensor, random: torch.Generator) -> tuple[Tensor, ...]:
+        return denoising_batch(
+            images, labels, edm=self.module.edm, num_classes=self.module.num_classes, multiplicity=self.rows,
+            label_dropout=self.label_dropout, generator=random,
+        ).args()  # fmt: skip
+
+    def after_step(self, step: int, seed: int) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        pass
+
+    @torch.no_grad()
+    def finish(self, average: dict[str, Tensor]) -> None:
+        for name, value in average.items():
+            self.module.get_parameter(name).copy_(value)
+
+
 @dataclass(frozen=True)
 class SamplerConfig:
-    """Deterministic samplers on the schedule of eq. 5.
+    """Deterministic samplers on the schedule of eq. 5 (a GAN takes one pass and none of these).
 
     Args:
         method: "heun" (Algorithm 1, two evaluations a step) or "ddim" (its first-order part, one evaluation).

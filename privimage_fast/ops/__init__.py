@@ -1,6 +1,7 @@
 """The ops of the DP step, dispatched: the native kernel where there is one for these tensors, else plain torch.
 
-Contracts are the docstrings of :mod:`privimage_fast.ops.reference`; :mod:`privimage_fast.ops.native` calls the kernels.
+Contracts are the docstrings of :mod:`privimage_fast.ops.reference`; :mod:`privimage_fast.ops.native` calls the CPU kernels,
+:mod:`privimage_fast.ops.cuda` those for GPUs.
 No op records gradients.
 """
 
@@ -9,17 +10,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from privimage_fast.ops import native, reference
+from privimage_fast.ops import cuda, native, reference
 
 __all__ = [
-    "BuildInfo", "bias_grad", "build_info", "chacha20_block", "clip_factors", "conv_gram_norms", "conv_weight_grad",
-    "embedding_grad", "gaussian_noise", "group_norm_affine_grad", "layer_norm_affine_grad", "linear_gram_norms",
-    "linear_weight_grad", "private_step_", "weighted_sum_",
+    "BuildInfo", "bias_grad", "build_info", "chacha20_block", "clip_factors", "conv_clipped_sum", "conv_gram_norms",
+    "conv_weight_grad", "embedding_grad", "gaussian_noise", "group_norm_affine_grad", "has_cpu_kernel",
+    "layer_norm_affine_grad", "linear_clipped_sum", "linear_gram_norms", "linear_weight_grad", "private_step_",
+    "weighted_sum_",
 ]  # fmt: skip
 
 P = ParamSpec("P")
@@ -37,14 +39,18 @@ def _tensors(values: tuple[object, ...]) -> Iterator[Tensor]:
 def _dispatch(plain: Callable[P, R]) -> Callable[P, R]:
     name = plain.__name__
     kernel = getattr(native, name)
+    on_gpu = getattr(cuda, name, None)
 
     @functools.wraps(plain)
     def op(*args: P.args, **kwargs: P.kwargs) -> R:
         tensors = list(_tensors((*args, *kwargs.values())))
+        if native.supports(name, tensors):
+            with torch.no_grad():
+                return kernel(*args, **kwargs)
         # A caller's autocast must not reach the reference: norms of bf16 products break the clip bound.
         with torch.no_grad(), torch.autocast(tensors[0].device.type if tensors else "cpu", enabled=False):
-            if native.supports(name, tensors):
-                return kernel(*args, **kwargs)
+            if on_gpu is not None and cuda.supports(name, tensors):
+                return on_gpu(*args, **kwargs)
             return plain(*args, **kwargs)
 
     return op
@@ -63,6 +69,31 @@ weighted_sum_ = _dispatch(reference.weighted_sum_)
 gaussian_noise = _dispatch(reference.gaussian_noise)
 chacha20_block = _dispatch(reference.chacha20_block)
 private_step_ = _dispatch(reference.private_step_)
+
+
+def has_cpu_kernel(op: str, *tensors: Tensor) -> bool:
+    """Whether ``op`` runs in compiled code on these tensors' CPU memory, and not on the reference."""
+    return native.supports(op, tensors)
+
+
+def conv_clipped_sum(x: Tensor, g: Tensor, coef: Tensor, *, multiplicity: int, **convolution: Any) -> Tensor | None:
+    """Σ_b coef_b · W_b of gradients that were not stored, see :func:`cuda.conv_clipped_sum_`; None where no kernel does it."""
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        if not cuda.supports("conv_clipped_sum_", [x, g, coef]):
+            return None
+        out = torch.zeros(g.shape[1], x.shape[1] // convolution["groups"], *convolution["kernel_size"], device=x.device)
+        cuda.conv_clipped_sum_(out, x, g, coef, multiplicity=multiplicity, **convolution)
+        return out
+
+
+def linear_clipped_sum(x: Tensor, g: Tensor, coef: Tensor, *, multiplicity: int) -> Tensor | None:
+    """:func:`conv_clipped_sum` for a linear layer: x (R, T, d), g (R, T, p)."""
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        if not cuda.supports("linear_clipped_sum_", [x, g, coef]):
+            return None
+        out = torch.zeros(g.shape[2], x.shape[2], device=x.device)
+        cuda.linear_clipped_sum_(out, x, g, coef, multiplicity=multiplicity)
+        return out
 
 
 @dataclass(frozen=True)
@@ -84,8 +115,8 @@ class BuildInfo:
     reference_ops: dict[str, str] = field(default_factory=dict)  # op → where it runs on plain torch
 
 
-_CUDA_OPS = ("weighted_sum_", "private_step_")
-_OP_NAMES = tuple(name for name in __all__ if name not in ("BuildInfo", "build_info"))
+_NOT_OPS = ("BuildInfo", "build_info", "conv_clipped_sum", "has_cpu_kernel", "linear_clipped_sum")
+_OP_NAMES = tuple(name for name in __all__ if name not in _NOT_OPS)
 
 
 def build_info() -> BuildInfo:
@@ -97,9 +128,10 @@ def build_info() -> BuildInfo:
             cuda_status="no extension", cuda_device=device, reference_ops=dict.fromkeys(_OP_NAMES, "everywhere"),
         )  # fmt: skip
     built = native._C.build_info()
-    elsewhere = (*_CUDA_OPS, "gaussian_noise", "chacha20_block")
-    on_torch = {name: "cuda, float64, float16" for name in _OP_NAMES if name not in elsewhere}
-    on_torch |= {name: "float64" if built["cuda"] else "cuda, float64" for name in _CUDA_OPS}
+    drawn_on_cpu = ("gaussian_noise", "chacha20_block")
+    on_gpu = "" if built["cuda"] else "cuda, "
+    on_torch = {name: f"{on_gpu}float64, float16" for name in _OP_NAMES if name not in drawn_on_cpu}
+    on_torch |= {name: f"{on_gpu}float64" for name in ("weighted_sum_", "private_step_")}
     return BuildInfo(
         native=True, native_reason="", isa=built["isa"], isa_compiled=tuple(built["isa_compiled"]),
         isa_usable=tuple(built["isa_usable"]), openmp=built["openmp"], openmp_runtime=built["openmp_runtime"],

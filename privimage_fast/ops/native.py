@@ -6,6 +6,7 @@ module never fails; ``IMPORT_ERROR`` says why the extension is absent.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +27,7 @@ except ImportError as error:
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _HAS_CUDA = bool(_C and _C.build_info()["cuda"])
+_ALGORITHMS = {"auto": 0, "direct": 1, "winograd2": 2, "winograd4": 3}
 _OPTIMIZERS = {"sgd": 0, "adam": 1, "adamw": 2}
 _FLOATS = frozenset(_DTYPES)
 _FLOAT32 = frozenset({torch.float32})
@@ -47,19 +49,26 @@ _SUPPORTED: dict[str, frozenset[torch.dtype]] = {
     "chacha20_block": frozenset(),
     "private_step_": frozenset({torch.float32, torch.float64}),
 }
-_ON_CUDA = frozenset({"weighted_sum_"})
+
+
+@functools.cache
+def cuda_usable() -> bool:
+    """Whether this build's kernels can run on this machine; says once why not, where there is a GPU."""
+    if not _HAS_CUDA:
+        return False
+    problem = _C.cuda_problem()
+    if problem:
+        logging.getLogger("privimage_fast").warning("CUDA kernels are not used (%s): ops on the GPU run on plain torch", problem)
+    return not problem
 
 
 def supports(op: str, tensors: Sequence[Tensor]) -> bool:
-    """Whether ``op`` has a native kernel for these tensors: strided CPU memory (or CUDA, for some) of a known dtype."""
+    """Whether ``op`` has a native kernel for these tensors: strided CPU memory of a known dtype."""
     if _C is None:
         return False
     if op == "private_step_":  # the noise is always native; the arithmetic falls back inside
         return True
-    devices = ("cpu", "cuda") if _HAS_CUDA and op in _ON_CUDA else ("cpu",)
-    if any(t.layout != torch.strided or t.device.type not in devices or t.dtype not in _SUPPORTED[op] for t in tensors):
-        return False
-    return len({t.device for t in tensors}) <= 1
+    return all(t.layout == torch.strided and t.device.type == "cpu" and t.dtype in _SUPPORTED[op] for t in tensors)
 
 
 def _pointer(t: Tensor | None) -> int:
@@ -78,6 +87,7 @@ def _plane(t: Tensor) -> tuple[int, ...]:
 def _conv(
     x: Tensor, g: Tensor, shape: checks.ConvShape, groups: int, multiplicity: int, x_stride: Sequence[int],
     g_stride: Sequence[int], weights: Tensor | None, weight_stride: Sequence[int], accumulate: bool,
+    algorithm: str = "auto",
 ) -> Tensor:  # fmt: skip
     sq_norms = _norms(shape.samples)
     _C.conv_weight_grad(
@@ -86,7 +96,7 @@ def _conv(
         in_size=shape.in_size, out_size=shape.out_size, kernel=shape.kernel, stride=shape.stride,
         padding=shape.padding, dilation=shape.dilation, x_stride=x_stride, g_stride=g_stride, out=_pointer(weights),
         out_stride=weight_stride, accumulate=accumulate, sq_norms=_pointer(sq_norms),
-        num_threads=torch.get_num_threads(),
+        algorithm=_ALGORITHMS[algorithm], num_threads=torch.get_num_threads(),
     )  # fmt: skip
     return sq_norms
 
@@ -94,9 +104,14 @@ def _conv(
 def conv_weight_grad(
     x: Tensor, g: Tensor, *, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], groups: int, multiplicity: int, store: bool = True, out: Tensor | None = None,
+    _algorithm: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     op = "conv_weight_grad"
     shape = checks.conv_shape(op, x, g, kernel_size, stride, padding, dilation, groups, multiplicity)
+    checks.require(_algorithm in _ALGORITHMS, op, "_algorithm", _algorithm, "auto, direct, winograd2 or winograd4")
+    if _algorithm.startswith("winograd"):
+        plain = shape.kernel == (3, 3) and shape.stride == (1, 1) and shape.dilation == (1, 1)
+        checks.require(plain, op, "_algorithm", _algorithm, "direct: Winograd's form is for 3×3, stride 1, dilation 1")
     checks.accumulator(op, "out", out, shape.weight_shape, x)
     checks.require(store or out is None, op, "out", "given", "None with store=False")
     if x.numel() == 0 or g.numel() == 0:
@@ -114,7 +129,7 @@ def conv_weight_grad(
     if weights is not None:
         s = weights.stride()
         weight_stride = s if len(s) == 5 else (*s[:3], 0, s[3])
-    sq_norms = _conv(x, g, shape, groups, multiplicity, _plane(x), _plane(g), weights, weight_stride, out is not None)
+    sq_norms = _conv(x, g, shape, groups, multiplicity, _plane(x), _plane(g), weights, weight_stride, out is not None, _algorithm)
     return sq_norms, weights
 
 
@@ -335,6 +350,14 @@ def weighted_sum_(
         _undense(o, d)
 
 
+def refuse_capture(op: str) -> None:
+    """A captured launch keeps its step number: every replay would add the same noise, and two results would cancel it."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{op} is being captured in a CUDA graph, whose replays would repeat its noise; call it after the graph"
+        )
+
+
 class _Nothing:
     def __enter__(self) -> None: ...
     def __exit__(self, *_: object) -> None: ...
@@ -369,8 +392,8 @@ def private_step_(
     checks.step_arguments("private_step_", tensors, optimizer, momentum, noise_std, denominator, optimizer_step)
     checks.noise_arguments("private_step_", key, step, rank, stream, param.numel(), offset)
     device = _device or param.device.type
-    devices = ("cpu", "emulated", "cuda") if _HAS_CUDA else ("cpu", "emulated")
-    if param.dtype != torch.float32 or device not in devices:
+    native_here = device in ("cpu", "emulated") or (device == "cuda" and cuda_usable())
+    if param.dtype != torch.float32 or not native_here:
         noise = None
         if noise_std:
             noise = gaussian_noise(key, step=step, rank=rank, stream=stream, n=param.numel(), offset=offset)
@@ -380,6 +403,8 @@ def private_step_(
             optimizer_step=optimizer_step, ema_decay=ema_decay, grad_out=grad_out,
         )  # fmt: skip
         return
+    if device == "cuda" and noise_std:
+        refuse_capture("private_step_")
     if optimizer == "sgd":
         exp_avg, exp_avg_sq = (exp_avg if momentum else None), None
     with torch.cuda.device(param.device) if device == "cuda" else _Nothing():

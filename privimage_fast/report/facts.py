@@ -102,6 +102,19 @@ class Facts:
             value = value.get(key) if isinstance(value, dict) else None
         return value
 
+    @property
+    def method(self) -> str:
+        """How the second half of the method was done."""
+        if self.setting("model", "family") == "gan":
+            return (
+                "a GAN is pre-trained on those public images, its discriminator fine-tuned on the sensitive ones with DP-SGD, "
+                "and its generator, which learns from the discriminator alone, draws the synthetic set."
+            )
+        return (
+            "a diffusion model is pre-trained on those public images, then fine-tuned on the sensitive ones with DP-SGD, and "
+            "draws the synthetic set."
+        )
+
     def source(self, which: str) -> str:
         """A data set's name. Of a path the last part only: a card is published, a home folder should not be."""
         value = self.setting("data", which)

@@ -1,8 +1,9 @@
 """Fine-tuning on the sensitive images with DP-SGD.
 
-Formal guarantee: each step is one Poisson-subsampled Gaussian mechanism on the sum of clipped per-image gradients — the K
-noise levels and label drops of an image are one gradient, clipped once. Its event is in the ledger before the batch is
-drawn. A resumed run charges what it repeats, and stops early rather than pass the target ε.
+Formal guarantee: each step is one Poisson-subsampled Gaussian mechanism on the sum of clipped per-image gradients — all rows
+of an image (its noise levels, its pairs of real and fake) are one gradient, clipped once. Its event is in the ledger before the
+batch is drawn. A resumed run charges what it repeats, and stops early rather than pass the target ε. The loop is the same for
+all families; what a row, its loss and the released weights are is the family's (``models.training.PrivateTraining``).
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from privimage_fast.dp.ledger import Ledger
 from privimage_fast.dp.noise import NoiseKey
 from privimage_fast.dp.optimizer import PrivateOptimizer, UpdateRule
 from privimage_fast.dp.planner import Plan, make_plan
+from privimage_fast.dp.rules import UncoveredParameterError
 from privimage_fast.dp.sampling import MicroBatch, PoissonSampler, SecretRandom, micro_batches
-from privimage_fast.models.edm import Denoiser, DenoisingLoss, denoising_batch, to_float
+from privimage_fast.models.edm import to_float
+from privimage_fast.models.training import ImageModel, PrivateTraining, averaging_decay, below, prefixed
 from privimage_fast.stages.folder import RunError, RunFolder, fingerprint, timed
 
 logger = logging.getLogger(__name__)
@@ -40,7 +43,8 @@ class FinetuneConfig:
         steps: noised steps; null derives them from `epochs`.
         epochs: expected passes over the set when `steps` is null.
         batch_size: the *expected* batch size; the sample rate is batch_size / population.
-        multiplicity: K, noise levels drawn for each image of a batch; they share one clip.
+        multiplicity: K, what is drawn for each image of a batch, under one clip: noise levels (diffusion) or pairs of real and
+            fake (gan); null is 8 or 1.
         max_grad_norm: C. Adam does not feel its scale; at the published 1e-3 nearly every gradient is clipped.
         lr, ema_decay, label_dropout: as in pre-training.
         physical_batch_size: images at a time, at most; null chooses by `memory_budget_mib` and speed.
@@ -52,7 +56,7 @@ class FinetuneConfig:
     steps: int | None = None
     epochs: float = 150.0
     batch_size: int = 4096
-    multiplicity: int = 8
+    multiplicity: int | None = None
     max_grad_norm: float = 1e-3
     lr: float = 3e-4
     ema_decay: float = 0.999
@@ -62,10 +66,10 @@ class FinetuneConfig:
     checkpoint_steps: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "multiplicity", "max_grad_norm", "lr", "memory_budget_mib", "checkpoint_steps"):
+        for name in ("epochs", "batch_size", "max_grad_norm", "lr", "memory_budget_mib", "checkpoint_steps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"finetune.{name} must be positive, found {getattr(self, name)}")
-        for name in ("steps", "physical_batch_size"):
+        for name in ("steps", "multiplicity", "physical_batch_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"finetune.{name} must be ≥ 1 or null, found {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1 or not 0 <= self.label_dropout <= 1:
@@ -79,12 +83,18 @@ class FinetuneConfig:
     def total_steps(self, population: int) -> int:
         return self.steps or max(1, round(self.epochs / self.sample_rate(population)))
 
+    def training(self, model: ImageModel) -> PrivateTraining:
+        return model.private_training(
+            lr=self.lr, ema_decay=self.ema_decay, label_dropout=self.label_dropout,
+            multiplicity=self.multiplicity or model.default_multiplicity,
+        )  # fmt: skip
+
 
 def run_finetune(
-    folder: RunFolder, config: FinetuneConfig, *, model: Denoiser, private: ImageSet, population: int, target_epsilon: float,
+    folder: RunFolder, config: FinetuneConfig, *, model: ImageModel, private: ImageSet, population: int, target_epsilon: float,
     delta: float, ledger: Ledger, noise_key: NoiseKey, randomness: SecretRandom, seed: int, device: str = "cpu",
 ) -> None:  # fmt: skip
-    """Fine-tunes ``model`` in place; leaves its averaged weights in it and in checkpoints/finetune.safetensors.
+    """Fine-tunes ``model`` in place; leaves its released weights in it and in checkpoints/finetune.safetensors.
 
     σ is solved from what the ledger holds already, so the query is in it; an infinite ``target_epsilon`` trains without noise.
 
@@ -105,23 +115,24 @@ def run_finetune(
         logger.warning("fine-tuning begins again: %d steps in the ledger have no checkpoint", ledger.steps_charged(STAGE))
     with timed(folder, STAGE, stamp):
         noise_multiplier = _noise_multiplier(charged, ledger, target_epsilon, delta, sample_rate, steps)
+        training = config.training(model)
         optimizer = PrivateOptimizer(
-            model, max_grad_norm=config.max_grad_norm, noise_multiplier=noise_multiplier,
-            expected_batch_size=sample_rate * population, update=UpdateRule("adam", lr=config.lr), ema_decay=config.ema_decay,
-            multiplicity=config.multiplicity, memory_budget=config.memory_budget_mib * 2**20, noise_key=noise_key,
+            training.module, max_grad_norm=config.max_grad_norm, noise_multiplier=noise_multiplier,
+            expected_batch_size=sample_rate * population, update=UpdateRule("adam", lr=config.lr, betas=training.betas),
+            ema_decay=config.ema_decay if training.averages else 0.0, multiplicity=training.rows,
+            memory_budget=config.memory_budget_mib * 2**20, noise_key=noise_key,
         )  # fmt: skip
         if progress_path.exists():
-            _restore(folder, optimizer, stamp)
+            _restore(folder, optimizer, training, stamp)
         event = DPSGDEvent(noise_multiplier, sample_rate, 1)
         steps = min(steps, optimizer.steps + _affordable(event, ledger, target_epsilon, delta, steps - optimizer.steps))
         folder.write_json(
             folder.budget, budget_record(config, population, target_epsilon, delta, noise_multiplier, steps, ledger)
         )
-        _check_model(model, config)
-        _train(folder, config, optimizer, private, steps, event, ledger, randomness, stamp, device)
-        with torch.no_grad():
-            for name, average in optimizer.ema_state().items():
-                model.get_parameter(name).copy_(average)
+        check_rows(model, training)
+        physical = plan_finetune(model, config).physical_batch_size
+        _train(folder, config, optimizer, training, physical, private, steps, event, ledger, randomness, stamp, seed, device)
+        training.finish(optimizer.ema_state())
         folder.save_tensors(path, model.state_dict(), {"fingerprint": stamp, "steps": optimizer.steps})
     progress_path.unlink(missing_ok=True)
 
@@ -178,78 +189,86 @@ def _affordable(event: DPSGDEvent, ledger: Ledger, target_epsilon: float, delta:
     return min(allowed, wanted)
 
 
-def _check_model(model: Denoiser, config: FinetuneConfig) -> None:
-    """The clip bound rests on rows being independent: seen on stand-in noise before any sensitive image is read."""
-    check_per_sample(model, DenoisingLoss(config.multiplicity), _stand_in(model, config, 2), multiplicity=config.multiplicity)
+def check_rows(model: ImageModel, training: PrivateTraining) -> None:
+    """The clip bound rests on images being apart: seen on stand-in noise before any sensitive image is read.
+
+    Raises:
+        UncoveredParameterError: the module mixes images, or one image's rows depend on another image of the batch.
+    """
+    check_per_sample(training.module, training.loss, _stand_in(model, training, 2), multiplicity=training.rows)
+    before, after = (_stand_in(model, training, 2, last=last) for last in (1.0, -0.5))
+    for one, other in zip(before, after, strict=True):
+        if not torch.allclose(one[: training.rows], other[: training.rows], rtol=1e-4, atol=1e-5):
+            raise UncoveredParameterError(
+                f"{type(model).__name__} makes an image's rows from other images of its batch as well (batch normalisation in "
+                "the generator?), so clipping cannot bound one image"
+            )
 
 
 def _train(
-    folder: RunFolder, config: FinetuneConfig, optimizer: PrivateOptimizer, private: ImageSet, steps: int, event: DPSGDEvent,
-    ledger: Ledger, randomness: SecretRandom, stamp: str, device: str,
+    folder: RunFolder, config: FinetuneConfig, optimizer: PrivateOptimizer, training: PrivateTraining, physical: int,
+    private: ImageSet, steps: int, event: DPSGDEvent, ledger: Ledger, randomness: SecretRandom, stamp: str, seed: int,
+    device: str,
 ) -> None:  # fmt: skip
     sampler = PoissonSampler(len(private), event.sample_rate, randomness)
-    physical = plan_finetune(optimizer.module, config).physical_batch_size
-    loss_fn = DenoisingLoss(config.multiplicity)
     pixels, labels = torch.from_numpy(private.images), torch.from_numpy(private.labels)
     path = folder.checkpoint("finetune-progress")
     progress = tqdm(range(optimizer.steps, steps), desc=STAGE, unit="step", initial=optimizer.steps, total=steps, leave=False)
     for step in progress:
         ledger.charge(event, stage=STAGE)  # before the batch is drawn
-        # Noise levels, noise and label drops go to places in the batch. Were they known, an image more would shift those of all
+        # Noise levels, latents and label drops go to places in the batch. Were they known, an image more would shift those of all
         # later images, and the sum would change by far more than C; drawn in secret they are independent of who is in.
         random = torch.Generator().manual_seed(int.from_bytes(randomness.random_bytes(8), "little") >> 1)
         for part in micro_batches(sampler.draw(), physical):
-            batch = _batch(part, pixels, labels, optimizer.module, config, random)
-            optimizer.accumulate(loss_fn, [t.to(device) for t in batch], torch.from_numpy(part.weights).to(device))
+            batch = training.batch(*_images(part, pixels, labels), random)
+            optimizer.accumulate(training.loss, [t.to(device) for t in batch], torch.from_numpy(part.weights).to(device))
         # A short run must not average over its own beginning; the schedule is a function of the step alone.
-        optimizer.ema_decay = min(config.ema_decay, (1 + step) / (10 + step)) if config.ema_decay else 0.0
+        optimizer.ema_decay = averaging_decay(config.ema_decay, step) if training.averages else 0.0
         optimizer.step()
+        training.after_step(step, seed)
         if (step + 1) % config.checkpoint_steps == 0 and step + 1 < steps:
-            folder.save_tensors(path, optimizer.state_dict(), {"fingerprint": stamp})
+            tensors = optimizer.state_dict() | prefixed("training/", training.state_dict())
+            folder.save_tensors(path, tensors, {"fingerprint": stamp})
 
 
-def _batch(
-    part: MicroBatch, pixels: Tensor, labels: Tensor, model: Any, config: FinetuneConfig, random: torch.Generator
-) -> tuple[Tensor, ...]:
-    """Images of one micro-batch as K rows each; padding is blank, so that no record's data stands in for it."""
+def _images(part: MicroBatch, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Images and labels of one micro-batch; padding is blank, so that no record's data stands in for it."""
     blank = torch.from_numpy(part.indices < 0)
     rows = torch.from_numpy(part.indices).clamp_min(0)
-    images = to_float(pixels[rows]).masked_fill(blank[:, None, None, None], 0.0)
-    return denoising_batch(
-        images, labels[rows].masked_fill(blank, 0), edm=model.edm, num_classes=model.num_classes,
-        multiplicity=config.multiplicity, label_dropout=config.label_dropout, generator=random,
-    ).args()  # fmt: skip
+    return to_float(pixels[rows]).masked_fill(blank[:, None, None, None], 0.0), labels[rows].masked_fill(blank, 0)
 
 
-def plan_finetune(model: Denoiser, config: FinetuneConfig) -> Plan:
+def plan_finetune(model: ImageModel, config: FinetuneConfig) -> Plan:
     """How micro-batches are done: the way of each layer, and the images at a time that the memory budget allows.
 
     Looks at one stand-in image. Without ``physical_batch_size`` a micro-batch has at most 256 rows: more gains nothing.
     """
-    most = config.physical_batch_size or max(1, 256 // config.multiplicity)
+    training = config.training(model)
+    most = config.physical_batch_size or max(1, 256 // training.rows)
     return make_plan(
-        model, DenoisingLoss(config.multiplicity), _stand_in(model, config, 1), multiplicity=config.multiplicity,
+        training.module, training.loss, _stand_in(model, training, 1), multiplicity=training.rows,
         memory_budget=config.memory_budget_mib * 2**20, batch_size=min(most, config.batch_size),
     )  # fmt: skip
 
 
-def _stand_in(model: Denoiser, config: FinetuneConfig, images: int) -> list[Tensor]:
-    """A batch of noise in the shape of the real ones, on the model's device."""
+def _stand_in(model: ImageModel, training: PrivateTraining, images: int, last: float = 1.0) -> list[Tensor]:
+    """A batch of noise in the shape of the real ones, on the model's device; the last image is multiplied by ``last``."""
     random = torch.Generator().manual_seed(0)
-    shape = (images, model.channels, model.resolution, model.resolution)
-    batch = denoising_batch(
-        torch.rand(shape, generator=random) * 2 - 1, torch.arange(images) % model.num_classes, edm=model.edm,
-        num_classes=model.num_classes, multiplicity=config.multiplicity, label_dropout=config.label_dropout, generator=random,
-    )  # fmt: skip
-    device = next(model.parameters()).device
-    return [t.to(device) for t in batch.args()]
+    noise = torch.rand((images, model.channels, model.resolution, model.resolution), generator=random) * 2 - 1
+    labels = torch.arange(images) % model.num_classes
+    if last != 1:
+        noise[-1] *= last
+        labels[-1] = (labels[-1] + 1) % model.num_classes
+    device = next(training.module.parameters()).device
+    return [t.to(device) for t in training.batch(noise, labels, random)]
 
 
-def _restore(folder: RunFolder, optimizer: PrivateOptimizer, stamp: str) -> None:
+def _restore(folder: RunFolder, optimizer: PrivateOptimizer, training: PrivateTraining, stamp: str) -> None:
     tensors, metadata = folder.load_tensors(folder.checkpoint("finetune-progress"), STAGE)
     if metadata.get("fingerprint") != stamp:
         raise RunError(
             f"{folder.checkpoint('finetune-progress')} was made with other settings; its steps are spent. Restore the settings, "
             "or start over with another --out"
         )
-    optimizer.load_state_dict(tensors)
+    optimizer.load_state_dict({name: t for name, t in tensors.items() if not name.startswith("training/")})
+    training.load_state_dict(below("training/", tensors))

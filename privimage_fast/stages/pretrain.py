@@ -1,4 +1,4 @@
-"""Pre-training of the denoiser on the selected public images: ordinary EDM training, no privacy involved."""
+"""Pre-training on the selected public images: ordinary training, no privacy involved."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from tqdm import tqdm
 
 from privimage_fast.data import ImageSet
-from privimage_fast.models.edm import Denoiser, DenoisingLoss, denoising_batch, to_float
+from privimage_fast.models.edm import to_float
+from privimage_fast.models.training import ImageModel, PublicTraining
 from privimage_fast.stages.folder import RunFolder, fingerprint, set_fingerprint, timed
 
 
@@ -44,7 +45,7 @@ class PretrainConfig:
 
 
 def run_pretrain(
-    folder: RunFolder, config: PretrainConfig, *, model: Denoiser, public: ImageSet, indices: np.ndarray, labels: np.ndarray,
+    folder: RunFolder, config: PretrainConfig, *, model: ImageModel, public: ImageSet, indices: np.ndarray, labels: np.ndarray,
     seed: int, device: str = "cpu",
 ) -> None:  # fmt: skip
     """Trains ``model`` in place and leaves its averaged weights in it and in checkpoints/pretrain.safetensors.
@@ -67,68 +68,36 @@ def run_pretrain(
 
 
 def _train(
-    folder: RunFolder, config: PretrainConfig, model: Denoiser, images: np.ndarray, labels: np.ndarray, stamp: str, seed: int,
+    folder: RunFolder, config: PretrainConfig, model: ImageModel, images: np.ndarray, labels: np.ndarray, stamp: str, seed: int,
     device: str,
 ) -> None:  # fmt: skip
-    parameters = dict(model.named_parameters())
-    optimizer = torch.optim.Adam(parameters.values(), lr=config.lr, fused=True)
-    ema = [p.detach().clone() for p in parameters.values()]
+    training = model.public_training(lr=config.lr, ema_decay=config.ema_decay, label_dropout=config.label_dropout)
     path = folder.checkpoint("pretrain-progress")
-    start = _restore(folder, stamp, parameters, optimizer, ema) if path.exists() else 0
-    loss_fn, saved = DenoisingLoss(), time.perf_counter()
+    start = _restore(folder, stamp, training) if path.exists() else 0
+    saved = time.perf_counter()
     pixels, targets = torch.from_numpy(images), torch.from_numpy(labels)
     progress = tqdm(range(start, config.steps), desc="pretrain", unit="step", initial=start, total=config.steps, leave=False)
     for step in progress:
         random = torch.Generator().manual_seed(seed * 1_000_003 + step)
         rows = torch.randint(len(images), (config.batch_size,), generator=random)
-        batch = denoising_batch(
-            to_float(pixels[rows]), targets[rows], edm=model.edm, num_classes=model.num_classes, multiplicity=1,
-            label_dropout=config.label_dropout, generator=random,
-        )  # fmt: skip
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
-        loss = loss_fn(model, *(t.to(device) for t in batch.args())).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        # The average forgets its first, untrained weights quickly: the decay grows with the steps taken.
-        decay = min(config.ema_decay, (1 + step) / (10 + step))
-        with torch.no_grad():
-            torch._foreach_lerp_(ema, list(parameters.values()), 1 - decay)
+        lr = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
+        loss = training.step(to_float(pixels[rows]), targets[rows], random, lr)
         if step % 20 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}")
         if time.perf_counter() - saved > config.checkpoint_seconds:
-            _save(folder, stamp, step + 1, parameters, optimizer, ema)
+            _save(folder, stamp, step + 1, training)
             saved = time.perf_counter()
-    with torch.no_grad():
-        for p, average in zip(parameters.values(), ema, strict=True):
-            p.copy_(average)
+    training.finish()
 
 
-def _save(
-    folder: RunFolder, stamp: str, steps: int, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer,
-    ema: list[torch.Tensor],
-) -> None:  # fmt: skip
-    tensors: dict[str, torch.Tensor] = {}
-    for (name, p), average in zip(parameters.items(), ema, strict=True):
-        tensors |= {f"parameter/{name}": p, f"ema/{name}": average}
-        tensors |= {f"adam/{key}/{name}": value for key, value in optimizer.state[p].items()}
-    folder.save_tensors(folder.checkpoint("pretrain-progress"), tensors, {"fingerprint": stamp, "steps": steps})
+def _save(folder: RunFolder, stamp: str, steps: int, training: PublicTraining) -> None:
+    path = folder.checkpoint("pretrain-progress")
+    folder.save_tensors(path, training.state_dict(), {"fingerprint": stamp, "steps": steps})
 
 
-def _restore(
-    folder: RunFolder, stamp: str, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer,
-    ema: list[torch.Tensor],
-) -> int:  # fmt: skip
+def _restore(folder: RunFolder, stamp: str, training: PublicTraining) -> int:
     tensors, metadata = folder.load_tensors(folder.checkpoint("pretrain-progress"), "pretrain")
     if metadata.get("fingerprint") != stamp:
         return 0  # of other settings; public training may simply begin again
-    with torch.no_grad():
-        for (name, p), average in zip(parameters.items(), ema, strict=True):
-            p.copy_(tensors[f"parameter/{name}"])
-            average.copy_(tensors[f"ema/{name}"])
-            optimizer.state[p] = {
-                key: tensors[f"adam/{key}/{name}"].to(p.device if key != "step" else "cpu")
-                for key in ("step", "exp_avg", "exp_avg_sq")
-            }
+    training.load_state_dict(tensors)
     return int(metadata["steps"])

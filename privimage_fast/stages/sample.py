@@ -1,4 +1,4 @@
-"""Sampling: synthetic images from a trained denoiser, as many for each class. Post-processing, at no privacy cost."""
+"""Sampling: synthetic images from a trained model, as many for each class. Post-processing, at no privacy cost."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from tqdm import tqdm
 
 from privimage_fast.data import ImageSet, atomic_path, class_sheet, save_folder, save_npz, save_zip
-from privimage_fast.models.edm import Denoiser, SamplerConfig, sample, to_uint8
+from privimage_fast.models.edm import SamplerConfig, to_uint8
+from privimage_fast.models.training import Drawable
 from privimage_fast.stages.folder import RunFolder, fingerprint, timed
 
 FORMATS = ("npz", "zip", "folder")
@@ -43,7 +44,7 @@ class SampleConfig:
 
 
 def run_sample(
-    folder: RunFolder, config: SampleConfig, *, model: Denoiser, class_names: Sequence[str], weights: str, seed: int,
+    folder: RunFolder, config: SampleConfig, *, model: Drawable, class_names: Sequence[str], weights: str, seed: int,
     device: str = "cpu",
 ) -> ImageSet:  # fmt: skip
     """Samples synthetic.npz (and the other formats) batch by batch; an interrupted run goes on with the next batch.
@@ -78,12 +79,12 @@ def run_sample(
 
 
 def draw(
-    model: Denoiser, labels: np.ndarray, config: SamplerConfig, *, seed: int, batch: int = 0, device: str = "cpu"
+    model: Drawable, labels: np.ndarray, config: SamplerConfig, *, seed: int, batch: int = 0, device: str = "cpu"
 ) -> np.ndarray:
     """uint8 NHWC images for labels (n,); (seed, batch) fixes them."""
     model.eval().to(device)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + batch)
-    return to_uint8(sample(model, torch.from_numpy(labels).to(device), config, generator)).cpu().numpy()
+    return to_uint8(model.draw(torch.from_numpy(labels).to(device), config, generator)).cpu().numpy()
 
 
 def save_sheet(folder: RunFolder, name: str, images: ImageSet) -> None:

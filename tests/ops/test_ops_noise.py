@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from privimage_fast import ops
@@ -96,6 +97,51 @@ def test_distribution() -> None:
     radius, angle = z[0::2] ** 2 + z[1::2] ** 2, np.arctan2(z[1::2], z[0::2])
     assert stats.kstest(radius, "chi2", args=(2,)).pvalue > 1e-4
     assert stats.kstest(angle, "uniform", args=(-np.pi, 2 * np.pi)).pvalue > 1e-4
+
+
+@pytest.mark.slow
+def test_distribution_of_twenty_million() -> None:
+    """Moments to the eighth, the whole distribution, and the tails beyond 5σ, where a short uniform would show."""
+    n = 20_000_000
+    z = ops.gaussian_noise(KEY, step=1, rank=0, stream=0, n=n)
+    for order, moment, twice in ((1, 0, 1), (2, 1, 3), (3, 0, 15), (4, 3, 105), (6, 15, 10_395), (8, 105, 2_027_025)):
+        assert abs((z**order).mean() - moment) < 5 * ((twice - moment**2) / n) ** 0.5, f"moment {order}"
+    assert stats.kstest(z, "norm").pvalue > 1e-4
+    for bound in (3.0, 4.0, 5.0, 5.5):
+        for tail in (z > bound, z < -bound):
+            expected = n * stats.norm.sf(bound)
+            assert stats.poisson.cdf(tail.sum(), expected) > 1e-5
+            assert stats.poisson.sf(tail.sum() - 1, expected) > 1e-5
+    # Neighbours share a block, a radius or a register: no two of them may know of each other.
+    for lag in (1, 2, 7, 8, 64, 128, 256):
+        for x, y in ((z[:-lag], z[lag:]), (z[:-lag] ** 2 - 1, z[lag:] ** 2 - 1)):
+            assert abs((x * y).mean()) < 5 * (x.var() * y.var() / n) ** 0.5, f"lag {lag}"
+
+
+@pytest.mark.parametrize("first", [0, 2**32 - 40])
+def test_blocks_of_one_batch_are_consecutive(isa: str, first: int) -> None:
+    """Each of the blocks that run side by side is RFC 8439's block of its own number, at both ends of the counter."""
+    from_words = []
+    for block in range(first, first + 40):
+        words = np.frombuffer(reference.chacha20_block(KEY, block, (3, 1, 2)), dtype="<u8") >> np.uint64(11)
+        u = (words.astype(np.float64) + 0.5) / 2.0**53
+        radius, angle = np.sqrt(-2 * np.log(u[::2])), 2 * np.pi * u[1::2]
+        from_words += np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1).ravel().tolist()
+    got = native.gaussian_noise(KEY, step=2, rank=1, stream=3, n=320, offset=8 * first)
+    np.testing.assert_allclose(got, from_words, rtol=0, atol=4e-15)
+
+
+def test_threads_change_no_bit() -> None:
+    before = torch.get_num_threads()
+    draws = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            draws.append(ops.gaussian_noise(KEY, step=1, rank=0, stream=2, n=10_007, offset=3))
+    finally:
+        torch.set_num_threads(before)
+    assert np.array_equal(draws[0], draws[1])
+    assert np.array_equal(draws[0], draws[2])
 
 
 @pytest.mark.parametrize("module", [ops, reference])

@@ -31,18 +31,19 @@ def conv_case(
 
 
 def check_conv(x: torch.Tensor, g: torch.Tensor, arguments: dict[str, Any]) -> None:
+    """The direct kernel, element by element; test_ops_winograd.py has the others, which round otherwise."""
     expected = reference.conv_weight_grad(x.double(), g.double(), **arguments)[1]
     magnitude = reference.conv_weight_grad(x.double().abs(), g.double().abs(), **arguments)[1]
-    sq_norms, weights = native.conv_weight_grad(x, g, **arguments)
+    sq_norms, weights = native.conv_weight_grad(x, g, _algorithm="direct", **arguments)
     assert_sums(weights, expected, magnitude)
     assert_norms(sq_norms, weights)
-    only_norms, nothing = native.conv_weight_grad(x, g, store=False, **arguments)
+    only_norms, nothing = native.conv_weight_grad(x, g, store=False, _algorithm="direct", **arguments)
     assert nothing is None
     torch.testing.assert_close(only_norms, sq_norms, rtol=1e-12, atol=0)
 
     start = torch.randn(expected.shape)
     out = start.clone()
-    sq_norms, same = native.conv_weight_grad(x, g, out=out, **arguments)
+    sq_norms, same = native.conv_weight_grad(x, g, out=out, _algorithm="direct", **arguments)
     assert same is out
     assert_sums(out, expected + start.double(), magnitude + start.double().abs())
     assert_norms(sq_norms, out)

@@ -1,0 +1,376 @@
+// Per-sample weight gradients as one matrix product a sample: rows are output channels, columns are (kernel offset,
+// input channel), and the contraction runs over the K rows' output positions. Nothing is unfolded: a block gathers each
+// column's shifted input as it goes. The squared norm is taken from the accumulators, so W_b need not be stored.
+//
+// A block makes one kM × kN tile of one sample's gradient. Its pipeline of kStages slots in shared memory holds
+// [position][channel] tiles of g and x; where both are channels-last and aligned, chunks of 16 bytes come by cp.async
+// (kVector), else elements are fetched one by one with whatever strides there are.
+//
+// With coefficients, a block goes through several samples and adds up coef_b W_b: the clipped sum of gradients that were
+// not stored, as exact as the norms that were taken of them.
+#include "conv_geometry.cuh"
+#include "mma.cuh"
+#include "reduce.cuh"
+
+namespace privimage {
+namespace DEVICE_NAMESPACE {
+namespace {
+
+// tf32x3: a float is the sum of two TF32 numbers to 22 bits; three of the four products are kept.
+enum class Mode { bf16, tf32, tf32x3 };
+
+template <Mode mode>
+struct ElementOf {
+  using type = float;
+};
+template <>
+struct ElementOf<Mode::bf16> {
+  using type = uint16_t;
+};
+
+using Column = ConvGeometry::Column;
+using Position = ConvGeometry::Position;
+
+constexpr int kStages = 4;
+
+template <Mode mode, int m, int n, int warp_m, int warp_n, bool vector>
+struct Tile {
+  static_assert(m == n, "g and x share one mapping of threads to chunks");
+  using Element = typename ElementOf<mode>::type;
+  static constexpr Mode kMode = mode;
+  static constexpr bool kVector = vector;
+  static constexpr int kM = m, kN = n, kWarpM = warp_m, kWarpN = warp_n;
+  static constexpr int kBlock = (m / warp_m) * (n / warp_n) * 32;
+  static constexpr int kDepth = mode == Mode::bf16 ? 32 : 16;  // positions a stage
+  static constexpr int kChunk = 16 / sizeof(Element);
+  // Eight elements of padding: the rows of a fragment then lie in different banks.
+  static constexpr int kRow = m + 8;
+  static constexpr int kSlot = 2 * kDepth * kRow;
+  static constexpr size_t kShared = kStages * kSlot * sizeof(Element);
+  // Stages between additions of the matrix unit's sums to the rounded ones: 8 products deep, or 6 for tf32x3.
+  static constexpr int kFlush = mode == Mode::tf32x3 ? 1 : 4;
+  static constexpr int kBlocksPerSM = m == 128 ? 1 : 3;
+};
+
+struct Problem {
+  ConvGeometry shape;
+  int tiles_m, tiles_n;
+  float* out;
+  int64_t out_stride[5];
+  bool accumulate;
+  bool packed;  // out's columns are contiguous and two neighbours are one aligned float2
+  double* partials;
+  const float* coef;  // null: every tile is one sample's
+  int samples, chunk, stages;  // stages of one sample
+  FastDiv per_sample;
+};
+
+template <class T>
+struct Loader {
+  using Element = typename T::Element;
+  const ConvGeometry& q;
+  const FastDiv& per_sample;
+  const Element* first_x;  // of the block's first sample, and its group
+  const Element* first_g;
+  int m0, n0;
+
+  __device__ __forceinline__ void load(int stage, Element* slot) const {
+    int within;
+    const int64_t row = int64_t{per_sample.divide(stage, within)} * q.multiplicity;
+    if (T::kVector) {
+      load_chunks(first_x + row * q.x_row, first_g + row * q.g_row, within, slot);
+    } else {
+      load_elements(first_x + row * q.x_row, first_g + row * q.g_row, within, slot);
+    }
+  }
+
+  __device__ __forceinline__ void load_chunks(const Element* x, const Element* g, int stage, Element* slot) const {
+    constexpr int kChunks = T::kM / T::kChunk;
+    const int at = static_cast<int>(threadIdx.x) % kChunks * T::kChunk;
+    const Column column(q, n0 + at);
+    const bool g_inside = m0 + at < q.out_group, x_inside = n0 + at < q.columns;
+#pragma unroll
+    for (int k = static_cast<int>(threadIdx.x) / kChunks; k < T::kDepth; k += T::kBlock / kChunks) {
+      const int n = stage * T::kDepth + k;
+      const Position position(q, n);
+      const bool inside = n < q.positions;
+      const bool g_kept = inside && g_inside;
+      copy_async(slot + k * T::kRow + at, g + (g_kept ? q.output(position, m0 + at) : 0), g_kept);
+      int64_t offset;
+      const bool x_kept = q.input(position, column, offset) && inside && x_inside;
+      copy_async(slot + (T::kDepth + k) * T::kRow + at, x + (x_kept ? offset : 0), x_kept);
+    }
+  }
+
+  __device__ __forceinline__ void load_elements(const Element* x, const Element* g, int stage, Element* slot) const {
+    // Neighbouring threads take neighbours in memory.
+    const bool g_across = q.g_stride[0] == 1, x_across = q.x_stride[0] == 1;
+    for (int e = static_cast<int>(threadIdx.x); e < T::kDepth * T::kM; e += T::kBlock) {
+      const int k = g_across ? e / T::kM : e % T::kDepth, m = g_across ? e % T::kM : e / T::kDepth;
+      const int n = stage * T::kDepth + k;
+      slot[k * T::kRow + m] = n < q.positions && m0 + m < q.out_group ? g[q.output(Position(q, n), m0 + m)] : Element{};
+    }
+    for (int e = static_cast<int>(threadIdx.x); e < T::kDepth * T::kN; e += T::kBlock) {
+      const int k = x_across ? e / T::kN : e % T::kDepth, c = x_across ? e % T::kN : e / T::kDepth;
+      const int n = stage * T::kDepth + k;
+      Element value{};
+      if (n < q.positions && n0 + c < q.columns) {
+        int64_t offset;
+        if (q.input(Position(q, n), Column(q, n0 + c), offset)) value = x[offset];
+      }
+      slot[(T::kDepth + k) * T::kRow + c] = value;
+    }
+  }
+};
+
+template <class T>
+struct Sums {
+  static constexpr int kRows = T::kWarpM / 16, kColumns = T::kWarpN / 8;
+  Accumulator tile[kRows][kColumns];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j)
+#pragma unroll
+        for (int k = 0; k < 4; ++k) tile[i][j].c[k] = 0;
+  }
+  __device__ __forceinline__ void add(const Sums& other, float factor) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j)
+#pragma unroll
+        for (int k = 0; k < 4; ++k) tile[i][j].c[k] += factor * other.tile[i][j].c[k];
+  }
+};
+
+// sums += the stage's product, for this warp's part of the tile; a and b are its corners in shared memory.
+template <class T>
+static __device__ __forceinline__ void multiply_bf16(Sums<T>& sums, const uint16_t* a, const uint16_t* b) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, matrix = lane / 8, row = lane % 8;
+#pragma unroll
+  for (int k = 0; k < T::kDepth; k += 16) {
+    uint32_t right[Sums<T>::kColumns][2];
+#pragma unroll
+    for (int j = 0; j < Sums<T>::kColumns; j += 2) {
+      uint32_t r[4];
+      load_matrices_transposed(r, b + (k + row + matrix % 2 * 8) * T::kRow + j * 8 + matrix / 2 * 8);
+      right[j][0] = r[0];
+      right[j][1] = r[1];
+      right[j + 1][0] = r[2];
+      right[j + 1][1] = r[3];
+    }
+#pragma unroll
+    for (int i = 0; i < Sums<T>::kRows; ++i) {
+      uint32_t left[4];
+      load_matrices_transposed(left, a + (k + row + matrix / 2 * 8) * T::kRow + i * 16 + matrix % 2 * 8);
+#pragma unroll
+      for (int j = 0; j < Sums<T>::kColumns; ++j) mma_bf16(sums.tile[i][j], left, right[j]);
+    }
+  }
+}
+
+template <int n>
+static __device__ __forceinline__ void split(const float (&v)[n], float (&big)[n], float (&small)[n]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    big[i] = to_tf32(v[i]);
+    small[i] = to_tf32(v[i] - big[i]);
+  }
+}
+
+template <class T>
+static __device__ __forceinline__ void multiply_tf32(Sums<T>& sums, const float* a, const float* b) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, group = lane / 4, member = lane % 4;
+#pragma unroll
+  for (int k = 0; k < T::kDepth; k += 8) {
+    const float* lower = b + (k + member) * T::kRow + group;
+    float right[Sums<T>::kColumns][2], right_small[Sums<T>::kColumns][2];
+#pragma unroll
+    for (int j = 0; j < Sums<T>::kColumns; ++j) {
+      const float v[2] = {lower[j * 8], lower[j * 8 + 4 * T::kRow]};
+      split(v, right[j], right_small[j]);
+    }
+#pragma unroll
+    for (int i = 0; i < Sums<T>::kRows; ++i) {
+      const float* corner = a + (k + member) * T::kRow + i * 16 + group;
+      const float v[4] = {corner[0], corner[8], corner[4 * T::kRow], corner[4 * T::kRow + 8]};
+      float left[4], left_small[4];
+      split(v, left, left_small);
+#pragma unroll
+      for (int j = 0; j < Sums<T>::kColumns; ++j) {
+        if (T::kMode == Mode::tf32x3) {
+          mma_tf32(sums.tile[i][j], left_small, right[j]);
+          mma_tf32(sums.tile[i][j], left, right_small[j]);
+        }
+        mma_tf32(sums.tile[i][j], left, right[j]);
+      }
+    }
+  }
+}
+
+template <class T>
+static __device__ __forceinline__ void multiply(Sums<T>& sums, const uint16_t* a, const uint16_t* b) {
+  multiply_bf16<T>(sums, a, b);
+}
+template <class T>
+static __device__ __forceinline__ void multiply(Sums<T>& sums, const float* a, const float* b) {
+  multiply_tf32<T>(sums, a, b);
+}
+
+// Writes this thread's part of the tile; returns the sum of squares of what is now there.
+template <class T>
+static __device__ __forceinline__ double finish(const Problem& p, const Sums<T>& sums, float* out, int m0, int n0) {
+  const ConvGeometry& q = p.shape;
+  const int lane = static_cast<int>(threadIdx.x) % 32, group = lane / 4, member = lane % 4;
+  double squares = 0;
+#pragma unroll
+  for (int j = 0; j < Sums<T>::kColumns; ++j) {
+    const int column = n0 + j * 8 + member * 2;
+    int64_t offset[2] = {column, column + 1};
+    if (!p.packed) {
+      for (int s = 0; s < 2; ++s) {
+        int c, kernel_x;
+        const int kernel_y = q.kernel_width.divide(q.per_offset.divide(column + s, c), kernel_x);
+        offset[s] = c * p.out_stride[2] + kernel_y * p.out_stride[3] + kernel_x * p.out_stride[4];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < Sums<T>::kRows; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int m = m0 + i * 16 + group + half * 8;
+        if (m >= q.out_group || column >= q.columns) continue;
+        float v[2] = {sums.tile[i][j].c[2 * half], sums.tile[i][j].c[2 * half + 1]};
+        float* at = out + m * p.out_stride[1];
+        if (p.out && p.packed) {
+          float2* pair = reinterpret_cast<float2*>(at + column);
+          if (p.accumulate) {
+            const float2 before = *pair;
+            v[0] += before.x;
+            v[1] += before.y;
+          }
+          *pair = {v[0], v[1]};
+        } else if (p.out) {
+          for (int s = 0; s < 2 && column + s < q.columns; ++s) {
+            if (p.accumulate) v[s] += at[offset[s]];
+            at[offset[s]] = v[s];
+          }
+        }
+        squares += static_cast<double>(v[0]) * v[0];
+        if (column + 1 < q.columns) squares += static_cast<double>(v[1]) * v[1];  // beyond: padding times g
+      }
+    }
+  }
+  return squares;
+}
+
+template <class T>
+__global__ void __launch_bounds__(T::kBlock, T::kBlocksPerSM) weight_grad_kernel(Problem p) {
+  const ConvGeometry& q = p.shape;
+  using Element = typename T::Element;
+  static_assert((T::kMode == Mode::bf16) == (sizeof(Element) == 2));
+  DYNAMIC_SHARED(shared);
+  Element* const slots = reinterpret_cast<Element*>(shared);
+
+  const int tile_n = static_cast<int>(blockIdx.x) % p.tiles_n;
+  const int tile_m = static_cast<int>(blockIdx.x) / p.tiles_n % p.tiles_m;
+  const int group = static_cast<int>(blockIdx.x) / (p.tiles_n * p.tiles_m) % q.groups;
+  const int64_t out_index = blockIdx.x / (p.tiles_n * p.tiles_m * q.groups), sample = out_index * p.chunk;
+  const Loader<T> loader{
+      q, p.per_sample, q.inputs<Element>(sample, group), q.outputs<Element>(sample, group), tile_m * T::kM, tile_n * T::kN};
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int warp_m = warp % (T::kM / T::kWarpM) * T::kWarpM, warp_n = warp / (T::kM / T::kWarpM) * T::kWarpN;
+
+  const int stages = p.stages * static_cast<int>(p.chunk < p.samples - sample ? p.chunk : p.samples - sample);
+  for (int s = 0; s < kStages - 1; ++s) {
+    if (s < stages) loader.load(s, slots + s * T::kSlot);
+    commit_copies();
+  }
+  Sums<T> total, sums;
+  total.clear();
+  sums.clear();
+  for (int s = 0; s < stages; ++s) {
+    wait_copies<kStages - 2>();
+    __syncthreads();  // everyone's copies of stage s are there, and everyone has left stage s - 1
+    const int next = s + kStages - 1;
+    if (next < stages) loader.load(next, slots + next % kStages * T::kSlot);
+    commit_copies();
+    const Element* slot = slots + s % kStages * T::kSlot;
+    multiply<T>(sums, slot + warp_m, slot + T::kDepth * T::kRow + warp_n);
+    int within;
+    const int64_t b = sample + p.per_sample.divide(s, within);
+    if ((within + 1) % T::kFlush == 0 || within + 1 == p.stages) {
+      const float factor = p.coef ? p.coef[b] : 1.0f;
+      if (factor != 0) total.add(sums, factor);  // a rejected sample is never multiplied
+      sums.clear();
+    }
+  }
+  float* out = p.out + out_index * p.out_stride[0] + int64_t{group} * q.out_group * p.out_stride[1];
+  double squares = finish<T>(p, total, out, loader.m0 + warp_m, loader.n0 + warp_n);
+  if (p.coef) return;
+  squares = block_sum<T::kBlock>(squares);
+  if (threadIdx.x == 0) p.partials[blockIdx.x] = squares;
+}
+
+template <class T>
+void run(const char* op, const ConvWeightGradParams& p, Problem q, void* stream) {
+  q.tiles_m = (q.shape.out_group + T::kM - 1) / T::kM;
+  q.tiles_n = (q.shape.columns + T::kN - 1) / T::kN;
+  q.stages = (q.shape.positions + T::kDepth - 1) / T::kDepth;
+  q.per_sample = FastDiv(q.stages);
+  narrow(op, q.stages * p.chunk + kStages);
+  const int64_t tiles = int64_t{q.shape.groups} * q.tiles_m * q.tiles_n;
+  if (p.coef) {
+    const int64_t chunks = (p.samples + p.chunk - 1) / p.chunk;
+    LAUNCH(op, weight_grad_kernel<T>, blocks_of(op, chunks * tiles), T::kBlock, T::kShared, stream, q);
+    return;
+  }
+  if (tiles > 1 && p.partials_size < p.samples * tiles)
+    throw std::runtime_error(std::string(op) + ": the buffer of partial norms is too small");
+  q.partials = tiles > 1 ? p.partials : p.sq_norms;
+  LAUNCH(op, weight_grad_kernel<T>, blocks_of(op, p.samples * tiles), T::kBlock, T::kShared, stream, q);
+  if (tiles > 1) LAUNCH(op, sum_partials_kernel<false>, blocks_of(op, p.samples), 32, 0, stream, q.partials, tiles, p.sq_norms);
+}
+
+bool chunked(const void* p, int chunk, int channels, const int64_t (&stride)[4]) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0 && channels % chunk == 0 && stride[1] == 1 && stride[0] % chunk == 0 &&
+         stride[2] % chunk == 0 && stride[3] % chunk == 0;
+}
+
+}  // namespace
+
+void conv_weight_grad(const ConvWeightGradParams& p, void* stream) {
+  const char* op = __func__;
+  Problem q{};
+  q.shape = conv_geometry(op, p);
+  const int in_group = q.shape.in_group, out_group = q.shape.out_group, columns = q.shape.columns;
+  q.out = p.out;
+  for (int i = 0; i < 5; ++i) q.out_stride[i] = p.out_stride[i];
+  q.accumulate = p.accumulate;
+  q.coef = p.coef;
+  q.samples = narrow(op, p.samples);
+  q.chunk = p.coef ? narrow(op, p.chunk) : 1;
+  q.packed = p.out && columns % 2 == 0 && reinterpret_cast<uintptr_t>(p.out) % 8 == 0 && p.out_stride[0] % 2 == 0 &&
+             p.out_stride[1] % 2 == 0 && p.out_stride[2] == 1 && (p.kernel[1] == 1 || p.out_stride[4] == in_group) &&
+             (p.kernel[0] == 1 || p.out_stride[3] == p.kernel[1] * in_group);
+
+  const int chunk = p.x_dtype == DType::bf16 ? 8 : 4;
+  const bool vector = chunked(p.x, chunk, in_group, p.x_stride) && chunked(p.g, chunk, out_group, p.g_stride);
+  if (p.x_dtype == DType::bf16) {
+    if (!vector) return run<Tile<Mode::bf16, 64, 64, 32, 32, false>>(op, p, q, stream);
+    if (out_group <= 64 || columns <= 64) return run<Tile<Mode::bf16, 64, 64, 32, 32, true>>(op, p, q, stream);
+    return run<Tile<Mode::bf16, 128, 128, 64, 32, true>>(op, p, q, stream);
+  }
+  if (p.tf32) {
+    if (!vector) return run<Tile<Mode::tf32, 64, 64, 32, 32, false>>(op, p, q, stream);
+    return run<Tile<Mode::tf32, 64, 64, 32, 32, true>>(op, p, q, stream);
+  }
+  if (!vector) return run<Tile<Mode::tf32x3, 64, 64, 32, 32, false>>(op, p, q, stream);
+  run<Tile<Mode::tf32x3, 64, 64, 32, 32, true>>(op, p, q, stream);
+}
+
+}  // namespace DEVICE_NAMESPACE
+}  // namespace privimage

@@ -1,0 +1,44 @@
+// Sums in double and in a fixed order: the same bits in every run.
+#pragma once
+
+#include "launch.cuh"
+
+namespace privimage {
+namespace DEVICE_NAMESPACE {
+
+// Over the kBlock threads of the block, all of which call it, once a kernel; the sum is thread 0's.
+template <int kBlock>
+static __device__ __forceinline__ double block_sum(double v) {
+  STATIC_SHARED(double, per_warp, kBlock / 32);
+  for (int bits = 16; bits > 0; bits /= 2) v += __shfl_xor_sync(kFullWarp, v, bits);
+  if (threadIdx.x % 32 == 0) per_warp[threadIdx.x / 32] = v;
+  __syncthreads();
+  double sum = 0;
+  if (threadIdx.x == 0)
+    for (int w = 0; w < kBlock / 32; ++w) sum += per_warp[w];
+  return sum;
+}
+
+// One warp a sample: sq_norms[b] = sum of its `tiles` partial sums.
+template <bool kNotNegative>
+__global__ void sum_partials_kernel(const double* partials, int64_t tiles, double* sq_norms) {
+  const int64_t b = blockIdx.x;
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < tiles; i += 32) sum += partials[b * tiles + i];
+  for (int bits = 16; bits > 0; bits /= 2) sum += __shfl_xor_sync(kFullWarp, sum, bits);
+  if (kNotNegative && sum < 0) sum = 0;  // rounding; NaN stays
+  if (threadIdx.x == 0) sq_norms[b] = sum;
+}
+
+// One block a row: the squared norm of (rows, n) floats, contiguous.
+template <int kBlock>
+__global__ void row_norms_kernel(const float* values, int64_t n, double* sq_norms) {
+  const float* row = values + blockIdx.x * n;
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < n; i += kBlock) sum += static_cast<double>(row[i]) * row[i];
+  sum = block_sum<kBlock>(sum);
+  if (threadIdx.x == 0) sq_norms[blockIdx.x] = sum;
+}
+
+}  // namespace DEVICE_NAMESPACE
+}  // namespace privimage

@@ -1,0 +1,2 @@
+#define PRIVIMAGE_EMULATE
+#include "../cuda/conv_weight_grad.cu"

@@ -1,0 +1,210 @@
+"""Training of the GAN: hinge loss, real and fake image of one sample as adjacent rows, generator steps without any image.
+
+Private fine-tuning trains the *discriminator* on sensitive images, by DP-SGD. The generator learns from the discriminator's
+private weights and from latents and labels drawn without looking at anything: it is post-processing, and costs nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from privimage_fast.models.gan import Discriminator, GANConfig, Generator
+from privimage_fast.models.training import AveragedAdam, below, prefixed
+
+
+@dataclass(frozen=True)
+class AdversarialConfig:
+    """How the GAN is trained.
+
+    Args:
+        discriminator_steps: private steps of the discriminator for each round of the generator (the published 5).
+        generator_steps: steps of the generator in a round. They read no image and cost no privacy.
+        generator_batch: images of a generator step in fine-tuning.
+        generator_lr: the generator's learning rate as a multiple of the stage's.
+        beta1: of Adam, for both networks.
+        spectral_norm: divide each weight of the discriminator by its largest singular value.
+        gradient_penalty: weight of ‖∇ₓD‖² at real and fake images (R1 + R2); 0 is none.
+        pretrain_discriminator_steps: discriminator steps for each generator step on public images.
+    """
+
+    discriminator_steps: int = 5
+    generator_steps: int = 1
+    generator_batch: int = 128
+    generator_lr: float = 1.0
+    beta1: float = 0.5
+    spectral_norm: bool = False
+    gradient_penalty: float = 1.0
+    pretrain_discriminator_steps: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("discriminator_steps", "generator_steps", "generator_batch", "pretrain_discriminator_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.adversarial.{name} must be ≥ 1, found {getattr(self, name)}")
+        if not self.generator_lr > 0:
+            raise ValueError(f"model.adversarial.generator_lr must be positive, found {self.generator_lr}")
+        if not 0 <= self.beta1 < 1:
+            raise ValueError(f"model.adversarial.beta1 must be in [0, 1), found {self.beta1}")
+        if not 0 <= self.gradient_penalty < float("inf"):
+            raise ValueError(f"model.adversarial.gradient_penalty must be ≥ 0, found {self.gradient_penalty}")
+
+
+class GAN(nn.Module):
+    """Generator and discriminator; what is drawn from, and exported, is the generator."""
+
+    default_multiplicity = 1
+
+    def __init__(
+        self, config: GANConfig, adversarial: AdversarialConfig, *, resolution: int, channels: int, num_classes: int
+    ) -> None:
+        super().__init__()
+        self.adversarial, self.resolution, self.channels, self.num_classes = adversarial, resolution, channels, num_classes
+        self.generator = Generator(config, resolution=resolution, channels=channels, num_classes=num_classes)
+        self.discriminator = Discriminator(
+            config, spectral=adversarial.spectral_norm, resolution=resolution, channels=channels, num_classes=num_classes
+        )
+
+    @property
+    def drawable(self) -> Generator:
+        return self.generator
+
+    def public_training(self, *, lr: float, ema_decay: float, label_dropout: float) -> PublicAdversarial:
+        return PublicAdversarial(self, lr=lr, ema_decay=ema_decay, label_dropout=label_dropout)
+
+    def private_training(self, *, lr: float, ema_decay: float, label_dropout: float, multiplicity: int) -> PrivateAdversarial:
+        return PrivateAdversarial(self, lr=lr, ema_decay=ema_decay, label_dropout=label_dropout, pairs=multiplicity)
+
+    def generator_optimizer(self, lr: float, ema_decay: float) -> AveragedAdam:
+        a = self.adversarial
+        return AveragedAdam(self.generator, lr=a.generator_lr * lr, ema_decay=ema_decay, betas=(a.beta1, 0.999))
+
+
+class DiscriminatorLoss:
+    """Hinge loss, and the gradient penalty at each row: one loss a row, already divided by the number of pairs."""
+
+    def __init__(self, gradient_penalty: float, pairs: int = 1) -> None:
+        self.gradient_penalty, self.pairs = gradient_penalty, pairs
+
+    def __call__(self, discriminator: Discriminator, images: Tensor, labels: Tensor, sign: Tensor) -> Tensor:
+        """images (R, C, H, W), labels (R,), sign (R,): 1 for real, −1 for fake."""
+        if self.gradient_penalty:
+            images = images.detach().requires_grad_()
+        scores = discriminator(images, labels)
+        losses = F.relu(1 - sign * scores)
+        if self.gradient_penalty:
+            (slopes,) = torch.autograd.grad(scores.sum(), images, create_graph=True)
+            losses = losses + self.gradient_penalty / 2 * slopes.square().flatten(1).sum(1)
+        return losses / self.pairs
+
+
+@torch.no_grad()
+def real_and_fake(
+    generator: Generator, images: Tensor, labels: Tensor, *, pairs: int, label_dropout: float, random: torch.Generator | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For B images their 2·pairs·B rows: (images, labels, sign), each sample's pairs of real and fake adjacent.
+
+    A fake has the label of its real image, so that the discriminator cannot tell them by their labels; latents and dropped
+    labels go to rows by their place, so ``random`` must be secret and fresh in DP-SGD, as for ``denoising_batch``.
+    """
+    images, labels = (t.to(generator.device).repeat_interleave(pairs, 0) for t in (images, labels))
+    dropped = torch.rand(len(labels), generator=random).to(generator.device) < label_dropout
+    labels = torch.where(dropped, generator.num_classes, labels)
+    fakes = generator(generator.latents(len(labels), random), labels)
+    sign = torch.tensor([1.0, -1.0], device=generator.device).repeat(len(labels))
+    return torch.stack([images, fakes], 1).flatten(0, 1), labels.repeat_interleave(2, 0), sign
+
+
+def generator_loss(model: GAN, labels: Tensor, random: torch.Generator) -> Tensor:
+    """−D(G(z, label), label) on average. Reads no image."""
+    labels = labels.to(model.generator.device)
+    fakes = model.generator(model.generator.latents(len(labels), random), labels)
+    return -model.discriminator(fakes, labels).mean()
+
+
+class PublicAdversarial:
+    """Alternating steps on public images; see ``models.training.PublicTraining``."""
+
+    def __init__(self, model: GAN, *, lr: float, ema_decay: float, label_dropout: float) -> None:
+        self.model, self.label_dropout = model, label_dropout
+        self.loss = DiscriminatorLoss(model.adversarial.gradient_penalty)
+        self.generator = model.generator_optimizer(lr, ema_decay)
+        # The discriminator is handed on as it is, not averaged: it has to keep up with the generator.
+        self.discriminator = AveragedAdam(model.discriminator, lr=lr, ema_decay=0.0, betas=(model.adversarial.beta1, 0.999))
+
+    def step(self, images: Tensor, labels: Tensor, random: torch.Generator, lr: float) -> Tensor:
+        model = self.model
+        options = {"pairs": 1, "label_dropout": self.label_dropout, "random": random}
+        for _ in range(model.adversarial.pretrain_discriminator_steps):
+            batch = real_and_fake(model.generator, images, labels, **options)
+            loss = self.loss(model.discriminator, *batch).mean()
+            self.discriminator.step(loss, lr)
+            model.discriminator.iterate()
+        self.generator.step(generator_loss(model, batch[1][::2], random), model.adversarial.generator_lr * lr)
+        return loss.detach()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        networks = {"generator/": self.generator, "discriminator/": self.discriminator}
+        tensors = {f"buffer/{name}": b for name, b in self.model.discriminator.named_buffers()}
+        for prefix, optimizer in networks.items():
+            tensors |= prefixed(prefix, optimizer.state_dict())
+        return tensors
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.generator.load_state_dict(below("generator/", state))
+        self.discriminator.load_state_dict(below("discriminator/", state))
+        _load_buffers(self.model.discriminator, below("buffer/", state))
+
+    def finish(self) -> None:
+        self.generator.use_average()
+
+
+class PrivateAdversarial:
+    """DP-SGD on the discriminator; the generator follows as post-processing. See ``models.training.PrivateTraining``.
+
+    An image's gradient is that of its ``pairs`` rows of it and its fakes together, clipped once: sensitivity C, like any other
+    image. The fakes come from the generator, which is a function of private weights and public randomness.
+    """
+
+    averages = False
+
+    def __init__(self, model: GAN, *, lr: float, ema_decay: float, label_dropout: float, pairs: int) -> None:
+        self.model, self.label_dropout, self.pairs = model, label_dropout, pairs
+        self.module, self.rows, self.betas = model.discriminator, 2 * pairs, (model.adversarial.beta1, 0.999)
+        self.round = model.adversarial.discriminator_steps
+        self.loss = DiscriminatorLoss(model.adversarial.gradient_penalty, pairs)
+        self.generator = model.generator_optimizer(lr, ema_decay)
+
+    def batch(self, images: Tensor, labels: Tensor, random: torch.Generator) -> tuple[Tensor, ...]:
+        return real_and_fake(
+            self.model.generator, images, labels, pairs=self.pairs, label_dropout=self.label_dropout, random=random
+        )
+
+    def after_step(self, step: int, seed: int) -> None:
+        options = self.model.adversarial
+        self.model.discriminator.iterate()
+        if (step + 1) % self.round:
+            return
+        random = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        for _ in range(options.generator_steps):
+            # As many of each class: how often a class occurs is not to be taken from the sensitive set.
+            labels = torch.randint(self.model.num_classes, (options.generator_batch,), generator=random)
+            self.generator.step(generator_loss(self.model, labels, random))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        buffers = prefixed("buffer/", dict(self.module.named_buffers()))
+        return prefixed("generator/", self.generator.state_dict()) | buffers
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.generator.load_state_dict(below("generator/", state))
+        _load_buffers(self.module, below("buffer/", state))
+
+    def finish(self, average: dict[str, Tensor]) -> None:
+        self.generator.use_average()
+
+
+def _load_buffers(module: nn.Module, buffers: dict[str, Tensor]) -> None:
+    for name, buffer in module.named_buffers():
+        buffer.copy_(buffers[name])

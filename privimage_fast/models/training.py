@@ -1,0 +1,161 @@
+"""What a family of models (diffusion, GAN) brings to the stages; they hold everything that is the same for all families.
+
+A family is an ``ImageModel``. It says how one step of ordinary training looks, and, for DP-SGD, which module is trained on
+sensitive images, on which rows, with which loss. Charging, drawing batches, clipping, noise and checkpoints are not its business.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Drawable(Protocol):
+    """What samples are drawn from, and what is exported."""
+
+    resolution: int
+    channels: int
+    num_classes: int
+
+    def draw(self, labels: Tensor, options: Any, random: torch.Generator) -> Tensor:
+        """labels (n,) int64 → images (n, C, H, W) float in about [−1, 1]; the generator's draws fix the result."""
+
+    def network_evaluations(self, options: Any) -> int:
+        """Forward passes that :meth:`draw` takes, for estimates of time."""
+
+    def describe(self) -> dict[str, Any]:
+        """JSON from which, with resolution, channels and classes, an equal network can be built."""
+
+
+class PublicTraining(Protocol):
+    """Ordinary training on public images."""
+
+    def step(self, images: Tensor, labels: Tensor, random: torch.Generator, lr: float) -> Tensor:
+        """One step on images (B, C, H, W) and labels (B,); every draw comes from ``random``. Returns a loss to show."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+
+    def finish(self) -> None:
+        """Leaves in the model the weights that fine-tuning starts from."""
+
+
+class PrivateTraining(Protocol):
+    """DP-SGD of ``module``. Nothing in here reads sensitive images but the loss, and that through ``module``'s clipped gradient.
+
+    Attributes:
+        module: all that is trained on sensitive images.
+        rows: adjacent rows of one image in :meth:`batch`; they are clipped once, together.
+        betas: of Adam.
+        averages: whether the released weights are the average of ``module``'s.
+        round: after so many steps :meth:`after_step` has done all that it does.
+    """
+
+    module: nn.Module
+    rows: int
+    betas: tuple[float, float]
+    averages: bool
+    round: int
+
+    def loss(self, module: nn.Module, *args: Tensor) -> Tensor:
+        """One loss a row, (B·rows,); the sum over an image's rows is what is clipped."""
+
+    def batch(self, images: Tensor, labels: Tensor, random: torch.Generator) -> tuple[Tensor, ...]:
+        """Arguments of the loss for images (B, C, H, W) and labels (B,), the rows of one image adjacent.
+
+        ``random`` is secret and fresh in every step. An image's rows may depend on this image, on draws of ``random`` and on
+        what is private already, never on another image of the batch.
+        """
+
+    def after_step(self, step: int, seed: int) -> None:
+        """After noised step ``step``: may use the module's private weights and public randomness, no image."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint needs beside the module and its optimizer."""
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+
+    def finish(self, average: dict[str, Tensor]) -> None:
+        """Leaves the released weights in the model; ``average`` holds the averaged parameters of ``module``."""
+
+
+class ImageModel(Protocol):
+    """A family's networks; a torch module."""
+
+    resolution: int
+    channels: int
+    num_classes: int
+    default_multiplicity: int  # of DP-SGD
+
+    @property
+    def drawable(self) -> Drawable: ...
+
+    def public_training(self, *, lr: float, ema_decay: float, label_dropout: float) -> PublicTraining: ...
+
+    def private_training(self, *, lr: float, ema_decay: float, label_dropout: float, multiplicity: int) -> PrivateTraining: ...
+
+
+def averaging_decay(decay: float, step: int) -> float:
+    """Decay of the average after step ``step`` (from 0): it forgets its first weights quickly, and grows with the steps."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+class AveragedAdam:
+    """Adam on a module's parameters, and their running average; the state is tensors by name, fit for safetensors."""
+
+    def __init__(self, module: nn.Module, *, lr: float, ema_decay: float, betas: tuple[float, float] = (0.9, 0.999)) -> None:
+        self.parameters = dict(module.named_parameters())
+        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=lr, betas=betas, fused=True)
+        self.ema_decay = ema_decay
+        self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.steps = 0
+
+    def step(self, loss: Tensor, lr: float | None = None) -> None:
+        """Moves the module's parameters only, whatever else the loss depends on."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["lr"] if lr is None else lr
+        parameters = list(self.parameters.values())
+        for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            p.grad = gradient
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.values()), parameters, 1 - averaging_decay(self.ema_decay, self.steps))
+        self.steps += 1
+
+    def use_average(self) -> None:
+        """Copies the average into the parameters."""
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.copy_(self.average[name])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        tensors = {"steps": torch.tensor(self.steps)}
+        for name, p in self.parameters.items():
+            tensors |= {f"parameter/{name}": p, f"ema/{name}": self.average[name]}
+            tensors |= {f"adam/{key}/{name}": value for key, value in self.optimizer.state[p].items()}
+        return tensors
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.steps = int(state["steps"])
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.copy_(state[f"parameter/{name}"])
+                self.average[name].copy_(state[f"ema/{name}"])
+                found = {key: state.get(f"adam/{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+                if self.steps:
+                    self.optimizer.state[p] = {
+                        k: t.to(p.device if k != "step" else "cpu") for k, t in found.items() if t is not None
+                    }
+
+
+def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with ``prefix``, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,91 @@
+"""The engine on the CUDA kernels, emulated: what a GPU would run, from the backward pass to the noised step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from oracle import assert_matches_loop, per_sample_loop
+from torch import Tensor, nn
+
+import privimage_fast as pf
+from privimage_fast.ops import cuda, native
+
+pytestmark = pytest.mark.skipif(native._C is None, reason="the extension is not built")
+
+
+@pytest.fixture(autouse=True)
+def used(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Every op that has a CUDA kernel runs on it; the set says which did."""
+    names: set[str] = set()
+
+    def supports(op: str, tensors: Sequence[Tensor]) -> bool:
+        known = hasattr(cuda, op) and all(t.dtype in native._SUPPORTED.get(op, native._FLOATS) for t in tensors)
+        names.update([op] if known else [])
+        return known
+
+    on_cpu = native.supports
+    monkeypatch.setattr(cuda, "supports", supports)
+    monkeypatch.setattr(native, "supports", lambda op, tensors: not hasattr(cuda, op) and on_cpu(op, tensors))
+    torch.manual_seed(0)
+    return names
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 8)
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 8)
+        self.second = nn.Conv2d(8, 16, 3, stride=2, padding=1, groups=2)
+        self.up = nn.ConvTranspose2d(16, 4, 3, stride=2)
+        self.layer_norm = nn.LayerNorm(4)
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        h = self.first(x) + self.table(ids)[:, :, None, None]
+        h = self.up(self.second(nn.functional.silu(self.norm(h))))
+        return self.out(self.layer_norm(h.flatten(2).mT))
+
+
+def losses(module: nn.Module, x: Tensor, ids: Tensor) -> Tensor:
+    return module(x, ids).square().flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "store", "gram", "norm-only"])
+@pytest.mark.parametrize("multiplicity", [1, 3])
+def test_clipped_sums_match_the_loop(strategy: str, multiplicity: int, used: set[str]) -> None:
+    x, ids = torch.randn(6, 3, 5, 5), torch.arange(6) % 5
+    assert_matches_loop(Network(), losses, (x, ids), strategy=strategy, multiplicity=multiplicity)
+    assert {"bias_grad", "group_norm_affine_grad", "layer_norm_affine_grad", "embedding_grad", "clip_factors"} <= used
+    wanted = {"store": "conv_weight_grad", "gram": "conv_gram_norms", "norm-only": "conv_weight_grad"}
+    assert wanted.get(strategy, "weighted_sum_") in used
+    if strategy in ("gram", "norm-only"):
+        assert {"conv_clipped_sum_", "linear_clipped_sum_"} <= used
+
+
+@pytest.mark.parametrize("strategy", ["store", "gram", "norm-only"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_sample_never_exceeds_the_bound(strategy: str, dtype: torch.dtype) -> None:
+    """Also under autocast: what is added is what was measured, whatever its inputs were rounded to."""
+    model = Network()
+    for seed in range(4):
+        torch.manual_seed(seed)
+        x, ids = 3 * torch.randn(2, 3, 5, 5), torch.arange(2)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            found = pf.clipped_grad(model, losses, (x, ids), max_grad_norm=0.01, multiplicity=2, strategy=strategy)
+        norm = sum(g.double().square().sum() for g in found.grads.values()).sqrt()
+        assert float(norm) <= 0.01 * (1 + 1e-6)
+        assert float(norm) >= 0.01 * (1 - 2e-5)
+
+
+@pytest.mark.parametrize("strategy", ["store", "gram", "norm-only"])
+def test_a_sample_that_is_not_finite_adds_nothing(strategy: str) -> None:
+    model, x, ids = Network(), torch.randn(4, 3, 5, 5), torch.arange(4)
+    x[1, 0, 2, 2] = torch.inf
+    found = pf.clipped_grad(model, losses, (x, ids), max_grad_norm=0.1, strategy=strategy)
+    keep = torch.tensor([0, 2, 3])
+    expected, _ = per_sample_loop(model, losses, (x[keep], ids[keep]), max_grad_norm=0.1)
+    for name, grad in expected.items():
+        torch.testing.assert_close(found.grads[name].double(), grad, rtol=1e-4, atol=1e-7)
