@@ -399,9 +399,7 @@ def check(case: Case, max_grad_norm: float | None = None) -> None:
     tolerance = TOLERANCE + 4 * error_of_autograd(module, args, k, c)
     # A gradient that is zero because every position cancels or pads is measured as what its sum may round to.
     atol = 1e-12 if samples and float(norms.max()) > 0 else 1e-3
-    assert_matches_loop(
-        module, row_loss, args, multiplicity=k, tolerance=tolerance, norm_atol=atol, max_grad_norm=c, **options
-    )
+    assert_matches_loop(module, row_loss, args, multiplicity=k, tolerance=tolerance, norm_atol=atol, max_grad_norm=c, **options)
     whole = pf.clipped_grad(module, row_loss, args, max_grad_norm=c, multiplicity=k, **options).grads
     parts: dict[str, Tensor] = {name: torch.zeros_like(g, dtype=torch.float64) for name, g in whole.items()}
     for b in range(samples):
