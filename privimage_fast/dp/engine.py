@@ -178,7 +178,8 @@ def probe_rows(
     ``part_of(keep)`` is a scalar that depends on the rows in ``keep`` only, if rows are independent; ``keep`` (rows,) is True on
     half of the samples, then on the other half. Differentiated alone, it must leave the output gradients of every call zero on
     all rows of the other samples. Real and fake images concatenated behind each other, a sequence-first layer, positions
-    broadcast over the batch and means over it all fail here, whatever their shapes. ``key`` is what counts as one shape; the shapes of ``args`` unless given.
+    broadcast over the batch and means over it all fail here, whatever their shapes. ``key`` is what counts as one shape; the
+    shapes of ``args`` unless given.
 
     Raises:
         UncoveredParameterError: naming the parameters of the call.

@@ -161,7 +161,7 @@ class Remembering(nn.Module):
 
 @pytest.mark.parametrize("how", ["assigned", "in place", "data"])
 def test_statistics_of_the_batch_in_a_buffer_are_refused(how: str) -> None:
-    with pytest.raises(pf.UncoveredParameterError, match="changes the buffer 'mean'.*without noise"):
+    with pytest.raises(pf.UncoveredParameterError, match=r"changes the buffer 'mean'.*without noise"):
         pf.clipped_grad(Remembering(how), loss, batch(), max_grad_norm=1.0)
 
 
@@ -239,7 +239,7 @@ def test_weights_that_change_under_the_engine_are_noticed() -> None:
             m[2].weight.mul_(1.5)
         return out
 
-    with pytest.raises(RuntimeError, match="modified by an inplace operation|changed"):
+    with pytest.raises(RuntimeError, match=r"'2\.weight' was modified by an inplace operation"):
         pf.clipped_grad(module, meddling, batch(), max_grad_norm=1.0)
 
 

@@ -462,7 +462,8 @@ def test_the_bound_holds_over_the_range_of_floats(kind: str, strategy: str) -> N
     """Inputs and gradients of 1e-38 … 1e38, where factors and products become denormal or infinite."""
     torch.manual_seed(0)
     module, shape = {
-        "linear": (nn.Linear(9, 6, bias=False), (4, 9)), "rank-1": (nn.Linear(9, 6), (9,)), "conv": (nn.Conv2d(2, 4, 3), (2, 5, 5)),
+        "linear": (nn.Linear(9, 6, bias=False), (4, 9)), "rank-1": (nn.Linear(9, 6), (9,)),
+        "conv": (nn.Conv2d(2, 4, 3), (2, 5, 5)),
         "norm": (nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4)), (2, 5, 5)),
     }[kind]  # fmt: skip
 
