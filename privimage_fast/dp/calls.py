@@ -5,7 +5,7 @@ Four families, keyed by the objects a TorchFunctionMode is handed:
 - ``REWRITES``: composite functions, written out in terms of functions that have rules. They run with the tracker active.
 - ``ELEMENTWISE``: broadcasting functions; a parameter broadcast against the batch is its own copy for each row.
 - ``EXPANDS``: the copies a model makes itself (``class_token.expand(rows, -1, -1)``).
-- ``BORROWS_ONLY``: functions that take shape, dtype or device, but no values, from their second tensor.
+- ``BORROWS_ONLY``: functions that take shape, dtype or device, but no values, from their last tensor.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ ELEMENTWISE = _named(
 
 EXPANDS = {Tensor.expand, Tensor.expand_as, Tensor.broadcast_to, torch.broadcast_to, Tensor.repeat}
 
-BORROWS_ONLY = {Tensor.type_as, Tensor.to, Tensor.view_as, Tensor.reshape_as, torch.zeros_like, torch.ones_like}
+BORROWS_VALUES_OF_FIRST = {Tensor.type_as, Tensor.to, Tensor.view_as, Tensor.reshape_as}
+BORROWS_ONLY = BORROWS_VALUES_OF_FIRST | {torch.zeros_like, torch.ones_like}
 
 
 def elementwise_rows(

@@ -13,6 +13,7 @@ the clipped sum is one weighted read) or *deferred* (norm now, one ordinary weig
 
 from __future__ import annotations
 
+import functools
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -68,6 +69,10 @@ def accumulate_clipped(
     Nothing is added when an error is raised.
     """
     _check_options(max_grad_norm, multiplicity, strategy, memory_budget)
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "clipped gradients were asked for under torch.inference_mode(), where nothing has a gradient; leave it"
+        )
     rows = batch_rows(args)
     options: dict[str, Any] = {"max_grad_norm": max_grad_norm, "multiplicity": multiplicity}
     if memory_budget is None or rows < multiplicity:
@@ -127,6 +132,7 @@ def _accumulate(
     with torch.enable_grad(), eagerly(module), tracker:
         losses = loss_fn(module, *args)
     tracker.check_buffers()
+    tracker.check_unchanged()
     rows = _check_losses(losses, args, multiplicity)
     if rows == 0:
         return torch.zeros(0, dtype=torch.float64, device=losses.device), losses.detach()
@@ -134,8 +140,12 @@ def _accumulate(
         raise UncoveredParameterError("the losses do not depend on any trainable parameter; was the forward pass detached?")
     collector = Collector(rows, multiplicity, sink.calls, choose)
     try:
-        with torch.autocast(losses.device.type, enabled=False), eagerly(module):
-            probe_rows(module, lambda keep: losses[keep.to(losses.device)].sum(), args, rows, multiplicity, tracker, sink)
+        with torch.enable_grad(), torch.autocast(losses.device.type, enabled=False), eagerly(module):
+            shapes = tuple(tuple(t.shape) for t in batch_tensors(list(args)))
+            probe_rows(
+                module, lambda keep: losses[keep.to(losses.device)].sum(), args, rows, multiplicity, tracker, sink,
+                key=(_code_of(loss_fn), shapes),
+            )  # fmt: skip
             sink.receiver = collector
             leaks = backward(tracker, losses.sum(), [tracker.anchor, *parameters.values()])[1:]
             tracker.check_gradients(dict(zip(parameters, leaks, strict=True)))
@@ -151,16 +161,25 @@ def _accumulate(
     return sq_norms.sqrt(), losses.detach()
 
 
+def _code_of(loss_fn: Any) -> Any:
+    """What tells two losses apart, but not a function from its like made anew in every step."""
+    while isinstance(loss_fn, functools.partial):
+        loss_fn = loss_fn.func
+    loss_fn = getattr(loss_fn, "__func__", loss_fn)
+    return getattr(loss_fn, "__code__", type(loss_fn))
+
+
 def probe_rows(
     module: nn.Module, part_of: Callable[[Tensor], Tensor], args: Any, rows: int, multiplicity: int, tracker: Tracker, sink: Sink,
     key: Any = None,
 ) -> None:  # fmt: skip
-    """Sees to it, once for each module and shape, that a sample's rows are where the engine takes them to be.
+    """Sees to it, once for each module, loss and shape, that a sample's rows are where the engine takes them to be.
 
     ``part_of(keep)`` is a scalar that depends on the rows in ``keep`` only, if rows are independent; ``keep`` (rows,) is True on
-    half of the samples. Differentiated alone, it must leave the output gradients of every call zero on all rows of the other
-    samples. Real and fake images concatenated behind each other, a sequence-first layer, positions broadcast over the batch and
-    means over it all fail here, whatever their shapes. ``key`` is what counts as one shape; the shapes of ``args`` unless given.
+    half of the samples, then on the other half. Differentiated alone, it must leave the output gradients of every call zero on
+    all rows of the other samples. Real and fake images concatenated behind each other, a sequence-first layer, positions
+    broadcast over the batch and means over it all fail here, whatever their shapes. ``key`` is what counts as one shape; the
+    shapes of ``args`` unless given.
 
     Raises:
         UncoveredParameterError: naming the parameters of the call.
@@ -191,7 +210,9 @@ def probe_rows(
 
     sink.receiver = receive
     try:
-        backward(tracker, part_of(chosen.repeat_interleave(multiplicity)), [tracker.anchor], retain_graph=True)
+        for _ in range(2):  # one half and the other: a sample that depends on earlier ones only may show in one alone
+            backward(tracker, part_of(chosen.repeat_interleave(multiplicity)), [tracker.anchor], retain_graph=True)
+            chosen = ~chosen
     finally:
         sink.receiver = None
     # A layer behind a zero-initialised one shows nothing yet: it is looked at again, a few times.

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from privimage_fast.dp.collector import Choice, rank_one
 from privimage_fast.dp.passes import backward, eagerly
-from privimage_fast.dp.rules import ConvRule, LinearRule, MatrixRule
+from privimage_fast.dp.rules import ConvRule, LinearRule, MatrixRule, like
 from privimage_fast.dp.tracker import Sink, Tracker, Use, batch_tensors
 
 WAYS = ("store", "gram", "norm-only")
@@ -244,7 +244,7 @@ def take_samples(args: Sequence[Any], rows: int, multiplicity: int, index: Seque
             return tree[torch.tensor(wanted, device=tree.device, dtype=torch.int64)]
         if isinstance(tree, dict):
             return {key: take(value) for key, value in tree.items()}
-        return type(tree)(take(value) for value in tree) if isinstance(tree, list | tuple) else tree
+        return like(tree, (take(value) for value in tree)) if isinstance(tree, list | tuple) else tree
 
     return [take(a) for a in args]
 

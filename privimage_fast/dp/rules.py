@@ -16,7 +16,7 @@ patches flattened into the batch), and then uses K·n rows a sample.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +29,11 @@ from privimage_fast import ops
 
 class UncoveredParameterError(RuntimeError):
     """A trainable parameter takes part in the loss in a way for which no per-sample gradient is known."""
+
+
+def like(tree: Any, values: Iterable[Any]) -> Any:
+    """A list, tuple or named tuple of the same kind with other values."""
+    return tree._make(values) if hasattr(tree, "_make") else type(tree)(values)
 
 
 @dataclass
@@ -443,7 +448,7 @@ class GeneralRule(Rule):
                 return data[number] if kind == "data" else weights[number] if kind == "weight" else tree
             if isinstance(tree, dict):
                 return {key: filled(value) for key, value in tree.items()}
-            return type(tree)(filled(value) for value in tree) if isinstance(tree, list | tuple) else tree
+            return like(tree, (filled(value) for value in tree)) if isinstance(tree, list | tuple) else tree
 
         device, dtype, enabled = self.autocast
         with torch.autocast(device, dtype=dtype, enabled=enabled):

@@ -24,6 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from privimage_fast.dp.calls import (
     BORROWS_ONLY,
+    BORROWS_VALUES_OF_FIRST,
     ELEMENTWISE,
     EXPANDS,
     REWRITES,
@@ -31,7 +32,7 @@ from privimage_fast.dp.calls import (
     elementwise_rows,
     expanded_source,
 )  # fmt: skip
-from privimage_fast.dp.rules import RULES, ExpandRule, GeneralRule, MatrixRule, Rule, UncoveredParameterError
+from privimage_fast.dp.rules import RULES, ExpandRule, GeneralRule, MatrixRule, Rule, UncoveredParameterError, like
 
 
 @dataclass
@@ -154,13 +155,16 @@ class Tracker(TorchFunctionMode):
         self._names = {id(p): name for name, p in self.parameters.items()}
         self._buffers = {id(b): name for name, b in module.named_buffers()}
         self._versions = {name: b._version for name, b in module.named_buffers()}
+        self._kept = {name: (b, b.data_ptr()) for name, b in module.named_buffers()}
+        self._used: dict[str, int] = {}  # parameter → its version when it was first used
         self._module = module
         self._sink = sink
         self._batch = WeakIdKeyDictionary()
         self._derived = WeakIdKeyDictionary()  # tensor → True
         self._keys = WeakIdKeyDictionary()  # derived tensor that met the batch → its key
         self.anchor = torch.zeros((), requires_grad=True)
-        self._anchor = self.anchor * 1  # not a leaf: the engine can be asked whether it will be reached
+        with torch.enable_grad():
+            self._anchor = self.anchor * 1  # not a leaf: the engine can be asked whether it will be reached
         self.calls = sink.calls
         self.derived: dict[str, Tensor] = {}
         self.without_grad: dict[str, str] = {}  # parameter → function that used it where gradients are off
@@ -217,6 +221,8 @@ class Tracker(TorchFunctionMode):
                     self.calls.update(dict.fromkeys((key, *self._parameters_of(tensor)), 2))
         if self.recording:
             self.calls[key] += 1
+            for name in self._parameters_of(tensor):
+                self._used.setdefault(name, self.parameters[name]._version)
         return key
 
     # --- the mode
@@ -229,8 +235,8 @@ class Tracker(TorchFunctionMode):
         weights = [t for t in tensors if self._is_derived(t)]
         touched = [t for t in tensors if id(t) in self._buffers]
         versions = [t._version for t in touched]
-        if func in (F.batch_norm, torch.batch_norm) and batch_norm_training(args, kwargs):
-            self._refuse_batch_norm(weights)
+        if func in (F.batch_norm, torch.batch_norm) and batch_norm_training(args, kwargs) and not self._is_derived(tensors[0]):
+            self._refuse_batch_norm(weights)  # of a weight (weight standardisation) it mixes no samples
         if not weights:
             out = func(*args, **kwargs)
         elif not torch.is_grad_enabled():
@@ -244,7 +250,8 @@ class Tracker(TorchFunctionMode):
         else:
             out = self._on_parameters(func, args, kwargs, tensors, weights)
         self._watch_buffers(tensors, touched, versions)
-        if any(self._from_batch(t) for t in tensors):
+        values = tensors[:1] if func in BORROWS_VALUES_OF_FIRST else tensors
+        if any(self._from_batch(t) for t in values):
             # In-place calls change their first argument and may return nothing (``buffer[:, :n] = x``).
             for tensor in (*_tensors(out), *_tensors(args[:1] if out is None else ())):
                 if not self._is_derived(tensor):
@@ -379,11 +386,25 @@ class Tracker(TorchFunctionMode):
     def check_buffers(self) -> None:
         """Raises UncoveredParameterError where the forward pass kept statistics of the batch, which nobody would noise."""
         for name, buffer in self._module.named_buffers():
-            known = self._data_free.get(name, self._versions.get(name))
-            if buffer._version != known and not name.endswith("num_batches_tracked"):
+            if name.endswith("num_batches_tracked"):
+                continue
+            before, place = self._kept.get(name, (None, 0))
+            if buffer is not before or buffer.data_ptr() != place:  # assigned anew rather than changed in place
+                changed = buffer in self._batch
+            else:
+                changed = buffer._version != self._data_free.get(name, self._versions.get(name))
+            if changed:
                 raise UncoveredParameterError(
                     f"the forward pass changes the buffer {name!r}: statistics of the batch would be kept without noise; turn "
                     "running statistics off (track_running_stats=False), or put the layer in eval() mode"
+                )
+
+    def check_unchanged(self) -> None:
+        """Raises RuntimeError for a parameter that was changed in place after its use: backward would see other weights."""
+        for name, version in self._used.items():
+            if self.parameters[name]._version != version:
+                raise RuntimeError(
+                    f"parameter {name!r} was modified by an inplace operation between its use in the loss and the backward pass"
                 )
 
     def check_gradients(self, leaks: dict[str, Tensor | None]) -> None:
@@ -424,7 +445,7 @@ def _replaced(tree: Any, by_id: dict[int, Tensor]) -> Any:
     if isinstance(tree, dict):
         return {key: _replaced(value, by_id) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(_replaced(value, by_id) for value in tree)
+        return like(tree, (_replaced(value, by_id) for value in tree))
     return tree
 
 
