@@ -24,6 +24,7 @@ from privimage_fast.config import ConfigError, build_config, load_yaml, valid_ke
 from privimage_fast.data import save_npz
 from privimage_fast.dp.accounting import DPSGDEvent, GaussianEvent, cross_check, solve_noise_multiplier
 from privimage_fast.dp.ledger import Ledger
+from privimage_fast.dp.sampling import OSRandom
 from privimage_fast.pipeline import Run, query_noise_multiplier
 from privimage_fast.report import epsilon_text, summary_table
 from privimage_fast.stages import finetune as finetune_module
@@ -191,7 +192,6 @@ def test_an_empty_draw_is_a_charged_step(tmp_path: Path, monkeypatch: pytest.Mon
 def test_what_runs_is_what_is_charged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stage's wiring: noise, divisor, sample rate, padding weights and randomness, seen where they are used."""
     from privimage_fast import ops
-    from privimage_fast.dp.sampling import OSRandom
 
     steps, samplers, weights = [], [], []
     original_step, original_accumulate = ops.private_step_, finetune_module.PrivateOptimizer.accumulate
@@ -247,20 +247,31 @@ def test_secure_runs_of_one_seed_differ(tmp_path: Path) -> None:
 
 def test_loss_draws_come_from_the_secret_randomness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Known draws, given to places in the batch, let one image move the gradients of all behind it."""
-    seeds = []
-    original = torch.Generator.manual_seed
-
-    def watching(self: torch.Generator, seed: int) -> torch.Generator:
-        seeds.append(seed)
-        return original(self, seed)
-
-    class Watched(torch.Generator):
-        manual_seed = watching
-
-    monkeypatch.setattr(finetune_module.torch, "Generator", Watched)
+    made = []
+    original = finetune_module.secret_generator
+    monkeypatch.setattr(finetune_module, "secret_generator", lambda randomness: made.append(original(randomness)) or made[-1])
     run_all(tmp_path / "a", test=None)
-    drawn = [s for s in seeds if s > 2**40]
-    assert len(set(drawn)) == STEPS  # 63 secret bits a step
+    assert len({g.get_state().numpy().tobytes() for g in made}) == len(made) == STEPS  # fresh in every step
+
+
+def test_the_whole_state_of_the_loss_draws_is_secret() -> None:
+    """torch's manual_seed keeps 32 bits: few enough to try them all."""
+
+    class Bytes:
+        seeded = False
+
+        def __init__(self, last: int) -> None:
+            self.last = last
+
+        def random_bytes(self, count: int) -> bytes:
+            return bytes(range(256)) * (count // 256) + bytes(count % 256 - 1) + bytes([self.last])
+
+    def draw(last: int) -> torch.Tensor:
+        return torch.rand(2000, generator=finetune_module.secret_generator(Bytes(last)))
+
+    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+    values = torch.rand(200_000, generator=finetune_module.secret_generator(OSRandom()))
+    assert abs(float(values.mean()) - 0.5) < 0.005 and abs(float(values.var()) - 1 / 12) < 0.002
 
 
 def test_what_would_stop_a_later_stage_is_found_before_anything_is_spent(tmp_path: Path) -> None:

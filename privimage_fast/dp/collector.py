@@ -151,6 +151,9 @@ class Collector:
         for name, grad in zip(targets, pulled, strict=True):
             if grad is None:
                 continue
+            if name in self._deferred:  # by an earlier backward pass: the norm of the sum needs its gradients too
+                first = self._deferred.pop(name)
+                self._store(first.use, first.multiplicity)
             self.stored[name] = self.stored[name].add_(grad) if name in self.stored else grad
             self.sq_norms[name] = squared_norms(self.stored[name])
 

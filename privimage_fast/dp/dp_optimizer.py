@@ -108,6 +108,7 @@ class DPOptimizer(Optimizer):
         self._recorder, self._charge, self._noise = recorder, charge, noise
         self._sums: GradientSums | None = None
         self._under_way: tuple[object, int] | None = None  # the logical batch whose first parts are summed
+        self._sensitivity = 0.0  # of its parts: the largest bound that one of them was clipped with
         self._undone: list[DrawnBatch] = []  # handed out by the loader in this pass, no step yet
         self._fed_by_loader = self._told_foreign = False
         self._skip_signals: list[bool] = []
@@ -140,8 +141,8 @@ class DPOptimizer(Optimizer):
         if not self._told_foreign:
             self._told_foreign = True
             logger.warning(
-                "optimizer.step() without a batch from the data loader that make_private returned: ε is computed for its "
-                "sampling, not for batches from elsewhere"
+                "optimizer.step() without a batch from the data loader that make_private returned: such steps are charged "
+                "without amplification by sampling, as if each batch could hold every sample"
             )
         return None
 
@@ -176,21 +177,19 @@ class DPOptimizer(Optimizer):
         self._accumulate(batch)
         if skip:
             return False
-        self._under_way = None
         assert self._sums is not None
         try:
             self._charge(self.noise_multiplier, batch)  # before anything is released; no later error takes it back
-        except BaseException:
-            self.discard()
-            raise
-        noise_multiplier = self.noise_multiplier
-        if isinstance(self.clipping, AdaptiveClipping):
-            noise_multiplier = self.clipping.gradient_noise_multiplier(noise_multiplier)
-        denominator = self.expected_batch_size if self.loss_reduction == "mean" else 1.0
-        self._sums.release(noise_multiplier * self.clipping.sensitivity, denominator, self._noise)
-        if isinstance(self.clipping, AdaptiveClipping):
-            normal = self._noise.key.gaussian(1, step=self._noise.next_step(), stream=Stream.AUXILIARY)
-            self.clipping.update(float(normal[0]), self.expected_batch_size)
+            noise_multiplier = self.noise_multiplier
+            if isinstance(self.clipping, AdaptiveClipping):
+                noise_multiplier = self.clipping.gradient_noise_multiplier(noise_multiplier)
+            denominator = self.expected_batch_size if self.loss_reduction == "mean" else 1.0
+            self._sums.release(noise_multiplier * self._sensitivity, denominator, self._noise)
+            if isinstance(self.clipping, AdaptiveClipping):
+                normal = self._noise.key.gaussian(1, step=self._noise.next_step(), stream=Stream.AUXILIARY)
+                self.clipping.update(float(normal[0]), self.expected_batch_size)
+        finally:
+            self.discard()  # whatever happened, no next batch is added to this one
         if self.step_hook is not None:
             self.step_hook(self)
         return True
@@ -208,6 +207,7 @@ class DPOptimizer(Optimizer):
                 raise RuntimeError("parameters were frozen, unfrozen or moved within a logical batch; do that between steps")
             self._sums = GradientSums(parameters)
         self._under_way = logical
+        self._sensitivity = max(self._sensitivity, self.clipping.sensitivity)
         called = self._recorder.pending
         collector = self._recorder.take()
         if collector is None:
@@ -232,7 +232,7 @@ class DPOptimizer(Optimizer):
 
     def discard(self) -> None:
         """Forgets the logical batch under way; nothing of it was released."""
-        self._under_way = None
+        self._under_way, self._sensitivity = None, 0.0
         if self._sums is not None:
             self._sums.discard()
         if isinstance(self.clipping, AdaptiveClipping):

@@ -14,6 +14,7 @@ the clipped sum is one weighted read) or *deferred* (norm now, one ordinary weig
 from __future__ import annotations
 
 import functools
+import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -29,6 +30,8 @@ from privimage_fast.dp.passes import backward, eagerly
 from privimage_fast.dp.planner import Plan, batch_rows, cheapest, make_plan, take_samples
 from privimage_fast.dp.rules import UncoveredParameterError
 from privimage_fast.dp.tracker import Sink, Tracker, Use, batch_tensors, trainable_parameters
+
+logger = logging.getLogger(__name__)
 
 STRATEGIES = ("auto", "store", "gram", "norm-only")
 
@@ -217,6 +220,11 @@ def probe_rows(
         sink.receiver = None
     # A layer behind a zero-initialised one shows nothing yet: it is looked at again, a few times.
     seen[key] += 1 if silent else _PROBE_ATTEMPTS
+    if silent and seen[key] >= _PROBE_ATTEMPTS:
+        logger.warning(
+            "%s: some layers have shown no gradient in %d calls, so that they keep samples apart was not seen; check_per_sample "
+            "on stand-in data, with weights that are not zero, can tell", type(module).__name__, _PROBE_ATTEMPTS,
+        )  # fmt: skip
 
 
 def _checked_weight(sample_weight: Tensor, samples: int) -> Tensor:

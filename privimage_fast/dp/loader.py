@@ -177,6 +177,11 @@ class DPDataLoader(DataLoader[Any]):
         batches: Sampler[list[int]]
         if isinstance(data_loader, DPDataLoader):
             steps = len(data_loader.batches)  # type: ignore[arg-type]
+            if population is not None and round(data_loader.expected_batch_size * steps) != population:
+                raise ValueError(
+                    f"the data loader was made private for N = {data_loader.expected_batch_size * steps:.0f}, now "
+                    f"N = {population} is stated; start from the ordinary data loader"
+                )
             rate, expected, poisson_sampling = data_loader.sample_rate, data_loader.expected_batch_size, data_loader.poisson
         else:
             steps = len(data_loader) if population is None else _steps(data_loader, int(population))

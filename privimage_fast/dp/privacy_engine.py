@@ -226,11 +226,11 @@ class PrivacyEngine:
 
         def charge(noise_multiplier: float, batch: DrawnBatch | None) -> None:
             nonlocal paid
+            if batch is None:  # from elsewhere: each step might hold any sample, so nothing is gained by sampling
+                self._charge(GaussianEvent(noise_multiplier))
+                return
             if loader.poisson:
                 self._charge(DPSGDEvent(noise_multiplier, sample_rate))
-                return
-            if batch is None:  # from elsewhere: each step might hold any sample
-                self._charge(GaussianEvent(noise_multiplier))
                 return
             # A sample is in one batch of a pass, so the pass costs what one step on the whole set costs.
             if paid[0] is not batch.pass_id:
@@ -296,6 +296,14 @@ class PrivacyEngine:
         """Restores what :meth:`save_checkpoint` wrote, returns ``checkpoint_dict``. What was charged since stays charged."""
         account, extra = checkpoint.load_file(path, module=module, optimizer=optimizer)
         self.accountant.load_state_dict(account)
+        if self.ledger is not None:
+            written = accounting.merge_events(self.ledger.events())
+            for (sigma, rate), steps in accounting.merge_events(self.accountant.events()).items():
+                if steps > written.get((sigma, rate), 0):
+                    raise ValueError(
+                        f"{path}: its weights have taken {steps} steps at σ = {sigma:g}, q = {rate:g}, but the ledger holds "
+                        f"{written.get((sigma, rate), 0)}: use the ledger that they were charged to"
+                    )
         return extra
 
 

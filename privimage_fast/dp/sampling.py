@@ -49,6 +49,11 @@ class SeededRandom:
         return hashlib.shake_256(f"privimage sampling {self._seed} {self._calls}".encode()).digest(count)
 
 
+def mersenne_state(randomness: SecretRandom) -> np.ndarray:
+    """624 secret words (uint32): the whole state of a Mersenne twister. A seed would leave 2³² states to try."""
+    return np.frombuffer(randomness.random_bytes(4 * 624), dtype="<u4")
+
+
 class PoissonSampler:
     """Draws batches: each of `population` images is in with probability `sample_rate`, independently of everything.
 

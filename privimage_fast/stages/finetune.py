@@ -8,6 +8,7 @@ all families; what a row, its loss and the released weights are is the family's 
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ from privimage_fast.dp.noise import NoiseKey
 from privimage_fast.dp.optimizer import PrivateOptimizer, UpdateRule
 from privimage_fast.dp.planner import Plan, make_plan
 from privimage_fast.dp.rules import UncoveredParameterError
-from privimage_fast.dp.sampling import MicroBatch, PoissonSampler, SecretRandom, micro_batches
+from privimage_fast.dp.sampling import MicroBatch, PoissonSampler, SecretRandom, mersenne_state, micro_batches
 from privimage_fast.models.edm import to_float
 from privimage_fast.models.training import ImageModel, PrivateTraining, averaging_decay, below, prefixed
 from privimage_fast.stages.folder import RunError, RunFolder, fingerprint, timed
@@ -195,7 +196,12 @@ def check_rows(model: ImageModel, training: PrivateTraining) -> None:
     Raises:
         UncoveredParameterError: the module mixes images, or one image's rows depend on another image of the batch.
     """
-    check_per_sample(training.module, training.loss, _stand_in(model, training, 2), multiplicity=training.rows)
+    module = copy.deepcopy(training.module)
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # a layer that begins at zero would hide what is behind it
+        for p in module.parameters():
+            p += 0.01 * torch.randn(p.shape, generator=random).to(p)
+    check_per_sample(module, training.loss, _stand_in(model, training, 2), multiplicity=training.rows)
     before, after = (_stand_in(model, training, 2, last=last) for last in (1.0, -0.5))
     for one, other in zip(before, after, strict=True):
         if not torch.allclose(one[: training.rows], other[: training.rows], rtol=1e-4, atol=1e-5):
@@ -218,7 +224,7 @@ def _train(
         ledger.charge(event, stage=STAGE)  # before the batch is drawn
         # Noise levels, latents and label drops go to places in the batch. Were they known, an image more would shift those of all
         # later images, and the sum would change by far more than C; drawn in secret they are independent of who is in.
-        random = torch.Generator().manual_seed(int.from_bytes(randomness.random_bytes(8), "little") >> 1)
+        random = secret_generator(randomness)
         for part in micro_batches(sampler.draw(), physical):
             batch = training.batch(*_images(part, pixels, labels), random)
             optimizer.accumulate(training.loss, [t.to(device) for t in batch], torch.from_numpy(part.weights).to(device))
@@ -229,6 +235,18 @@ def _train(
         if (step + 1) % config.checkpoint_steps == 0 and step + 1 < steps:
             tensors = optimizer.state_dict() | prefixed("training/", training.state_dict())
             folder.save_tensors(path, tensors, {"fingerprint": stamp})
+
+
+def secret_generator(randomness: SecretRandom) -> torch.Generator:
+    """A torch generator whose whole state is secret; ``manual_seed`` would keep 32 bits of whatever it is given."""
+    generator = torch.Generator()
+    state = generator.get_state()
+    fields = state.numpy()
+    # at::CPUGeneratorImplStateLegacy: seed (8 bytes), left (4), seeded (4), next (8), 624 words of 8 bytes each, …
+    fields[8:12] = np.array([1], dtype="<i4").view(np.uint8)  # the words are mixed before the first draw
+    fields[24 : 24 + 8 * 624] = mersenne_state(randomness).astype("<u8").view(np.uint8)
+    generator.set_state(state)
+    return generator
 
 
 def _images(part: MicroBatch, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -412,7 +412,57 @@ def test_an_error_after_the_charge_does_not_take_it_back() -> None:
     )
     with pytest.raises(OSError, match="disk full"):
         batch_step(module, optimizer, *data(8).tensors)
-    assert engine.accountant.history == [(1.0, 0.5, 1)]
+    assert engine.accountant.history == [(1.0, 1.0, 1)]
+
+
+def test_an_error_between_charge_and_release_leaves_no_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample of the next batch would otherwise count twice."""
+    module, optimizer, _, _ = private(small_net())
+    x, y = data(8).tensors
+    with monkeypatch.context() as patch:
+        patch.setattr(type(optimizer._noise), "next_step", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            batch_step(module, optimizer, x, y)
+    batch_step(module, optimizer, x, y)
+    torch.testing.assert_close(gradient(module) * 8, expected_gradient(small_net(), x, y, 0.3), rtol=1e-4, atol=1e-6)
+
+
+def test_a_bound_lowered_within_a_logical_batch_does_not_lower_its_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first part was clipped with the larger bound, and that is the sensitivity of the sum."""
+    drawn = []
+    module, optimizer, loader, _ = private(small_net(), data(8), noise_multiplier=1.0)
+    monkeypatch.setattr("privimage_fast.dp.dp_optimizer.GradientSums.release", lambda self, std, *rest: drawn.append(std))
+    monkeypatch.setattr(optimizer.original_optimizer, "step", lambda: None)
+    with pf.BatchMemoryManager(data_loader=loader, max_physical_batch_size=4, optimizer=optimizer) as parts:
+        for _ in range(2):
+            for x, y in parts:
+                batch_step(module, optimizer, x, y)
+                optimizer.max_grad_norm = 0.1
+    assert drawn == pytest.approx([0.3, 0.1])
+
+
+def test_a_weight_deferred_in_one_backward_pass_and_derived_from_in_another() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 6) * 0.3)
+
+        def forward(self, x: Tensor, transposed: bool) -> Tensor:
+            return x @ self.weight if transposed else F.linear(x, self.weight)
+
+    torch.manual_seed(0)
+    model = Tied()
+    x, y = torch.randn(8, 6) * 3, torch.randint(0, 6, (8,))
+
+    def losses(m: nn.Module, a: Tensor, b: Tensor) -> Tensor:
+        return sum(F.cross_entropy(m(a, t), b, reduction="none") for t in (False, True))
+
+    expected = per_sample_loop(model, losses, (x, y), max_grad_norm=0.3)[0]["weight"]
+    module, optimizer, _, _ = private(model)
+    for transposed in (False, True):
+        F.cross_entropy(module(x, transposed), y).backward()
+    optimizer.pre_step()
+    torch.testing.assert_close(module.weight.grad.double() * 8, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("accountant", ["pld", "prv", "rdp"])
@@ -861,7 +911,14 @@ def test_batches_from_elsewhere_are_told_once(caplog: pytest.LogCaptureFixture) 
     module, optimizer, _, _ = private(small_net())
     for _ in range(3):
         batch_step(module, optimizer, *data(8).tensors)
-    assert caplog.text.count("not for batches from elsewhere") == 1
+    assert caplog.text.count("without amplification by sampling") == 1
+
+
+def test_batches_from_elsewhere_are_charged_without_amplification() -> None:
+    module, optimizer, _, engine = private(small_net(), poisson_sampling=True, noise_multiplier=1.0)
+    for _ in range(3):
+        batch_step(module, optimizer, *data(8).tensors)
+    assert engine.accountant.history == [(1.0, 1.0, 3)]
 
 
 def test_a_logical_batch_left_early_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
@@ -1020,6 +1077,17 @@ def test_a_checkpoint_brings_back_weights_optimizer_and_account(tmp_path: Path) 
     other_engine.accountant.step(noise_multiplier=1.0, sample_rate=0.5)
     engine.accountant.load_state_dict(other_engine.accountant.state_dict())
     assert engine.accountant.history == [(1.0, 0.5, 5)]
+
+
+def test_a_checkpoint_with_steps_that_the_ledger_does_not_hold_is_refused(tmp_path: Path) -> None:
+    module, optimizer, loader, engine = private(small_net(), poisson_sampling=True, noise_multiplier=2.0)
+    for x, y in loader:
+        batch_step(module, optimizer, x, y)
+    engine.save_checkpoint(path=tmp_path / "a.safetensors", module=module, optimizer=optimizer)
+    with Ledger(tmp_path / "ledger.jsonl", target_epsilon=None, delta=1e-3, population=16) as ledger:
+        module, optimizer, _, other = private(small_net(), engine=pf.PrivacyEngine(ledger=ledger), poisson_sampling=True)
+        with pytest.raises(ValueError, match="but the ledger holds 0: use the ledger that they were charged to"):
+            other.load_checkpoint(path=tmp_path / "a.safetensors", module=module, optimizer=optimizer)
 
 
 def test_files_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
