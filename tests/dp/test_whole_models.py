@@ -276,7 +276,7 @@ def lora() -> Case:
 
 
 class WeightNormed(nn.Module):
-    """A weight-normed layer through its module, and its weight transposed through F.linear (a tied autoencoder)."""
+    """Each weight through its module and transposed through F.linear (a tied autoencoder), one weight-normed and one raw."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -287,7 +287,8 @@ class WeightNormed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(self.inner(x))
         h = torch.tanh(F.linear(h, self.inner.weight.t(), self.back))
-        return self.last(self.inner.weight.sum() * h)
+        h = torch.tanh(self.last(self.inner.weight.sum() * h))
+        return self.last(F.linear(h, self.last.weight.t()))
 
 
 def weight_norm() -> Case:
