@@ -97,12 +97,14 @@ def test_built_in_variants_are_configuration(name: str) -> None:
 )
 def test_the_committed_grids_have_every_baseline_and_three_seeds(path: Path) -> None:
     comparison = load_comparison(path)
+    every = ("privimage", "random", "pdp-diffusion", "dpdm", "public-only", "non-private")
+    if comparison.base.model.family == "gan":
+        every = ("privimage-gan", "random-gan", "pdp-gan", "dpgan", "public-only-gan", "non-private-gan")
     at_ten = {(c.variant, c.seed) for c in comparison.cells if c.config.privacy.epsilon >= 10}
-    assert at_ten >= {
-        (v, s) for v in ("privimage", "random", "pdp-diffusion", "dpdm", "public-only", "non-private") for s in range(3)
-    }
-    assert len({c.config.select.max_image_ratio for c in comparison.cells if c.variant == "privimage"}) == 4
-    assert {c.config.select.max_image_ratio for c in comparison.cells if c.variant == "pdp-diffusion"} == {None}
+    assert at_ten >= {(variant, seed) for variant in every for seed in range(3)}
+    assert len({c.config.select.max_image_ratio for c in comparison.cells if c.variant == every[0]}) == 4
+    assert {c.config.select.max_image_ratio for c in comparison.cells if c.variant == every[2]} == {None}
+    assert len({c.config.model.family for c in comparison.cells}) == 1
 
 
 @pytest.mark.parametrize(
