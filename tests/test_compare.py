@@ -23,7 +23,7 @@ from privimage_fast.compare.plots import plot_figures, series
 from privimage_fast.compare.runner import is_finished
 from privimage_fast.compare.shared import SharedTraining
 from privimage_fast.compare.tables import Row, accuracy, distance, summarise
-from privimage_fast.config import build_config, valid_keys
+from privimage_fast.config import build_config
 from privimage_fast.data import save_npz
 from privimage_fast.dp.accounting import DPSGDEvent, GaussianEvent, epsilon
 from privimage_fast.dp.ledger import Ledger
@@ -89,8 +89,6 @@ def test_seeds_share_public_training_or_not(tmp_path: Path, share: bool) -> None
 @pytest.mark.parametrize("name", sorted(built_in_variants()))
 def test_built_in_variants_are_configuration(name: str) -> None:
     changes = built_in_variants()[name]
-    if "family" in changes.get("model", {}) and "model.family" not in valid_keys():
-        pytest.skip("this version has no GAN")
     assert build_config(changes) != build_config({}) or name == "privimage"
 
 
@@ -99,12 +97,14 @@ def test_built_in_variants_are_configuration(name: str) -> None:
 )
 def test_the_committed_grids_have_every_baseline_and_three_seeds(path: Path) -> None:
     comparison = load_comparison(path)
+    every = ("privimage", "random", "pdp-diffusion", "dpdm", "public-only", "non-private")
+    if comparison.base.model.family == "gan":
+        every = ("privimage-gan", "random-gan", "pdp-gan", "dpgan", "public-only-gan", "non-private-gan")
     at_ten = {(c.variant, c.seed) for c in comparison.cells if c.config.privacy.epsilon >= 10}
-    assert at_ten >= {
-        (v, s) for v in ("privimage", "random", "pdp-diffusion", "dpdm", "public-only", "non-private") for s in range(3)
-    }
-    assert len({c.config.select.max_image_ratio for c in comparison.cells if c.variant == "privimage"}) == 4
-    assert {c.config.select.max_image_ratio for c in comparison.cells if c.variant == "pdp-diffusion"} == {None}
+    assert at_ten >= {(variant, seed) for variant in every for seed in range(3)}
+    assert len({c.config.select.max_image_ratio for c in comparison.cells if c.variant == every[0]}) == 4
+    assert {c.config.select.max_image_ratio for c in comparison.cells if c.variant == every[2]} == {None}
+    assert len({c.config.model.family for c in comparison.cells}) == 1
 
 
 @pytest.mark.parametrize(
@@ -275,6 +275,25 @@ def test_only_and_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     assert main(["compare", "--config", str(path), "--only", "dpdm*"]) == 2
     assert ran == ["none"]
     assert "not run yet: public-only_epsilon=5_seed=0" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_the_gans_baselines_run_beside_the_diffusions(tmp_path: Path) -> None:
+    """Families share the classifier, never a pre-training; the GAN that is not fine-tuned keeps its generator alone."""
+    sizes = {"latent": 4, "generator_channels": 4, "discriminator_channels": 4, "max_mult": 1, "features": 4}
+    adversarial = {"discriminator_steps": 3, "generator_batch": 16}
+    path = write(tmp_path, variants=["public-only", "public-only-gan", "dpgan"])
+    content = yaml.safe_load(path.read_text())
+    content["base"]["model"] = {**SECTIONS["model"], "gan": sizes, "adversarial": adversarial}
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    assert main(["compare", "--config", str(path)]) == 0
+    diffusion, gan = (RunFolder(tmp_path / "out" / "runs" / f"{v}_epsilon=5_seed=0") for v in ("public-only", "public-only-gan"))
+    assert [e for e in Ledger.read(gan.ledger).events() if isinstance(e, DPSGDEvent)] == []
+    steps = [e for e in ledger(tmp_path, "dpgan_epsilon=5_seed=0").events() if isinstance(e, DPSGDEvent)]
+    assert len(steps) == SECTIONS["finetune"]["steps"]
+    described = [json.loads((folder.model / "config.json").read_text())["family"] for folder in (diffusion, gan)]
+    assert described == ["diffusion", "gan"]
+    assert diffusion.checkpoint("classifier").stat().st_ino == gan.checkpoint("classifier").stat().st_ino
+    assert diffusion.checkpoint("pretrain").stat().st_ino != gan.checkpoint("pretrain").stat().st_ino
 
 
 # -------------------------------------------------------------------------------------------------------------- plots
