@@ -3,7 +3,8 @@
 Formal guarantee: with ``multiplicity`` K, each sample's gradient g_b — the gradient of the sum of its K per-row losses —
 enters the returned sum as c_b·g_b with ‖c_b·g_b‖₂ ≤ max_grad_norm·(1 + 1e-6); a sample whose gradient is not finite
 enters as zero. Adding or removing one sample therefore changes the sum by at most that in L2 norm, whatever the other
-samples are. That a module keeps samples apart is looked at on its first calls (``_probe_rows``); what gradients cannot show
+samples are, if what the module and the loss draw at random (dropout, noise levels) is secret or does not depend on a row's
+place in the batch. That a module keeps samples apart is looked at on its first calls (``probe_rows``); what gradients cannot show
 (samples mixed by detached values) is for :func:`check_per_sample`.
 
 The method is ghost clipping in one pass (Li et al. 2022; Bu et al. 2023): autograd computes gradients of activations

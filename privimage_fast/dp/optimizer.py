@@ -94,7 +94,7 @@ class PrivateOptimizer:
         ema_decay: float = 0.0,
         multiplicity: int = 1,
         strategy: str = "auto",
-        memory_budget: int | str | None = None,
+        memory_budget: int | None = None,
         noise_key: NoiseKey | None = None,
     ) -> None:
         if noise_multiplier < 0:
