@@ -32,7 +32,7 @@ def measured(case: Case, smoke: bool) -> tuple[Times, dict[str, str], dict[str, 
     memory = {"plain": peak_growth(case, "plain")}
     budget = 2**26 if smoke else int(LEAN * memory["plain"])
     steps, refused = prepare(case, budget)
-    times = interleave(steps, rounds=2 if smoke else 5, seconds=0 if smoke else 12, warmup=0 if smoke else 1)
+    times = interleave(steps, rounds=2 if smoke else 5, seconds=0 if smoke else 6, warmup=0 if smoke else 1)
     for name in ("ours-lean",) if smoke else SIZED:
         if name in steps:
             memory[name] = peak_growth(case, name, budget)
