@@ -157,6 +157,7 @@ def ledger(folder: Path, name: str) -> Ledger:
     return Ledger.read(RunFolder(folder / "out" / "runs" / name).ledger)
 
 
+@pytest.mark.slow
 def test_every_baseline_runs_from_configuration_alone(done: Path) -> None:
     record = json.loads((done / "out" / "results.json").read_text())
     assert [(r["variant"], r["seed"]) for r in record["runs"]] == [(v, 0) for v in GRID["variants"]]
@@ -169,6 +170,7 @@ def test_every_baseline_runs_from_configuration_alone(done: Path) -> None:
     assert of["non-private"]["epsilon"] == "inf" and 0 < of["public-only"]["epsilon"] < 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "queries", "steps"), [("privimage", 1, 8), ("random", 0, 8), ("dpdm", 0, 8), ("public-only", 1, 0)]
 )
@@ -178,6 +180,7 @@ def test_each_run_charges_its_own_query_and_steps(done: Path, variant: str, quer
     assert sum(isinstance(e, DPSGDEvent) for e in events) == steps
 
 
+@pytest.mark.slow
 def test_public_only_never_saw_a_sensitive_image(done: Path) -> None:
     folder = RunFolder(done / "out" / "runs" / "public-only_epsilon=5_seed=0")
     pretrained = folder.load_tensors(folder.checkpoint("pretrain"), "pretrain")[0]
@@ -187,6 +190,7 @@ def test_public_only_never_saw_a_sensitive_image(done: Path) -> None:
     assert "OVER BUDGET" not in (page := (folder.path / "report.html").read_text()) and "DISAGREE" not in page
 
 
+@pytest.mark.slow
 def test_table_and_sheet(done: Path) -> None:
     table = (done / "out" / "table.md").read_text()
     assert "**not private**" in table and "6 of 6 runs finished" in table
@@ -198,6 +202,7 @@ def test_table_and_sheet(done: Path) -> None:
         assert sheet.height >= 6 * 8
 
 
+@pytest.mark.slow
 def test_a_finished_comparison_runs_nothing_again(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner_module, "run_cell", lambda *a: pytest.fail("run again"))
     comparison = load_comparison(done / "grid.yaml")
@@ -210,6 +215,7 @@ def inode(folder: Path, run: str, name: str) -> int:
     return os.stat(folder / "out" / "runs" / run / "checkpoints" / f"{name}.safetensors").st_ino
 
 
+@pytest.mark.slow
 def test_public_training_is_shared_and_private_training_is_not(seeds: Path, done: Path) -> None:
     runs = [f"{v}_epsilon=5_seed={s}" for v in ("privimage", "pdp-diffusion") for s in (0, 1)]
     assert len({inode(seeds, run, "classifier") for run in runs}) == 1
@@ -277,6 +283,7 @@ def test_only_and_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     assert "not run yet: public-only_epsilon=5_seed=0" in (tmp_path / "out" / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_gans_baselines_run_beside_the_diffusions(tmp_path: Path) -> None:
     """Families share the classifier, never a pre-training; the GAN that is not fine-tuned keeps its generator alone."""
     sizes = {"latent": 4, "generator_channels": 4, "discriminator_channels": 4, "max_mult": 1, "features": 4}

@@ -197,7 +197,7 @@ def test_generator_steps_read_nothing_of_the_sensitive_set(tmp_path: Path, monke
     assert moved == {"generator", "discriminator"}  # the noise moved one, its steps the other
 
 
-@pytest.mark.parametrize("at", [5, 8])
+@pytest.mark.parametrize("at", [5])
 def test_interrupted_fine_tuning_pays_again_and_goes_on_where_it_was(
     tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
