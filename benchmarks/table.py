@@ -76,7 +76,8 @@ def dp_step(result: Entry) -> str:
     for name, group in _entries(result, "test_step").items():
         plain = fastest(group, "plain", "plain-channels-last")
         facts = plain["extra_info"]
-        base = min((e["extra_info"].get("peak_growth_bytes") or 0 for n, e in group.items() if n.startswith("plain")), default=0)
+        peaks = [e["extra_info"].get("peak_growth_bytes") for n, e in group.items() if n.startswith("plain")]
+        base = min((peak for peak in peaks if peak), default=0)  # measured in one layout only
         row = [f"{name}, {facts['parameters'] / 1e6:.1f} M", f"{plain['stats']['median'] * 1e3:.0f} ms"]
         for title, subjects in names:
             found = [s for s in subjects if s in group]
@@ -87,7 +88,8 @@ def dp_step(result: Entry) -> str:
                 row.append("no multiplicity" if reason == "no multiplicity" else "refused")
                 continue
             entry = fastest(group, *found)
-            memory = entry["extra_info"].get("peak_growth_bytes")
+            measured = [group[s]["extra_info"].get("peak_growth_bytes") for s in found]
+            memory = next((peak for peak in measured if peak), None)  # in one layout only
             row.append(_cell(ratio(entry, plain)) + (f"; {memory / base:.2f}" if memory and base else ""))
         row[1] += f"; {base / 2**20:.0f} MiB" if base else ""
         rows.append(row)
