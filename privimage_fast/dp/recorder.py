@@ -173,6 +173,7 @@ class Recorder:
             )
         if not made.received:
             made.received = True
+            made.tracker.check_unchanged()
             if not any(made is other for other in self._calls):  # differentiated once more, after zero_grad
                 self._calls.append(made)
         if self._refusal is None:

@@ -441,6 +441,17 @@ def test_a_bound_lowered_within_a_logical_batch_does_not_lower_its_noise(monkeyp
     assert drawn == pytest.approx([0.3, 0.1])
 
 
+def test_weights_changed_between_call_and_backward_are_refused() -> None:
+    """The backward pass would take other weights than the loss did, as autograd itself refuses to."""
+    module, _, _, _ = private(small_net())
+    x, y = data(8).tensors
+    loss = F.cross_entropy(module(x), y)
+    with torch.no_grad():
+        module[2].weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"parameter '2\.weight' was modified by an inplace operation"):
+        loss.backward()
+
+
 def test_a_weight_deferred_in_one_backward_pass_and_derived_from_in_another() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
