@@ -145,6 +145,36 @@ def norm_shape(op: str, x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor, stats:
     return samples_of(op, x.shape[0], multiplicity)
 
 
+def group_norm_shape(
+    x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor, num_groups: int, multiplicity: int, out_weight: Tensor | None,
+    out_bias: Tensor | None,
+) -> int:  # fmt: skip
+    """B."""
+    op = "group_norm_affine_grad"
+    require_tensor(op, x=x)
+    require(x.dim() >= 2, op, "x.dim()", x.dim(), "at least 2: (rows, channels, *spatial)")
+    rows, channels = x.shape[:2]
+    divides = num_groups >= 1 and channels % num_groups == 0
+    require(divides, op, "num_groups", num_groups, f"a divisor of {channels}")
+    samples = norm_shape(op, x, g, mean, rstd, (rows, num_groups), multiplicity)
+    accumulator(op, "out_weight", out_weight, (samples, channels), x)
+    accumulator(op, "out_bias", out_bias, (samples, channels), x)
+    return samples
+
+
+def layer_norm_shape(
+    x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor, multiplicity: int, out_weight: Tensor | None, out_bias: Tensor | None
+) -> int:
+    """B."""
+    op = "layer_norm_affine_grad"
+    require_tensor(op, x=x)
+    require(x.dim() == 3, op, "x.dim()", x.dim(), "3: (rows, positions, features)")
+    samples = norm_shape(op, x, g, mean, rstd, tuple(x.shape[:2]), multiplicity)
+    accumulator(op, "out_weight", out_weight, (samples, x.shape[2]), x)
+    accumulator(op, "out_bias", out_bias, (samples, x.shape[2]), x)
+    return samples
+
+
 def embedding_shape(
     op: str, ids: Tensor, g: Tensor, num_embeddings: int, padding_idx: int | None, multiplicity: int
 ) -> tuple[int, int]:

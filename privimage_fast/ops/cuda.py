@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from privimage_fast.ops import checks, native, reference
+from privimage_fast.ops import affine, checks, native, reference
 from privimage_fast.ops.native import _DTYPES, _dense, _plane, _pointer, _undense
 
 _TILE = 64  # the smallest side of a kernel's tile; partial norms are counted by it
@@ -263,17 +263,7 @@ def _affine(
 
 
 def bias_grad(g: Tensor, *, channel_dim: int, multiplicity: int, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    op = "bias_grad"
-    samples, channels, dim = checks.bias_shape(op, g, channel_dim, multiplicity)
-    checks.accumulator(op, "out", out, (samples, channels), g)
-    last = g.movedim(dim, -1)
-    channels_last = last.is_contiguous()
-    g = last if channels_last else g.movedim(dim, 1).contiguous()
-    _, _, sq_norms, bias = _affine(
-        op, None, g, None, None, channels_last=channels_last, per_position=False, samples=samples,
-        multiplicity=multiplicity, channels=channels, positions=g.numel() // max(1, g.shape[0] * channels), groups=1,
-        out_weight=None, out_bias=out,
-    )  # fmt: skip
+    _, _, sq_norms, bias = _affine("bias_grad", **affine.bias(g, channel_dim, multiplicity, out))
     return sq_norms, bias
 
 
@@ -281,41 +271,16 @@ def group_norm_affine_grad(
     x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor, *, num_groups: int, multiplicity: int,
     out_weight: Tensor | None = None, out_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    op = "group_norm_affine_grad"
-    checks.require_tensor(op, x=x)
-    checks.require(x.dim() >= 2, op, "x.dim()", x.dim(), "at least 2: (rows, channels, *spatial)")
-    rows, channels = x.shape[:2]
-    divides = num_groups >= 1 and channels % num_groups == 0
-    checks.require(divides, op, "num_groups", num_groups, f"a divisor of {channels}")
-    samples = checks.norm_shape(op, x, g, mean, rstd, (rows, num_groups), multiplicity)
-    checks.accumulator(op, "out_weight", out_weight, (samples, channels), x)
-    checks.accumulator(op, "out_bias", out_bias, (samples, channels), x)
-    x_last, g_last = x.movedim(1, -1), g.movedim(1, -1)
-    channels_last = x_last.is_contiguous() and g_last.is_contiguous()
-    x, g = (x_last, g_last) if channels_last else (x.contiguous(), g.contiguous())
     return _affine(
-        op, x, g, mean, rstd, channels_last=channels_last, per_position=False, samples=samples,
-        multiplicity=multiplicity, channels=channels, positions=x.numel() // max(1, rows * channels), groups=num_groups,
-        out_weight=out_weight, out_bias=out_bias,
-    )  # fmt: skip
+        "group_norm_affine_grad", **affine.group_norm(x, g, mean, rstd, num_groups, multiplicity, out_weight, out_bias)
+    )
 
 
 def layer_norm_affine_grad(
     x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor, *, multiplicity: int,
     out_weight: Tensor | None = None, out_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    op = "layer_norm_affine_grad"
-    checks.require_tensor(op, x=x)
-    checks.require(x.dim() == 3, op, "x.dim()", x.dim(), "3: (rows, positions, features)")
-    _, positions, width = x.shape
-    samples = checks.norm_shape(op, x, g, mean, rstd, tuple(x.shape[:2]), multiplicity)
-    checks.accumulator(op, "out_weight", out_weight, (samples, width), x)
-    checks.accumulator(op, "out_bias", out_bias, (samples, width), x)
-    return _affine(
-        op, x.contiguous(), g.contiguous(), mean, rstd, channels_last=True, per_position=True, samples=samples,
-        multiplicity=multiplicity, channels=width, positions=positions, groups=1, out_weight=out_weight,
-        out_bias=out_bias,
-    )  # fmt: skip
+    return _affine("layer_norm_affine_grad", **affine.layer_norm(x, g, mean, rstd, multiplicity, out_weight, out_bias))
 
 
 def embedding_grad(

@@ -198,15 +198,8 @@ def group_norm_affine_grad(
     Returns:
         (sq_norms_weight (B,), weight (B, C), sq_norms_bias (B,), bias (B, C)).
     """
-    op = "group_norm_affine_grad"
-    checks.require_tensor(op, x=x)
-    checks.require(x.dim() >= 2, op, "x.dim()", x.dim(), "at least 2: (rows, channels, *spatial)")
+    samples = checks.group_norm_shape(x, g, mean, rstd, num_groups, multiplicity, out_weight, out_bias)
     rows, channels = x.shape[:2]
-    divides = num_groups >= 1 and channels % num_groups == 0
-    checks.require(divides, op, "num_groups", num_groups, f"a divisor of {channels}")
-    samples = checks.norm_shape(op, x, g, mean, rstd, (rows, num_groups), multiplicity)
-    checks.accumulator(op, "out_weight", out_weight, (samples, channels), x)
-    checks.accumulator(op, "out_bias", out_bias, (samples, channels), x)
     dtype = _wide(x, g)
     positions = x.numel() // max(1, rows * channels)
     per_channel = [t.to(dtype).repeat_interleave(channels // num_groups, 1).unsqueeze(2) for t in (mean, rstd)]
@@ -231,12 +224,7 @@ def layer_norm_affine_grad(
     Returns:
         (sq_norms_weight (B,), weight (B, D), sq_norms_bias (B,), bias (B, D)).
     """
-    op = "layer_norm_affine_grad"
-    checks.require_tensor(op, x=x)
-    checks.require(x.dim() == 3, op, "x.dim()", x.dim(), "3: (rows, positions, features)")
-    samples = checks.norm_shape(op, x, g, mean, rstd, tuple(x.shape[:2]), multiplicity)
-    checks.accumulator(op, "out_weight", out_weight, (samples, x.shape[2]), x)
-    checks.accumulator(op, "out_bias", out_bias, (samples, x.shape[2]), x)
+    samples = checks.layer_norm_shape(x, g, mean, rstd, multiplicity, out_weight, out_bias)
     dtype = _wide(x, g)
     g = g.to(dtype)
     normalised = (x.to(dtype) - mean.to(dtype).unsqueeze(2)) * rstd.to(dtype).unsqueeze(2)
