@@ -32,7 +32,8 @@ from privimage_fast.dp.calls import (
     elementwise_rows,
     expanded_source,
 )  # fmt: skip
-from privimage_fast.dp.rules import RULES, ExpandRule, GeneralRule, MatrixRule, Rule, UncoveredParameterError, like
+from privimage_fast.dp.parsers import RULES
+from privimage_fast.dp.rules import ExpandRule, GeneralRule, MatrixRule, Rule, UncoveredParameterError, like
 
 
 @dataclass
