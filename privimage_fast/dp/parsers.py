@@ -1,7 +1,7 @@
 """Which rule stands for a call of a torch function, and with what arguments.
 
-A parser is given the names of the trainable parameters and the call's arguments as torch's function takes them; it returns the input
-(padded, where the kernels pad otherwise) and the rule. Forms of a function that no rule covers are refused by name.
+A parser is given the names of the trainable parameters and the call's arguments as torch's function takes them; it returns
+the input (padded, where the kernels pad otherwise) and the rule. Forms of a function that no rule covers are refused by name.
 """
 
 from __future__ import annotations
