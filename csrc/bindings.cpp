@@ -210,18 +210,28 @@ void clip_factors_(Address sq_norms, Address sample_weight, double max_grad_norm
 // (out, stored, stored_stride, outer, offsets, channels) of one layer.
 using SumItem = std::tuple<Address, Address, int64_t, int64_t, int64_t, int64_t>;
 
-void weighted_sum(const std::string& device, const std::vector<SumItem>& items, Address coef, int64_t samples,
-                  int num_threads, Address stream) {
+std::vector<WeightedSumParams::Item> sum_items(const std::vector<SumItem>& items) {
   std::vector<WeightedSumParams::Item> list;
   list.reserve(items.size());
   for (const auto& [out, stored, stored_stride, outer, offsets, channels] : items)
     list.push_back({pointer<float>(out), pointer<float>(stored), stored_stride, outer, offsets, channels});
+  return list;
+}
+
+WeightedSumParams sum_params(const std::vector<WeightedSumParams::Item>& items, Address coef, int64_t samples, int num_threads) {
   WeightedSumParams p;
-  p.items = list.data();
-  p.num_items = static_cast<int64_t>(list.size());
+  p.items = items.data();
+  p.num_items = static_cast<int64_t>(items.size());
   p.coef = pointer<float>(coef);
   p.samples = samples;
   p.num_threads = num_threads;
+  return p;
+}
+
+void weighted_sum(const std::string& device, const std::vector<SumItem>& items, Address coef, int64_t samples,
+                  int num_threads, Address stream) {
+  const auto list = sum_items(items);
+  const WeightedSumParams p = sum_params(list, coef, samples, num_threads);
   RUN_ON(device, p, cpu_kernels().weighted_sum, weighted_sum, stream);
 }
 
@@ -250,7 +260,8 @@ void private_step(const std::string& device, Address param, Address grad_sum, Ad
                   Address ema, Address grad_out, int64_t size, const py::bytes& key, uint32_t step, uint32_t rank,
                   uint32_t stream, int64_t offset, double noise_std, double denominator, int optimizer, double lr,
                   double beta1, double beta2, double eps, double weight_decay, double momentum, double ema_decay,
-                  int64_t optimizer_step, int num_threads, Address cuda_stream) {
+                  int64_t optimizer_step, int num_threads, Address cuda_stream, const std::vector<SumItem>& items,
+                  Address coef, int64_t samples) {
   PrivateStepParams p;
   p.param = pointer<float>(param);
   p.grad_sum = pointer<float>(grad_sum);
@@ -272,7 +283,10 @@ void private_step(const std::string& device, Address param, Address grad_sum, Ad
   p.ema_decay = ema_decay;
   p.optimizer_step = optimizer_step;
   p.num_threads = num_threads;
-  RUN_ON(device, p, cpu_kernels().private_step, private_step, cuda_stream);
+  if (items.empty()) return RUN_ON(device, p, cpu_kernels().private_step, private_step, cuda_stream);
+  const auto list = sum_items(items);
+  const SummedStepParams both{p, sum_params(list, coef, samples, num_threads)};
+  RUN_ON(device, both, cpu_kernels().summed_step, summed_step, cuda_stream);
 }
 
 py::dict build_info() {
@@ -339,7 +353,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("private_step", &private_step, py::kw_only(), "device"_a, "param"_a, "grad_sum"_a, "exp_avg"_a, "exp_avg_sq"_a,
         "ema"_a, "grad_out"_a, "size"_a, "key"_a, "step"_a, "rank"_a, "stream"_a, "offset"_a, "noise_std"_a,
         "denominator"_a, "optimizer"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "momentum"_a,
-        "ema_decay"_a, "optimizer_step"_a, "num_threads"_a, "cuda_stream"_a);
+        "ema_decay"_a, "optimizer_step"_a, "num_threads"_a, "cuda_stream"_a, "items"_a = std::vector<SumItem>(),
+        "coef"_a = 0, "samples"_a = 0);
   m.def("build_info", &build_info);
 #ifdef PRIVIMAGE_WITH_CUDA
   m.def("cuda_problem", &cuda::problem);

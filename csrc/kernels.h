@@ -154,6 +154,13 @@ struct PrivateStepParams {
   int num_threads = 1;
 };
 
+// weighted_sum and private_step in one pass, with the bits of the two: the last micro-batch's sum never goes to memory.
+// The items' outputs are disjoint parts of step.grad_sum, by rising address.
+struct SummedStepParams {
+  PrivateStepParams step;
+  WeightedSumParams sum;
+};
+
 // --- CPU: run-time dispatch over one table per instruction set ------------------------------------------------------
 
 struct CpuKernels {
@@ -165,6 +172,7 @@ struct CpuKernels {
   void (*weighted_sum)(const WeightedSumParams&);
   void (*gaussian_noise)(const GaussianNoiseParams&);
   void (*private_step)(const PrivateStepParams&);
+  void (*summed_step)(const SummedStepParams&);
 };
 
 constexpr int kIsaLevels = 3;                       // baseline, avx2, avx512
@@ -190,6 +198,7 @@ void embedding_grad(const EmbeddingGradParams& params, void* stream);
 void clip_factors(const ClipFactorsParams& params, void* stream);
 void weighted_sum(const WeightedSumParams& params, void* stream);
 void private_step(const PrivateStepParams& params, void* stream);
+void summed_step(const SummedStepParams& params, void* stream);
 }  // namespace cuda
 #endif
 
@@ -201,6 +210,7 @@ void embedding_grad(const EmbeddingGradParams& params, void* stream);
 void clip_factors(const ClipFactorsParams& params, void* stream);
 void weighted_sum(const WeightedSumParams& params, void* stream);
 void private_step(const PrivateStepParams& params, void* stream);
+void summed_step(const SummedStepParams& params, void* stream);
 }  // namespace emulated
 
 namespace emulation {

@@ -9,7 +9,8 @@ namespace ISA_NAMESPACE {
 
 extern const CpuKernels kTable;
 const CpuKernels kTable = {PRIVIMAGE_STRING(PRIVIMAGE_ISA), conv_weight_grad, conv_gram, affine_grad,
-                           embedding_grad, weighted_sum, gaussian_noise, private_step};
+                           embedding_grad, weighted_sum, gaussian_noise, private_step,
+                           summed_step};
 
 }  // namespace ISA_NAMESPACE
 }  // namespace privimage

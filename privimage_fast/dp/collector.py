@@ -75,6 +75,17 @@ class _Deferred:
         return out
 
 
+@dataclass
+class Pending:
+    """What a micro-batch stored, and the clip factors: a clipped sum that is still to be formed."""
+
+    stored: dict[str, Tensor]
+    factors: Tensor
+
+    def add_to(self, sums: Mapping[str, Tensor]) -> None:
+        ops.weighted_sum_([sums[name] for name in self.stored], list(self.stored.values()), self.factors)
+
+
 class Collector:
     """Receives the uses of the backward passes of one micro-batch.
 
@@ -177,7 +188,23 @@ class Collector:
         def of(name: str) -> Tensor:
             return factors if isinstance(factors, Tensor) else factors[name]
 
-        deferred = {}  # computed first: where one fails, nothing has been added
+        deferred = self._deferred_sums(of)  # first: where one fails, nothing has been added
+        if isinstance(factors, Tensor):
+            Pending(self.stored, factors).add_to(sums)
+        else:
+            for name, stored in self.stored.items():
+                ops.weighted_sum_([sums[name]], [stored], factors[name])
+        for name, grad in deferred.items():
+            sums[name] += grad
+
+    def add_deferred_to(self, sums: Mapping[str, Tensor], factors: Tensor) -> Pending:
+        """:meth:`add_to` of all that is not stored; the rest of the sum is left to whoever takes the step."""
+        for name, grad in self._deferred_sums(lambda name: factors).items():
+            sums[name] += grad
+        return Pending(self.stored, factors)
+
+    def _deferred_sums(self, of: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        deferred = {}
         for name, entry in self._deferred.items():
             assert isinstance(entry.use.rule, MatrixRule)
             if entry.alone:
@@ -200,14 +227,7 @@ class Collector:
                 g = g * per_row
             with full_precision(g.device):
                 deferred[name] = entry.use.rule.weighted_weight_grad(x, g)
-        if isinstance(factors, Tensor):
-            names = list(self.stored)
-            ops.weighted_sum_([sums[n] for n in names], [self.stored[n] for n in names], factors)
-        else:
-            for name, stored in self.stored.items():
-                ops.weighted_sum_([sums[name]], [stored], factors[name])
-        for name, grad in deferred.items():
-            sums[name] += grad
+        return deferred
 
 
 def _norms(t: Tensor, samples: int) -> Tensor:

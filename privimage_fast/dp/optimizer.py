@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from privimage_fast import ops
-from privimage_fast.dp.engine import LossFunction, accumulate_clipped
+from privimage_fast.dp.collector import Pending
+from privimage_fast.dp.engine import LossFunction, accumulate_clipped, accumulate_pending
 from privimage_fast.dp.noise import NoiseKey, Stream
 from privimage_fast.dp.tracker import trainable_parameters
 
@@ -111,8 +112,9 @@ class PrivateOptimizer:
         self.strategy, self.memory_budget = strategy, memory_budget
         self.noise_key = noise_key or NoiseKey.from_os()
         self.flat = FlatParameters(module)
-        self.grad_sum = torch.zeros_like(self.flat.data)
-        self._sums = self.flat.views(self.grad_sum)
+        self._grad_sum = torch.zeros_like(self.flat.data)
+        self._sums = self.flat.views(self._grad_sum)
+        self._pending: Pending | None = None  # the last micro-batch, where the step is to sum it
         self.exp_avg = torch.zeros_like(self.flat.data)
         self.exp_avg_sq = torch.zeros_like(self.flat.data) if self.update.name != "sgd" else None
         self.ema = self.flat.data.clone() if ema_decay else None
@@ -123,26 +125,60 @@ class PrivateOptimizer:
     ) -> tuple[Tensor, Tensor]:
         """Adds one micro-batch's clipped gradients; returns (norms, losses), which are not private."""
         self.flat.check(self.module)
-        return accumulate_clipped(
-            self.module, loss_fn, args, self._sums, max_grad_norm=self.max_grad_norm, multiplicity=self.multiplicity,
-            strategy=self.strategy, memory_budget=self.memory_budget, sample_weight=sample_weight,
-        )  # fmt: skip
+        self._sum_pending()  # now: this pass needs its memory
+        options: dict[str, Any] = {
+            "max_grad_norm": self.max_grad_norm, "multiplicity": self.multiplicity, "strategy": self.strategy,
+            "memory_budget": self.memory_budget, "sample_weight": sample_weight,
+        }  # fmt: skip
+        if not ops.step_sums_stored(self._grad_sum):
+            return accumulate_clipped(self.module, loss_fn, args, self._sums, **options)
+        norms, losses, self._pending = accumulate_pending(self.module, loss_fn, args, self._sums, **options)
+        return norms, losses
+
+    @property
+    def grad_sum(self) -> Tensor:
+        """(n,) the clipped gradients accumulated since the last step, summed and not noised: not private."""
+        self._sum_pending()
+        return self._grad_sum
+
+    def _sum_pending(self) -> None:
+        if self._pending is None:
+            return
+        if ops.capturing(self._grad_sum):
+            raise RuntimeError(
+                "a CUDA graph is being captured while the micro-batch before it is not summed: every replay would add that once "
+                "more. Call step() or discard() before the capture"
+            )
+        pending, self._pending = self._pending, None
+        pending.add_to(self._sums)
 
     def step(self) -> None:
-        """Noise, update, EMA; also after an empty draw, which is a step like any other."""
+        """Noise, update, EMA; also after an empty draw, which is a step like any other. An error drops what was accumulated."""
         self.steps += 1
-        update = self.update
-        ops.private_step_(
-            self.flat.data, self.grad_sum, self.exp_avg, self.exp_avg_sq, self.ema,
-            noise_std=self.noise_multiplier * self.max_grad_norm, denominator=self.expected_batch_size,
-            key=self.noise_key.use_bytes(step=self.steps, stream=Stream.STEP), step=self.steps, rank=0, stream=int(Stream.STEP),
-            optimizer=update.name, lr=update.lr, betas=update.betas, eps=update.eps, weight_decay=update.weight_decay,
-            momentum=update.momentum, optimizer_step=self.steps, ema_decay=self.ema_decay,
-        )  # fmt: skip
+        update, pending = self.update, self._pending
+        self._pending = None
+        state = (self.flat.data, self._grad_sum, self.exp_avg, self.exp_avg_sq, self.ema)
+        options: dict[str, Any] = {
+            "noise_std": self.noise_multiplier * self.max_grad_norm, "denominator": self.expected_batch_size,
+            "key": self.noise_key.use_bytes(step=self.steps, stream=Stream.STEP), "step": self.steps, "rank": 0,
+            "stream": int(Stream.STEP), "optimizer": update.name, "lr": update.lr, "betas": update.betas, "eps": update.eps,
+            "weight_decay": update.weight_decay, "momentum": update.momentum, "optimizer_step": self.steps,
+            "ema_decay": self.ema_decay,
+        }  # fmt: skip
+        try:
+            if pending is None:
+                ops.private_step_(*state, **options)
+            else:
+                sums, stored = [self._sums[name] for name in pending.stored], list(pending.stored.values())
+                ops.summed_private_step_(*state, sums=sums, stored=stored, coef=pending.factors, **options)
+        except BaseException:
+            self.discard()  # a next step would add them to another batch, and count a sample twice
+            raise
 
     def discard(self) -> None:
         """Forgets the micro-batches accumulated since the last step (after an interruption)."""
-        self.grad_sum.zero_()
+        self._pending = None
+        self._grad_sum.zero_()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors only, so that it can be kept as safetensors; neither the key nor un-noised sums are in it."""

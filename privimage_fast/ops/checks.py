@@ -223,6 +223,26 @@ def sum_arguments(
     return outs, stores
 
 
+def summed_step_arguments(
+    op: str, grad_sum: Tensor, sums: Sequence[Tensor], stored: Sequence[Tensor], coef: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """sums and stored in the order of memory, without what has no elements; sums are disjoint views of grad_sum."""
+    sums, stored = sum_arguments(op, list(sums), list(stored), coef)
+    require_tensor(op, grad_sum=grad_sum)
+    placed = sorted(
+        ((s.data_ptr() - grad_sum.data_ptr(), i) for i, s in enumerate(sums) if s.numel()), key=lambda place: place[0]
+    )
+    end = 0
+    for at, i in placed:
+        s = sums[i]
+        part = s.is_contiguous() and s.dtype == grad_sum.dtype and s.device == grad_sum.device
+        require(part and at >= 0 and at % s.element_size() == 0, op, f"sums[{i}]", "elsewhere", "a contiguous view of grad_sum")
+        require(at >= end, op, f"sums[{i}]", "over another", "views that share no element")
+        end = at + s.numel() * s.element_size()
+        require(end <= grad_sum.numel() * grad_sum.element_size(), op, f"sums[{i}]", "elsewhere", "a contiguous view of grad_sum")
+    return [sums[i] for _, i in placed], [stored[i] for _, i in placed]
+
+
 def noise_arguments(op: str, key: bytes, step: int, rank: int, stream: int, n: int, offset: int) -> None:
     if not isinstance(key, bytes):
         raise TypeError(f"{op}: key is {type(key).__name__}, expected bytes")

@@ -320,3 +320,13 @@ def clip_factors(sq_norms: Tensor, max_grad_norm: float, sample_weight: Tensor |
 def weighted_sum_(out: Tensor | Sequence[Tensor], stored: Tensor | Sequence[Tensor], coef: Tensor) -> None:
     with _launching("weighted_sum_", coef=coef) as where:
         native.weighted_sum_(out, stored, coef, _device=where["device"])
+
+
+def summed_private_step_(
+    param: Tensor, grad_sum: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor | None, ema: Tensor | None, *,
+    sums: Sequence[Tensor], stored: Sequence[Tensor], coef: Tensor, **step: Any,
+) -> None:  # fmt: skip
+    with _launching("summed_private_step_", param=param, coef=coef) as where:
+        native.summed_private_step_(
+            param, grad_sum, exp_avg, exp_avg_sq, ema, sums=sums, stored=stored, coef=coef, _device=where["device"], **step
+        )

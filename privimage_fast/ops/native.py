@@ -45,6 +45,7 @@ _SUPPORTED: dict[str, frozenset[torch.dtype]] = {
     "embedding_grad": _FLOATS | {torch.int64, torch.int32},
     "clip_factors": frozenset({torch.float64, torch.float32}),
     "weighted_sum_": _FLOAT32,
+    "summed_private_step_": _FLOAT32,
     "gaussian_noise": frozenset(),
     "chacha20_block": frozenset(),
     "private_step_": frozenset({torch.float32, torch.float64}),
@@ -289,6 +290,12 @@ def _sum_item(out: Tensor, stored: Tensor) -> tuple[tuple[int, ...], Tensor]:
     return (_pointer(out), _pointer(stored), size, 1, 1, size), stored
 
 
+def _sum_items(outs: Sequence[Tensor], stored: Sequence[Tensor]) -> tuple[list[tuple[int, ...]], list[Tensor]]:
+    """The kernel's view of all layers that have elements, and the tensors it points into."""
+    found = [_sum_item(o, s) for o, s in zip(outs, stored, strict=True) if o.numel()]
+    return [item for item, _ in found], [kept for _, kept in found]
+
+
 def weighted_sum_(
     out: Tensor | Sequence[Tensor], stored: Tensor | Sequence[Tensor], coef: Tensor, *, _device: str | None = None
 ) -> None:
@@ -297,12 +304,7 @@ def weighted_sum_(
         return
     coef = coef.contiguous()
     dense = [_dense(o) for o in outs]
-    items, alive = [], []
-    for o, s in zip(dense, stores, strict=True):
-        if o.numel():
-            item, kept = _sum_item(o, s)
-            items.append(item)
-            alive.append(kept)
+    items, _alive = _sum_items(dense, stores)
     device = _device or coef.device.type
     with torch.cuda.device(coef.device) if device == "cuda" else _Nothing():
         _C.weighted_sum(
@@ -346,7 +348,7 @@ def private_step_(
     noise_std: float, denominator: float, key: bytes, step: int, rank: int, stream: int, optimizer: str, lr: float,
     betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0, momentum: float = 0.0,
     optimizer_step: int = 1, ema_decay: float = 0.0, offset: int = 0, grad_out: Tensor | None = None,
-    _device: str | None = None,
+    _device: str | None = None, _summed: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     tensors = {
         "param": param, "grad_sum": grad_sum, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema,
@@ -378,5 +380,16 @@ def private_step_(
             optimizer=_OPTIMIZERS[optimizer], lr=lr, beta1=betas[0], beta2=betas[1], eps=eps,
             weight_decay=weight_decay, momentum=momentum, ema_decay=ema_decay, optimizer_step=optimizer_step,
             num_threads=torch.get_num_threads(),
-            cuda_stream=torch.cuda.current_stream().cuda_stream if device == "cuda" else 0,
+            cuda_stream=torch.cuda.current_stream().cuda_stream if device == "cuda" else 0, **(_summed or {}),
         )  # fmt: skip
+
+
+def summed_private_step_(
+    param: Tensor, grad_sum: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor | None, ema: Tensor | None, *,
+    sums: Sequence[Tensor], stored: Sequence[Tensor], coef: Tensor, _device: str | None = None, **step: Any,
+) -> None:  # fmt: skip
+    sums, stored = checks.summed_step_arguments("summed_private_step_", grad_sum, sums, stored, coef)
+    coef = coef.contiguous()
+    items, _alive = _sum_items(sums, stored) if len(coef) else ([], [])
+    summed = {"items": items, "coef": _pointer(coef), "samples": len(coef)}
+    private_step_(param, grad_sum, exp_avg, exp_avg_sq, ema, _device=_device, _summed=summed, **step)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -402,6 +403,24 @@ def private_step_(
         optimizer=optimizer, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, momentum=momentum,
         optimizer_step=optimizer_step, ema_decay=ema_decay, grad_out=grad_out,
     )  # fmt: skip
+
+
+def summed_private_step_(
+    param: Tensor, grad_sum: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor | None, ema: Tensor | None, *,
+    sums: Sequence[Tensor], stored: Sequence[Tensor], coef: Tensor, **step: Any,
+) -> None:  # fmt: skip
+    """:func:`weighted_sum_` of the last micro-batch, then :func:`private_step_`: one pass where a kernel does it, the same bits.
+
+    Args:
+        param, grad_sum, exp_avg, exp_avg_sq, ema: as in :func:`private_step_`.
+        sums: views of ``grad_sum``, contiguous, no element in two of them.
+        stored: a tensor (B, *shape) for each of them.
+        coef: (B,) float32; a sample whose coefficient is 0 is skipped, whatever it holds.
+        step: the keywords of :func:`private_step_`.
+    """
+    sums, stored = checks.summed_step_arguments("summed_private_step_", grad_sum, sums, stored, coef)
+    weighted_sum_(sums, stored, coef)
+    private_step_(param, grad_sum, exp_avg, exp_avg_sq, ema, **step)
 
 
 def step_with_noise_(
