@@ -154,8 +154,8 @@ struct PrivateStepParams {
   int num_threads = 1;
 };
 
-// weighted_sum and private_step in one pass, with the bits of the two: the last micro-batch's sum never goes to memory.
-// The items' outputs are disjoint parts of step.grad_sum, by rising address.
+// weighted_sum and private_step in one pass on a GPU, with the bits of the two: the last micro-batch's sum never goes to
+// memory. The items' outputs are disjoint parts of step.grad_sum, by rising address.
 struct SummedStepParams {
   PrivateStepParams step;
   WeightedSumParams sum;
@@ -172,7 +172,6 @@ struct CpuKernels {
   void (*weighted_sum)(const WeightedSumParams&);
   void (*gaussian_noise)(const GaussianNoiseParams&);
   void (*private_step)(const PrivateStepParams&);
-  void (*summed_step)(const SummedStepParams&);
 };
 
 constexpr int kIsaLevels = 3;                       // baseline, avx2, avx512

@@ -9,8 +9,7 @@ namespace ISA_NAMESPACE {
 
 extern const CpuKernels kTable;
 const CpuKernels kTable = {PRIVIMAGE_STRING(PRIVIMAGE_ISA), conv_weight_grad, conv_gram, affine_grad,
-                           embedding_grad, weighted_sum, gaussian_noise, private_step,
-                           summed_step};
+                           embedding_grad, weighted_sum, gaussian_noise, private_step};
 
 }  // namespace ISA_NAMESPACE
 }  // namespace privimage

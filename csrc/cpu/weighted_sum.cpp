@@ -4,8 +4,6 @@
 namespace privimage {
 namespace ISA_NAMESPACE {
 
-static int64_t size_of(const WeightedSumParams::Item& item) { return item.outer * item.offsets * item.channels; }
-
 constexpr int64_t kChunk = 4096;  // 16 KiB of sums stay in the first cache while the samples stream past
 
 // sums += c[0] * in[0] + .., in this order whatever N is.
@@ -58,9 +56,7 @@ static void add_chunk(const WeightedSumParams::Item& item, const WeightedSumPara
   }
 }
 
-void add_stored(const WeightedSumParams::Item& item, const WeightedSumParams& p, int64_t lo, int64_t n) {
-  for (const int64_t end = lo + n; lo < end; lo += kChunk) add_chunk(item, p, lo, min64(kChunk, end - lo));
-}
+static int64_t size_of(const WeightedSumParams::Item& item) { return item.outer * item.offsets * item.channels; }
 
 void weighted_sum(const WeightedSumParams& p) {
   int64_t total = 0;
