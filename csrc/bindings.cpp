@@ -85,7 +85,7 @@ void conv_weight_grad(Address x, Address g, int x_dtype, int g_dtype, int64_t sa
                       Pair kernel, Pair stride, Pair padding, Pair dilation, std::array<int64_t, 4> x_stride,
                       std::array<int64_t, 4> g_stride, Address out, std::array<int64_t, 5> out_stride, bool accumulate,
                       Address sq_norms, int num_threads, const std::string& device, Address stream, Address partials,
-                      int64_t partials_size, bool tf32, Address coef, int64_t chunk, int algorithm) {
+                      int64_t partials_size, bool tf32, Address coef, int64_t chunk, int algorithm, int out_dtype) {
   ConvWeightGradParams p;
   p.x = pointer<void>(x);
   p.g = pointer<void>(g);
@@ -104,7 +104,8 @@ void conv_weight_grad(Address x, Address g, int x_dtype, int g_dtype, int64_t sa
   copy(dilation, p.dilation);
   copy(x_stride, p.x_stride);
   copy(g_stride, p.g_stride);
-  p.out = pointer<float>(out);
+  p.out = pointer<void>(out);
+  p.out_dtype = static_cast<DType>(out_dtype);
   copy(out_stride, p.out_stride);
   p.accumulate = accumulate;
   p.sq_norms = pointer<double>(sq_norms);
@@ -207,14 +208,14 @@ void clip_factors_(Address sq_norms, Address sample_weight, double max_grad_norm
   RUN_ON(device, p, clip_factors, clip_factors, stream);
 }
 
-// (out, stored, stored_stride, outer, offsets, channels) of one layer.
-using SumItem = std::tuple<Address, Address, int64_t, int64_t, int64_t, int64_t>;
+// (out, stored, stored_stride, outer, offsets, channels, dtype of stored) of one layer.
+using SumItem = std::tuple<Address, Address, int64_t, int64_t, int64_t, int64_t, int>;
 
 std::vector<WeightedSumParams::Item> sum_items(const std::vector<SumItem>& items) {
   std::vector<WeightedSumParams::Item> list;
   list.reserve(items.size());
-  for (const auto& [out, stored, stored_stride, outer, offsets, channels] : items)
-    list.push_back({pointer<float>(out), pointer<float>(stored), stored_stride, outer, offsets, channels});
+  for (const auto& [out, stored, stored_stride, outer, offsets, channels, dtype] : items)
+    list.push_back({pointer<float>(out), pointer<void>(stored), stored_stride, outer, offsets, channels, static_cast<DType>(dtype)});
   return list;
 }
 
@@ -337,7 +338,7 @@ PYBIND11_MODULE(_C, m) {
         "multiplicity"_a, "groups"_a, "in_channels"_a, "out_channels"_a, "in_size"_a, "out_size"_a, "kernel"_a,
         "stride"_a, "padding"_a, "dilation"_a, "x_stride"_a, "g_stride"_a, "out"_a, "out_stride"_a, "accumulate"_a,
         "sq_norms"_a, "num_threads"_a, "device"_a = "cpu", "stream"_a = 0, "partials"_a = 0, "partials_size"_a = 0,
-        "tf32"_a = false, "coef"_a = 0, "chunk"_a = 1, "algorithm"_a = 0);
+        "tf32"_a = false, "coef"_a = 0, "chunk"_a = 1, "algorithm"_a = 0, "out_dtype"_a = 0);
   m.def("conv_gram", &conv_gram, py::kw_only(), "x"_a, "g"_a, "x_dtype"_a, "g_dtype"_a, "samples"_a, "multiplicity"_a,
         "groups"_a, "in_channels"_a, "out_channels"_a, "in_size"_a, "out_size"_a, "kernel"_a, "stride"_a, "padding"_a,
         "dilation"_a, "x_stride"_a, "g_stride"_a, "sq_norms"_a, "num_threads"_a, "device"_a = "cpu", "stream"_a = 0,

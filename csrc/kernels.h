@@ -26,7 +26,8 @@ struct ConvWeightGradParams {
   int64_t kernel[2] = {1, 1}, stride[2] = {1, 1}, padding[2] = {0, 0}, dilation[2] = {1, 1};
   int64_t x_stride[4] = {0, 0, 0, 0};       // row, channel, height, width
   int64_t g_stride[4] = {0, 0, 0, 0};
-  float* out = nullptr;                     // null: norms only
+  void* out = nullptr;                      // null: norms only
+  DType out_dtype = DType::f32;             // bf16, on CUDA only: rounded to nearest even, and the norm is of what is rounded
   int64_t out_stride[5] = {0, 0, 0, 0, 0};  // sample, output channel, input channel in the group, kernel h, kernel w
   bool accumulate = false;                  // out += W_b, and the norm is that of the sum
   double* sq_norms = nullptr;               // (samples,) squared norms of what is in out
@@ -108,9 +109,10 @@ struct ClipFactorsParams {
 struct WeightedSumParams {
   struct Item {
     float* out;
-    const float* stored;
+    const void* stored;
     int64_t stored_stride;  // between samples
     int64_t outer, offsets, channels;
+    DType stored_dtype = DType::f32;
   };
   const Item* items = nullptr;
   int64_t num_items = 0;

@@ -6,7 +6,7 @@
 #include "../chacha20.h"
 #include "../gaussian.h"
 #include "../optimizer_step.h"
-#include "launch.cuh"
+#include "load.cuh"
 
 namespace privimage {
 namespace DEVICE_NAMESPACE {
@@ -134,6 +134,18 @@ static HOST_DEVICE int64_t size_of(const WeightedSumParams::Item& item) {
   return item.outer * item.offsets * item.channels;
 }
 
+// What is stored at one place, over all samples; T is float, or uint16_t for bfloat16.
+template <class T>
+static __device__ __forceinline__ float sum_stored(const Stored& s, const T* stored, int64_t stride) {
+  float sum = 0;
+#pragma unroll 8
+  for (int64_t b = 0; b < s.samples; ++b) {
+    const float factor = s.coef[b];
+    if (factor != 0) sum += factor * load_float(stored, b * stride);  // a rejected sample is never multiplied
+  }
+  return sum;
+}
+
 // sums[i] += what is stored for element i of the item, for lo <= i < hi in a box: `planes` planes from `plane` on, and in each
 // of them all offsets of `width` channels from `channel` on.
 static __device__ __forceinline__ void add_box(const Stored& s, const WeightedSumParams::Item& item, int64_t plane, int planes,
@@ -144,14 +156,10 @@ static __device__ __forceinline__ void add_box(const Stored& s, const WeightedSu
     const int64_t c = channel + e % width, corner = (plane + line / offsets) * item.offsets * item.channels;
     const int64_t i = corner + c * offsets + offset;
     if (i < lo || i >= hi) continue;
-    const float* stored = item.stored + corner + offset * item.channels + c;
-    float sum = 0;
-#pragma unroll 8
-    for (int64_t b = 0; b < s.samples; ++b) {
-      const float factor = s.coef[b];
-      if (factor != 0) sum += factor * stored[b * item.stored_stride];  // a rejected sample is never multiplied
-    }
-    sums[i - first] += sum;
+    const int64_t at = corner + offset * item.channels + c;
+    sums[i - first] += item.stored_dtype == DType::bf16
+                           ? sum_stored(s, static_cast<const uint16_t*>(item.stored) + at, item.stored_stride)
+                           : sum_stored(s, static_cast<const float*>(item.stored) + at, item.stored_stride);
   }
 }
 

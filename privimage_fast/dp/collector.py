@@ -95,11 +95,15 @@ class Collector:
         calls: how often each parameter was called, complete before the first use arrives (or as far as known: a parameter
             called again after it was deferred is stored after all).
         choose: decides between storing and deferring.
+        store_dtype: float32, or bfloat16: weights' gradients are rounded as they are stored, their norms taken after that. Double
+            ones stay double.
     """
 
-    def __init__(self, rows: int, multiplicity: int, calls: Counter[str], choose: Choice) -> None:
+    def __init__(
+        self, rows: int, multiplicity: int, calls: Counter[str], choose: Choice, store_dtype: torch.dtype = torch.float32
+    ) -> None:
         self.rows, self.multiplicity, self.samples = rows, multiplicity, rows // multiplicity
-        self._calls, self._choose = calls, choose
+        self._calls, self._choose, self._store_dtype = calls, choose, store_dtype
         self.stored: dict[str, Tensor] = {}
         self.sq_norms: dict[str, Tensor] = {}
         self._deferred: dict[str, _Deferred] = {}
@@ -127,7 +131,9 @@ class Collector:
     def _store(self, use: Use, multiplicity: int) -> None:
         if use.x.dtype == torch.float16 or use.g.dtype == torch.float16:
             use = _in_float(use)
-        for term in use.rule.per_sample(use.x, use.g, use.saved, multiplicity, self.stored):
+        rounded = isinstance(use.rule, MatrixRule) and torch.float64 not in (use.x.dtype, use.g.dtype)
+        options = {"store_dtype": self._store_dtype} if rounded else {}
+        for term in use.rule.per_sample(use.x, use.g, use.saved, multiplicity, self.stored, **options):
             # One entry a parameter: a parameter used twice has its gradients added before the norm is taken.
             self.stored[term.name], self.sq_norms[term.name] = term.stored, term.sq_norms
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from privimage_fast import ops
 from privimage_fast.dp.collector import Pending
-from privimage_fast.dp.engine import LossFunction, accumulate_clipped, accumulate_pending
+from privimage_fast.dp.engine import LossFunction, accumulate_clipped, accumulate_pending, check_store_dtype
 from privimage_fast.dp.noise import NoiseKey, Stream
 from privimage_fast.dp.tracker import trainable_parameters
 
@@ -80,6 +80,7 @@ class PrivateOptimizer:
         max_grad_norm: the L2 bound C on one sample's contribution.
         noise_multiplier: standard deviation of the noise divided by C; 0 only for tests.
         expected_batch_size: the public divisor, sample_rate · population.
+        multiplicity, strategy, memory_budget, store_dtype: as in :func:`privimage_fast.clipped_grad`.
         noise_key: where the noise comes from; None draws a fresh key from the operating system.
         ema_decay: decay of the averaged parameters; 0 keeps none.
     """
@@ -96,6 +97,7 @@ class PrivateOptimizer:
         multiplicity: int = 1,
         strategy: str = "auto",
         memory_budget: int | None = None,
+        store_dtype: torch.dtype = torch.float32,
         noise_key: NoiseKey | None = None,
     ) -> None:
         if noise_multiplier < 0:
@@ -109,7 +111,8 @@ class PrivateOptimizer:
         self.expected_batch_size = expected_batch_size
         self.update = update or UpdateRule()
         self.ema_decay, self.multiplicity = ema_decay, multiplicity
-        self.strategy, self.memory_budget = strategy, memory_budget
+        check_store_dtype(store_dtype)
+        self.strategy, self.memory_budget, self.store_dtype = strategy, memory_budget, store_dtype
         self.noise_key = noise_key or NoiseKey.from_os()
         self.flat = FlatParameters(module)
         self._grad_sum = torch.zeros_like(self.flat.data)
@@ -128,7 +131,7 @@ class PrivateOptimizer:
         self._sum_pending()  # now: this pass needs its memory
         options: dict[str, Any] = {
             "max_grad_norm": self.max_grad_norm, "multiplicity": self.multiplicity, "strategy": self.strategy,
-            "memory_budget": self.memory_budget, "sample_weight": sample_weight,
+            "memory_budget": self.memory_budget, "sample_weight": sample_weight, "store_dtype": self.store_dtype,
         }  # fmt: skip
         if not ops.step_sums_stored(self._grad_sum):
             return accumulate_clipped(self.module, loss_fn, args, self._sums, **options)
@@ -154,26 +157,31 @@ class PrivateOptimizer:
 
     def step(self) -> None:
         """Noise, update, EMA; also after an empty draw, which is a step like any other. An error drops what was accumulated."""
-        self.steps += 1
-        update, pending = self.update, self._pending
-        self._pending = None
+        pending, self._pending = self._pending, None
         state = (self.flat.data, self._grad_sum, self.exp_avg, self.exp_avg_sq, self.ema)
-        options: dict[str, Any] = {
-            "noise_std": self.noise_multiplier * self.max_grad_norm, "denominator": self.expected_batch_size,
-            "key": self.noise_key.use_bytes(step=self.steps, stream=Stream.STEP), "step": self.steps, "rank": 0,
-            "stream": int(Stream.STEP), "optimizer": update.name, "lr": update.lr, "betas": update.betas, "eps": update.eps,
-            "weight_decay": update.weight_decay, "momentum": update.momentum, "optimizer_step": self.steps,
-            "ema_decay": self.ema_decay,
-        }  # fmt: skip
         try:
             if pending is None:
-                ops.private_step_(*state, **options)
+                ops.private_step_(*state, optimizer=self.update.name, **self.next_step())
             else:
-                sums, stored = [self._sums[name] for name in pending.stored], list(pending.stored.values())
-                ops.summed_private_step_(*state, sums=sums, stored=stored, coef=pending.factors, **options)
+                ops.summed_private_step_(
+                    *state, sums=[self._sums[name] for name in pending.stored], stored=list(pending.stored.values()),
+                    coef=pending.factors, optimizer=self.update.name, **self.next_step(),
+                )  # fmt: skip
         except BaseException:
             self.discard()  # a next step would add them to another batch, and count a sample twice
             raise
+
+    def next_step(self) -> dict[str, Any]:
+        """Counts one step up and takes its place in the noise: what an op needs for it, and for no other step."""
+        self.steps += 1
+        update = self.update
+        return {
+            "noise_std": self.noise_multiplier * self.max_grad_norm, "denominator": self.expected_batch_size,
+            "key": self.noise_key.use_bytes(step=self.steps, stream=Stream.STEP), "step": self.steps, "rank": 0,
+            "stream": int(Stream.STEP), "lr": update.lr, "betas": update.betas, "eps": update.eps,
+            "weight_decay": update.weight_decay, "momentum": update.momentum, "optimizer_step": self.steps,
+            "ema_decay": self.ema_decay,
+        }  # fmt: skip
 
     def discard(self) -> None:
         """Forgets the micro-batches accumulated since the last step (after an interruption)."""

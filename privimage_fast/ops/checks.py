@@ -47,13 +47,18 @@ def same_rows(op: str, x: Tensor, g: Tensor) -> None:
     require(x.shape[0] == g.shape[0], op, "rows of g", g.shape[0], f"{x.shape[0]}, the rows of x")
 
 
-def accumulator(op: str, name: str, out: Tensor | None, shape: Sequence[int], like: Tensor) -> None:
-    """``out`` must be what the op would have returned: shape, fp32 (fp64 beside fp64 inputs), device."""
+def store_dtype(op: str, dtype: torch.dtype) -> None:
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"{op}: store_dtype is {dtype}, expected torch.float32 or torch.bfloat16")
+
+
+def accumulator(op: str, name: str, out: Tensor | None, shape: Sequence[int], like: Tensor, *, rounded: bool = False) -> None:
+    """``out`` must be what the op would have returned: shape, fp32 (fp64 beside fp64 inputs; ``rounded``: or bf16), device."""
     if out is None:
         return
     require_tensor(op, **{name: out})
     require(tuple(out.shape) == tuple(shape), op, f"shape of {name}", _describe(out.shape), _describe(shape))
-    if out.dtype not in (torch.float32, torch.float64):
+    if out.dtype not in (torch.float32, torch.float64) and not (rounded and out.dtype == torch.bfloat16):
         raise TypeError(f"{op}: {name} has dtype {out.dtype}, expected torch.float32 (float64 for float64 inputs)")
     require(out.device == like.device, op, f"device of {name}", out.device, str(like.device))
 
@@ -220,6 +225,8 @@ def sum_arguments(
         require_tensor(op, **{f"out[{i}]": o, f"stored[{i}]": s})
         require(tuple(s.shape) == (coef.shape[0], *o.shape), op, f"shape of stored[{i}]", _describe(s.shape),
                 _describe((coef.shape[0], *o.shape)))  # fmt: skip
+        if o.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{op}: out[{i}] has dtype {o.dtype}, expected torch.float32 or torch.float64: it is a sum")
     return outs, stores
 
 

@@ -271,7 +271,7 @@ static bool run_ops() {
     c.factors = coef.get();
     emulated::clip_factors(c, nullptr);
     good &= coef.get()[2] == 0.5f;
-    const WeightedSumParams::Item item{sum.get(), reinterpret_cast<const float*>(stored.get()), n, 1, 1, n};
+    const WeightedSumParams::Item item{sum.get(), stored.get(), n, 1, 1, n};
     WeightedSumParams w;
     w.items = &item;
     w.num_items = 1;

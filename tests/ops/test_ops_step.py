@@ -100,6 +100,8 @@ def test_a_sample_with_factor_zero_adds_nothing(isa: str, poison: float, device:
 
 
 def test_weighted_sum_errors() -> None:
+    with pytest.raises(TypeError, match=r"weighted_sum_: out\[0\] has dtype torch\.bfloat16, expected torch\.float32"):
+        ops.weighted_sum_(torch.zeros(4).bfloat16(), torch.zeros(2, 4), torch.ones(2))
     with pytest.raises(ValueError, match=r"weighted_sum_: shape of stored\[0\] is \(2, 3\), expected \(2, 4\)"):
         ops.weighted_sum_(torch.zeros(4), torch.zeros(2, 3), torch.ones(2))
     with pytest.raises(ValueError, match=r"weighted_sum_: length of stored is 1, expected 2"):
@@ -258,7 +260,7 @@ LAYOUTS: dict[str, list[tuple[tuple[int, ...], str | None]]] = {
 
 def _summed(layout: str, samples: int) -> tuple[int, Any]:
     """The number of elements, and what gives views of a flat tensor and what is stored for each."""
-    torch.manual_seed(len(layout))
+    torch.manual_seed(len(layout))  # every third in bfloat16
     shapes = LAYOUTS[layout]
     stored = []
     for shape, order in shapes:
@@ -268,6 +270,7 @@ def _summed(layout: str, samples: int) -> tuple[int, Any]:
             stored.append(torch.randn(samples, *reversed(shape)).transpose(1, 2))
         elif order:
             stored.append(torch.randn(samples, *shape))
+    stored[::3] = [s.bfloat16() for s in stored[::3]]
 
     def views(flat: torch.Tensor) -> list[torch.Tensor]:
         parts = flat.split([math.prod(shape) for shape, _ in shapes])
@@ -314,7 +317,7 @@ def test_one_pass_is_the_sum_and_the_step(run: Any) -> None:
     for s in (state, expected):
         s.grad_sum.fill_(1.0)
     for view, kept in zip(views(expected.grad_sum), stored, strict=True):
-        view += 0.5 * kept[0] + 2 * kept[2]
+        view += 0.5 * kept[0].float() + 2 * kept[2].float()
     state.step(run, sums=views(state.grad_sum), stored=stored, coef=coef, optimizer="adam", noise_std=1.0)
     expected.step(reference.private_step_, optimizer="adam", noise_std=1.0)
     for got, want in zip(state.all(), expected.all(), strict=True):
