@@ -8,7 +8,7 @@ No op records gradients.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec, TypeVar
 
@@ -20,20 +20,20 @@ from privimage_fast.ops import cuda, native, reference
 __all__ = [
     "BuildInfo", "bias_grad", "build_info", "chacha20_block", "clip_factors", "conv_clipped_sum", "conv_gram_norms",
     "conv_weight_grad", "embedding_grad", "gaussian_noise", "group_norm_affine_grad", "has_cpu_kernel",
-    "layer_norm_affine_grad", "linear_clipped_sum", "linear_gram_norms", "linear_weight_grad", "private_step_",
-    "weighted_sum_",
+    "has_cuda_kernel", "layer_norm_affine_grad", "linear_clipped_sum", "linear_gram_norms", "linear_weight_grad",
+    "linear_weight_grads", "private_step_", "weighted_sum_",
 ]  # fmt: skip
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _tensors(values: tuple[object, ...]) -> Iterator[Tensor]:
+def _tensors(values: Sequence[object]) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, list | tuple):
-            yield from (v for v in value if isinstance(v, Tensor))
+            yield from _tensors(value)
 
 
 def _dispatch(plain: Callable[P, R]) -> Callable[P, R]:
@@ -58,6 +58,7 @@ def _dispatch(plain: Callable[P, R]) -> Callable[P, R]:
 
 conv_weight_grad = _dispatch(reference.conv_weight_grad)
 linear_weight_grad = _dispatch(reference.linear_weight_grad)
+linear_weight_grads = _dispatch(reference.linear_weight_grads)
 conv_gram_norms = _dispatch(reference.conv_gram_norms)
 linear_gram_norms = _dispatch(reference.linear_gram_norms)
 bias_grad = _dispatch(reference.bias_grad)
@@ -74,6 +75,11 @@ private_step_ = _dispatch(reference.private_step_)
 def has_cpu_kernel(op: str, *tensors: Tensor) -> bool:
     """Whether ``op`` runs in compiled code on these tensors' CPU memory, and not on the reference."""
     return native.supports(op, tensors)
+
+
+def has_cuda_kernel(op: str, *tensors: Tensor) -> bool:
+    """Whether ``op`` runs in compiled code on these tensors' GPU."""
+    return cuda.supports(op, tensors)
 
 
 def conv_clipped_sum(x: Tensor, g: Tensor, coef: Tensor, *, multiplicity: int, **convolution: Any) -> Tensor | None:
@@ -115,7 +121,7 @@ class BuildInfo:
     reference_ops: dict[str, str] = field(default_factory=dict)  # op → where it runs on plain torch
 
 
-_NOT_OPS = ("BuildInfo", "build_info", "conv_clipped_sum", "has_cpu_kernel", "linear_clipped_sum")
+_NOT_OPS = ("BuildInfo", "build_info", "conv_clipped_sum", "has_cpu_kernel", "has_cuda_kernel", "linear_clipped_sum")
 _OP_NAMES = tuple(name for name in __all__ if name not in _NOT_OPS)
 
 
