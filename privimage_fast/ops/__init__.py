@@ -21,7 +21,7 @@ __all__ = [
     "BuildInfo", "bias_grad", "build_info", "chacha20_block", "clip_factors", "conv_clipped_sum", "conv_gram_norms",
     "conv_weight_grad", "embedding_grad", "gaussian_noise", "group_norm_affine_grad", "has_cpu_kernel",
     "has_cuda_kernel", "layer_norm_affine_grad", "linear_clipped_sum", "linear_gram_norms", "linear_weight_grad",
-    "linear_weight_grads", "private_step_", "weighted_sum_",
+    "linear_weight_grads", "private_step_", "tile_of", "weighted_sum_",
 ]  # fmt: skip
 
 P = ParamSpec("P")
@@ -82,6 +82,15 @@ def has_cuda_kernel(op: str, *tensors: Tensor) -> bool:
     return cuda.supports(op, tensors)
 
 
+def tile_of(t: Tensor) -> tuple[int, int]:
+    """How weight gradients of such tensors are cut where a GPU's kernels run: outputs and inputs are filled up to multiples of
+    the first number, positions to the second; (1, 1) where others run.
+    """
+    if not cuda.supports("linear_weight_grad", [t]):
+        return 1, 1
+    return cuda._TILE, cuda._DEPTH[t.dtype]
+
+
 def conv_clipped_sum(x: Tensor, g: Tensor, coef: Tensor, *, multiplicity: int, **convolution: Any) -> Tensor | None:
     """Σ_b coef_b · W_b of gradients that were not stored, see :func:`cuda.conv_clipped_sum_`; None where no kernel does it."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -121,7 +130,9 @@ class BuildInfo:
     reference_ops: dict[str, str] = field(default_factory=dict)  # op → where it runs on plain torch
 
 
-_NOT_OPS = ("BuildInfo", "build_info", "conv_clipped_sum", "has_cpu_kernel", "has_cuda_kernel", "linear_clipped_sum")
+_NOT_OPS = (
+    "BuildInfo", "build_info", "conv_clipped_sum", "has_cpu_kernel", "has_cuda_kernel", "linear_clipped_sum", "tile_of"
+)  # fmt: skip
 _OP_NAMES = tuple(name for name in __all__ if name not in _NOT_OPS)
 
 

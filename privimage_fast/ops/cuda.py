@@ -19,6 +19,7 @@ from privimage_fast.ops import affine, checks, native, reference
 from privimage_fast.ops.native import _DTYPES, _dense, _plane, _pointer, _undense
 
 _TILE = 64  # the smallest side of a kernel's tile; partial norms are counted by it
+_DEPTH = {torch.float32: 16, torch.bfloat16: 32}  # positions that a weight gradient takes at a time
 
 
 def supports(op: str, tensors: Sequence[Tensor]) -> bool:
