@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from privimage_fast.ops import cuda, native, reference
+from privimage_fast.ops.armed import ArmedStep
 
 __all__ = [
-    "BuildInfo", "bias_grad", "build_info", "chacha20_block", "clip_factors", "conv_clipped_sum", "conv_gram_norms",
+    "ArmedStep", "BuildInfo", "bias_grad", "build_info", "chacha20_block", "clip_factors", "conv_clipped_sum", "conv_gram_norms",
     "conv_weight_grad", "embedding_grad", "gaussian_noise", "group_norm_affine_grad", "has_cpu_kernel",
     "layer_norm_affine_grad", "linear_clipped_sum", "linear_gram_norms", "linear_weight_grad", "private_step_",
     "weighted_sum_",
@@ -115,7 +116,7 @@ class BuildInfo:
     reference_ops: dict[str, str] = field(default_factory=dict)  # op → where it runs on plain torch
 
 
-_NOT_OPS = ("BuildInfo", "build_info", "conv_clipped_sum", "has_cpu_kernel", "linear_clipped_sum")
+_NOT_OPS = ("ArmedStep", "BuildInfo", "build_info", "conv_clipped_sum", "has_cpu_kernel", "linear_clipped_sum")
 _OP_NAMES = tuple(name for name in __all__ if name not in _NOT_OPS)
 
 
