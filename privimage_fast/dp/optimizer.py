@@ -130,14 +130,27 @@ class PrivateOptimizer:
 
     def step(self) -> None:
         """Noise, update, EMA; also after an empty draw, which is a step like any other."""
+        ops.private_step_(
+            self.flat.data, self.grad_sum, self.exp_avg, self.exp_avg_sq, self.ema, optimizer=self.update.name, **self.next_step()
+        )
+
+    def next_step(self) -> dict[str, Any]:
+        """Counts one step up and takes its place in the noise: what an op needs for it, and for no other step."""
         self.steps += 1
         update = self.update
-        ops.private_step_(
-            self.flat.data, self.grad_sum, self.exp_avg, self.exp_avg_sq, self.ema,
-            noise_std=self.noise_multiplier * self.max_grad_norm, denominator=self.expected_batch_size,
-            key=self.noise_key.use_bytes(step=self.steps, stream=Stream.STEP), step=self.steps, rank=0, stream=int(Stream.STEP),
-            optimizer=update.name, lr=update.lr, betas=update.betas, eps=update.eps, weight_decay=update.weight_decay,
-            momentum=update.momentum, optimizer_step=self.steps, ema_decay=self.ema_decay,
+        return {
+            "noise_std": self.noise_multiplier * self.max_grad_norm, "denominator": self.expected_batch_size,
+            "key": self.noise_key.use_bytes(step=self.steps, stream=Stream.STEP), "step": self.steps, "rank": 0,
+            "stream": int(Stream.STEP), "lr": update.lr, "betas": update.betas, "eps": update.eps,
+            "weight_decay": update.weight_decay, "momentum": update.momentum, "optimizer_step": self.steps,
+            "ema_decay": self.ema_decay,
+        }  # fmt: skip
+
+    def armed_step(self) -> ops.ArmedStep:
+        """:meth:`step` for a CUDA graph: give it :meth:`next_step` before each launch."""
+        return ops.ArmedStep(
+            self.flat.data, self.grad_sum, self.exp_avg, self.exp_avg_sq, self.ema, optimizer=self.update.name,
+            momentum=bool(self.update.momentum),
         )  # fmt: skip
 
     def discard(self) -> None:

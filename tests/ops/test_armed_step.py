@@ -100,7 +100,7 @@ def test_arming_may_not_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     step = ops.ArmedStep(*tensors(100)[:5], optimizer="adam")
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="ArmedStep.arm is being captured in a CUDA graph"):
+    with pytest.raises(RuntimeError, match=r"ArmedStep\.arm is being captured in a CUDA graph"):
         step.arm(**constants(1))
     assert (step._armed == 0xFF).all()
 
@@ -121,7 +121,7 @@ def test_bad_constants_arm_nothing(change: dict[str, Any], message: str) -> None
 
 
 def test_bad_tensors_are_named() -> None:
-    with pytest.raises(TypeError, match="ArmedStep: param has dtype torch.float64, expected float32"):
+    with pytest.raises(TypeError, match=r"ArmedStep: param has dtype torch\.float64, expected float32"):
         ops.ArmedStep(*(t.double() for t in tensors(4)[:5]), optimizer="adam")
     with pytest.raises(ValueError, match="ArmedStep: exp_avg is None"):
         ops.ArmedStep(torch.zeros(3), torch.zeros(3), None, None, None, optimizer="adam")
