@@ -249,7 +249,7 @@ def test_loss_draws_come_from_the_secret_randomness(tmp_path: Path, monkeypatch:
     """Known draws, given to places in the batch, let one image move the gradients of all behind it."""
     made = []
     original = finetune_module.secret_generator
-    monkeypatch.setattr(finetune_module, "secret_generator", lambda randomness: made.append(original(randomness)) or made[-1])
+    monkeypatch.setattr(finetune_module, "secret_generator", lambda *a: made.append(original(*a)) or made[-1])
     run_all(tmp_path / "a", test=None)
     assert len({g.get_state().numpy().tobytes() for g in made}) == len(made) == STEPS  # fresh in every step
 
