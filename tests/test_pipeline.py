@@ -496,6 +496,7 @@ def test_unknown_keys_are_refused_with_the_nearest() -> None:
         ({"sample": {"formats": ["tar"]}}, "tar"),
         ({"sample": {"sampler": {"method": "euler"}}}, "heun or ddim"),
         ({"data": {"holdout": 1.0}}, "holdout"),
+        ({"precision": "fp8"}, "auto, float32 or bfloat16"),
     ],
 )
 def test_bad_values_name_the_key(values: dict, message: str) -> None:

@@ -1,7 +1,11 @@
-"""The private step that a CUDA graph may hold: its kernels on the host, since what has to be right does not need a GPU."""
+"""The private step that a CUDA graph may hold: its kernels on the host, since what has to be right does not need a GPU.
+
+PRIVIMAGE_TEST_DEVICE=cuda runs the same tests on one.
+"""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -13,6 +17,7 @@ from privimage_fast.ops import native
 
 pytestmark = pytest.mark.skipif(native._C is None, reason="the extension is not built")
 
+DEVICE = os.environ.get("PRIVIMAGE_TEST_DEVICE", "cpu")
 KEY = bytes(range(32))
 UPDATES: list[tuple[str, dict[str, Any]]] = [
     ("sgd", {}), ("sgd", {"momentum": 0.9, "weight_decay": 0.01}), ("adam", {"betas": (0.5, 0.9), "eps": 1e-4}),
@@ -23,7 +28,7 @@ UPDATES: list[tuple[str, dict[str, Any]]] = [
 def tensors(n: int, shift: int = 0) -> list[Tensor]:
     """param, grad_sum, exp_avg, exp_avg_sq, ema, grad_out; ``shift`` floats off the alignment of whole vectors."""
     generator = torch.Generator().manual_seed(n)
-    state = [torch.randn(n + shift, generator=generator)[shift:] for _ in range(6)]
+    state = [torch.randn(n + shift, generator=generator).to(DEVICE)[shift:] for _ in range(6)]
     state[3].abs_()
     return state
 
