@@ -411,7 +411,7 @@ def job(machine: Machine, share: float = 0.1) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         config = build_config({**settings, "out": f"{folder}/run", "device": machine.device.type})
         run = Run(config, public=public, private=private)
-        with run.opened():
+        with run.opened(resume=False):
             for stage in ("query", "select", "pretrain", "finetune", "sample"):
                 start = time.perf_counter()
                 getattr(run, stage)()
