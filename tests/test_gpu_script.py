@@ -96,9 +96,9 @@ def test_a_part_that_breaks_or_hangs_leaves_the_others(
         "if name == 'steps': time.sleep(60)\n".replace("{{", "{").replace("}}", "}")
     )
     monkeypatch.setattr(gpu, "__file__", str(script))
-    monkeypatch.setattr(gpu, "SECONDS", dict.fromkeys(gpu.SECONDS, 2))
+    monkeypatch.setattr(gpu, "SECONDS", {**dict.fromkeys(gpu.SECONDS, 4), "memory": 12})
     out = tmp_path / "gpu.json"
-    arguments = ["--rehearse", "--parts", "ceilings,kernels,steps,memory", "--out", str(out), "--minutes", "0.2"]
+    arguments = ["--rehearse", "--parts", "ceilings,kernels,steps,memory", "--out", str(out), "--minutes", "0.4"]
     assert gpu.main(arguments) == 1
     parts = json.loads(out.read_text())["parts"]
     assert [row["what"] for row in parts["ceilings"]] == ["first"] == [row["what"] for row in parts["memory"]]
