@@ -86,7 +86,7 @@ void conv_weight_grad(Address x, Address g, int x_dtype, int g_dtype, int64_t sa
                       Pair kernel, Pair stride, Pair padding, Pair dilation, std::array<int64_t, 4> x_stride,
                       std::array<int64_t, 4> g_stride, Address out, std::array<int64_t, 5> out_stride, bool accumulate,
                       Address sq_norms, int num_threads, const std::string& device, Address stream, Address partials,
-                      int64_t partials_size, bool tf32, Address coef, int64_t chunk, int algorithm) {
+                      int64_t partials_size, bool tf32, Address coef, int64_t chunk, int algorithm, int out_dtype) {
   ConvWeightGradParams p;
   p.x = pointer<void>(x);
   p.g = pointer<void>(g);
@@ -105,7 +105,8 @@ void conv_weight_grad(Address x, Address g, int x_dtype, int g_dtype, int64_t sa
   copy(dilation, p.dilation);
   copy(x_stride, p.x_stride);
   copy(g_stride, p.g_stride);
-  p.out = pointer<float>(out);
+  p.out = pointer<void>(out);
+  p.out_dtype = static_cast<DType>(out_dtype);
   copy(out_stride, p.out_stride);
   p.accumulate = accumulate;
   p.sq_norms = pointer<double>(sq_norms);
@@ -208,21 +209,31 @@ void clip_factors_(Address sq_norms, Address sample_weight, double max_grad_norm
   RUN_ON(device, p, clip_factors, clip_factors, stream);
 }
 
-// (out, stored, stored_stride, outer, offsets, channels) of one layer.
-using SumItem = std::tuple<Address, Address, int64_t, int64_t, int64_t, int64_t>;
+// (out, stored, stored_stride, outer, offsets, channels, dtype of stored) of one layer.
+using SumItem = std::tuple<Address, Address, int64_t, int64_t, int64_t, int64_t, int>;
 
-void weighted_sum(const std::string& device, const std::vector<SumItem>& items, Address coef, int64_t samples,
-                  int num_threads, Address stream) {
+std::vector<WeightedSumParams::Item> sum_items(const std::vector<SumItem>& items) {
   std::vector<WeightedSumParams::Item> list;
   list.reserve(items.size());
-  for (const auto& [out, stored, stored_stride, outer, offsets, channels] : items)
-    list.push_back({pointer<float>(out), pointer<float>(stored), stored_stride, outer, offsets, channels});
+  for (const auto& [out, stored, stored_stride, outer, offsets, channels, dtype] : items)
+    list.push_back({pointer<float>(out), pointer<void>(stored), stored_stride, outer, offsets, channels, static_cast<DType>(dtype)});
+  return list;
+}
+
+WeightedSumParams sum_params(const std::vector<WeightedSumParams::Item>& items, Address coef, int64_t samples, int num_threads) {
   WeightedSumParams p;
-  p.items = list.data();
-  p.num_items = static_cast<int64_t>(list.size());
+  p.items = items.data();
+  p.num_items = static_cast<int64_t>(items.size());
   p.coef = pointer<float>(coef);
   p.samples = samples;
   p.num_threads = num_threads;
+  return p;
+}
+
+void weighted_sum(const std::string& device, const std::vector<SumItem>& items, Address coef, int64_t samples,
+                  int num_threads, Address stream) {
+  const auto list = sum_items(items);
+  const WeightedSumParams p = sum_params(list, coef, samples, num_threads);
   RUN_ON(device, p, cpu_kernels().weighted_sum, weighted_sum, stream);
 }
 
@@ -247,11 +258,18 @@ py::bytes chacha20_block_(const py::bytes& key, uint32_t counter, std::array<uin
   return py::bytes(bytes);
 }
 
+// On a CPU the noise takes so much longer than memory that one pass would gain nothing (measured).
+void summed_step_on_cpu(const SummedStepParams& p) {
+  cpu_kernels().weighted_sum(p.sum);
+  cpu_kernels().private_step(p.step);
+}
+
 void private_step(const std::string& device, Address param, Address grad_sum, Address exp_avg, Address exp_avg_sq,
                   Address ema, Address grad_out, int64_t size, const py::bytes& key, uint32_t step, uint32_t rank,
                   uint32_t stream, int64_t offset, double noise_std, double denominator, int optimizer, double lr,
                   double beta1, double beta2, double eps, double weight_decay, double momentum, double ema_decay,
-                  int64_t optimizer_step, int num_threads, Address cuda_stream, Address armed, const std::string& phase) {
+                  int64_t optimizer_step, int num_threads, Address cuda_stream, const std::vector<SumItem>& items,
+                  Address coef, int64_t samples, Address armed, const std::string& phase) {
   PrivateStepParams p;
   p.param = pointer<float>(param);
   p.grad_sum = pointer<float>(grad_sum);
@@ -279,7 +297,10 @@ void private_step(const std::string& device, Address param, Address grad_sum, Ad
   };
   if (phase == "arm") return RUN_ON(device, p, nowhere, arm_step, cuda_stream);
   if (phase == "spend") return RUN_ON(device, p, nowhere, spend_step, cuda_stream);
-  RUN_ON(device, p, cpu_kernels().private_step, private_step, cuda_stream);
+  if (items.empty()) return RUN_ON(device, p, cpu_kernels().private_step, private_step, cuda_stream);
+  const auto list = sum_items(items);
+  const SummedStepParams both{p, sum_params(list, coef, samples, num_threads)};
+  RUN_ON(device, both, summed_step_on_cpu, summed_step, cuda_stream);
 }
 
 py::dict build_info() {
@@ -324,7 +345,7 @@ PYBIND11_MODULE(_C, m) {
         "multiplicity"_a, "groups"_a, "in_channels"_a, "out_channels"_a, "in_size"_a, "out_size"_a, "kernel"_a,
         "stride"_a, "padding"_a, "dilation"_a, "x_stride"_a, "g_stride"_a, "out"_a, "out_stride"_a, "accumulate"_a,
         "sq_norms"_a, "num_threads"_a, "device"_a = "cpu", "stream"_a = 0, "partials"_a = 0, "partials_size"_a = 0,
-        "tf32"_a = false, "coef"_a = 0, "chunk"_a = 1, "algorithm"_a = 0);
+        "tf32"_a = false, "coef"_a = 0, "chunk"_a = 1, "algorithm"_a = 0, "out_dtype"_a = 0);
   m.def("conv_gram", &conv_gram, py::kw_only(), "x"_a, "g"_a, "x_dtype"_a, "g_dtype"_a, "samples"_a, "multiplicity"_a,
         "groups"_a, "in_channels"_a, "out_channels"_a, "in_size"_a, "out_size"_a, "kernel"_a, "stride"_a, "padding"_a,
         "dilation"_a, "x_stride"_a, "g_stride"_a, "sq_norms"_a, "num_threads"_a, "device"_a = "cpu", "stream"_a = 0,
@@ -346,7 +367,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("private_step", &private_step, py::kw_only(), "device"_a, "param"_a, "grad_sum"_a, "exp_avg"_a, "exp_avg_sq"_a,
         "ema"_a, "grad_out"_a, "size"_a, "key"_a, "step"_a, "rank"_a, "stream"_a, "offset"_a, "noise_std"_a,
         "denominator"_a, "optimizer"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "momentum"_a,
-        "ema_decay"_a, "optimizer_step"_a, "num_threads"_a, "cuda_stream"_a, "armed"_a = 0, "phase"_a = "step");
+        "ema_decay"_a, "optimizer_step"_a, "num_threads"_a, "cuda_stream"_a, "items"_a = std::vector<SumItem>(),
+        "coef"_a = 0, "samples"_a = 0, "armed"_a = 0, "phase"_a = "step");
   m.attr("ARMED_STEP_BYTES") = sizeof(ArmedStep);
   m.def("build_info", &build_info);
 #ifdef PRIVIMAGE_WITH_CUDA

@@ -26,7 +26,8 @@ struct ConvWeightGradParams {
   int64_t kernel[2] = {1, 1}, stride[2] = {1, 1}, padding[2] = {0, 0}, dilation[2] = {1, 1};
   int64_t x_stride[4] = {0, 0, 0, 0};       // row, channel, height, width
   int64_t g_stride[4] = {0, 0, 0, 0};
-  float* out = nullptr;                     // null: norms only
+  void* out = nullptr;                      // null: norms only
+  DType out_dtype = DType::f32;             // bf16, on CUDA only: rounded to nearest even, and the norm is of what is rounded
   int64_t out_stride[5] = {0, 0, 0, 0, 0};  // sample, output channel, input channel in the group, kernel h, kernel w
   bool accumulate = false;                  // out += W_b, and the norm is that of the sum
   double* sq_norms = nullptr;               // (samples,) squared norms of what is in out
@@ -108,9 +109,10 @@ struct ClipFactorsParams {
 struct WeightedSumParams {
   struct Item {
     float* out;
-    const float* stored;
+    const void* stored;
     int64_t stored_stride;  // between samples
     int64_t outer, offsets, channels;
+    DType stored_dtype = DType::f32;
   };
   const Item* items = nullptr;
   int64_t num_items = 0;
@@ -157,6 +159,13 @@ struct PrivateStepParams {
   void* armed = nullptr;
 };
 
+// weighted_sum and private_step in one pass on a GPU, with the bits of the two: the last micro-batch's sum never goes to
+// memory. The items' outputs are disjoint parts of step.grad_sum, by rising address.
+struct SummedStepParams {
+  PrivateStepParams step;
+  WeightedSumParams sum;
+};
+
 // --- CPU: run-time dispatch over one table per instruction set ------------------------------------------------------
 
 struct CpuKernels {
@@ -195,6 +204,7 @@ void weighted_sum(const WeightedSumParams& params, void* stream);
 void private_step(const PrivateStepParams& params, void* stream);
 void arm_step(const PrivateStepParams& params, void* stream);    // writes params.armed, for one private_step
 void spend_step(const PrivateStepParams& params, void* stream);  // a private_step with params.armed makes NaN from here on
+void summed_step(const SummedStepParams& params, void* stream);
 }  // namespace cuda
 #endif
 
@@ -208,6 +218,7 @@ void weighted_sum(const WeightedSumParams& params, void* stream);
 void private_step(const PrivateStepParams& params, void* stream);
 void arm_step(const PrivateStepParams& params, void* stream);    // writes params.armed, for one private_step
 void spend_step(const PrivateStepParams& params, void* stream);  // a private_step with params.armed makes NaN from here on
+void summed_step(const SummedStepParams& params, void* stream);
 }  // namespace emulated
 
 namespace emulation {

@@ -214,7 +214,7 @@ double finish_group(const Plan& plan, const float* sums, int64_t group, int64_t 
 
 void sample_grad(const Plan& plan, const Buffers& buf, int64_t b, Team team) {
   const ConvWeightGradParams& p = plan.p;
-  float* out = p.out ? p.out + b * p.out_stride[0] : nullptr;
+  float* out = p.out ? static_cast<float*>(p.out) + b * p.out_stride[0] : nullptr;
   const int64_t items = plan.groups * plan.vector_blocks;
   double sum = 0;
   for (int64_t conv_group = 0; conv_group < p.groups; ++conv_group) {

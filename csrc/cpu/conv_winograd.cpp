@@ -218,7 +218,7 @@ void multiply_run(const Plan<M>& plan, const Buffers& buf, int64_t n, int64_t gr
 template <int M>
 void sample_grad(const Plan<M>& plan, const Buffers& buf, int64_t b, Team team) {
   const ConvWeightGradParams& p = plan.p;
-  float* out = p.out ? p.out + b * p.out_stride[0] : nullptr;
+  float* out = p.out ? static_cast<float*>(p.out) + b * p.out_stride[0] : nullptr;
   double sum = 0;
   for (int64_t group = 0; group < p.groups; ++group) {
     for (int64_t row = 0; row < plan.rows; row += plan.run_rows) {

@@ -7,32 +7,33 @@ namespace ISA_NAMESPACE {
 constexpr int64_t kChunk = 4096;  // 16 KiB of sums stay in the first cache while the samples stream past
 
 // sums += c[0] * in[0] + .., in this order whatever N is.
-template <int N>
-static void add_scaled(const float* const* in, const float* c, int64_t n, float* __restrict__ sums) {
+template <int N, class T>
+static void add_scaled(const T* const* in, const float* c, int64_t n, float* __restrict__ sums) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     vf s = load<vf>(sums + i);
-    for (int k = 0; k < N; ++k) s += c[k] * load<vf>(in[k] + i);
+    for (int k = 0; k < N; ++k) s += c[k] * load_floats(in[k] + i);
     store(sums + i, s);
   }
   for (; i < n; ++i)
-    for (int k = 0; k < N; ++k) sums[i] += c[k] * in[k][i];
+    for (int k = 0; k < N; ++k) sums[i] += c[k] * to_float(in[k][i]);
 }
 
-// Elements lo .. lo+n-1 of one layer, in stored order.
+// Elements lo .. lo+n-1 of one layer, in stored order; T is float or bf16.
+template <class T>
 static void add_chunk(const WeightedSumParams::Item& item, const WeightedSumParams& p, int64_t lo, int64_t n) {
   alignas(64) float sums[kChunk];
   std::memset(sums, 0, static_cast<size_t>(n) * sizeof(float));
   // Four samples a pass: the sums are read and written a quarter as often, and four streams keep memory busier than one.
   int64_t b = 0;
   while (b < p.samples) {
-    const float* in[4];
+    const T* in[4];
     float c[4];
     int taken = 0;
     for (; b < p.samples && taken < 4; ++b) {
       if (p.coef[b] == 0) continue;  // not a multiplication: a rejected sample may hold inf or NaN
       c[taken] = p.coef[b];
-      in[taken++] = item.stored + b * item.stored_stride + lo;
+      in[taken++] = static_cast<const T*>(item.stored) + b * item.stored_stride + lo;
     }
     if (taken == 4) {
       add_scaled<4>(in, c, n, sums);
@@ -71,7 +72,8 @@ void weighted_sum(const WeightedSumParams& p) {
       const int64_t chunks = div_up(size_of(p.items[i]), kChunk);
       for (int64_t k = max64(first, at); k < min64(last, at + chunks); ++k) {
         const int64_t lo = (k - at) * kChunk;
-        add_chunk(p.items[i], p, lo, min64(kChunk, size_of(p.items[i]) - lo));
+        const int64_t n = min64(kChunk, size_of(p.items[i]) - lo);
+        p.items[i].stored_dtype == DType::bf16 ? add_chunk<bf16>(p.items[i], p, lo, n) : add_chunk<float>(p.items[i], p, lo, n);
       }
       at += chunks;
     }

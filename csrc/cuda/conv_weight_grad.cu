@@ -9,6 +9,7 @@
 // With coefficients, a block goes through several samples and adds up coef_b W_b: the clipped sum of gradients that were
 // not stored, as exact as the norms that were taken of them.
 #include "conv_geometry.cuh"
+#include "load.cuh"
 #include "mma.cuh"
 #include "reduce.cuh"
 
@@ -55,10 +56,11 @@ struct Tile {
 struct Problem {
   ConvGeometry shape;
   int tiles_m, tiles_n;
-  float* out;
+  void* out;
   int64_t out_stride[5];
   bool accumulate;
-  bool packed;  // out's columns are contiguous and two neighbours are one aligned float2
+  bool rounded;  // out is bfloat16, else float32
+  bool packed;   // out's columns are contiguous and two neighbours are one aligned pair
   double* partials;
   const float* coef;  // null: every tile is one sample's
   int samples, chunk, stages;  // stages of one sample
@@ -220,9 +222,43 @@ static __device__ __forceinline__ void multiply(Sums<T>& sums, const float* a, c
   multiply_tf32<T>(sums, a, b);
 }
 
-// Writes this thread's part of the tile; returns the sum of squares of what is now there.
+// v[0], or v[0] and its neighbour v[1], to out from element `at` on. v becomes what is there then: after the addition, and after
+// the rounding, so that a norm is that of what will be summed.
+template <int kCount>
+static __device__ __forceinline__ void put(const Problem& p, int64_t at, float (&v)[2]) {
+  if (p.rounded) {
+    uint16_t* to = static_cast<uint16_t*>(p.out) + at;
+    uint32_t bits[2];
+#pragma unroll
+    for (int s = 0; s < kCount; ++s) {
+      bits[s] = to_bf16(p.accumulate ? v[s] + load_float(to, s) : v[s]);
+      v[s] = __uint_as_float(bits[s] << 16);
+    }
+    if (kCount == 2) {
+      *reinterpret_cast<uint32_t*>(to) = bits[0] | bits[1] << 16;
+    } else {
+      *to = static_cast<uint16_t>(bits[0]);
+    }
+    return;
+  }
+  float* to = static_cast<float*>(p.out) + at;
+  if (kCount == 2) {
+    float2* pair = reinterpret_cast<float2*>(to);
+    if (p.accumulate) {
+      const float2 before = *pair;
+      v[0] += before.x;
+      v[1] += before.y;
+    }
+    *pair = {v[0], v[1]};
+  } else {
+    if (p.accumulate) v[0] += *to;
+    *to = v[0];
+  }
+}
+
+// Writes this thread's part of the tile, whose rows and columns count from element `first` of out; returns the sum of squares of what is now there.
 template <class T>
-static __device__ __forceinline__ double finish(const Problem& p, const Sums<T>& sums, float* out, int m0, int n0) {
+static __device__ __forceinline__ double finish(const Problem& p, const Sums<T>& sums, int64_t first, int m0, int n0) {
   const ConvGeometry& q = p.shape;
   const int lane = static_cast<int>(threadIdx.x) % 32, group = lane / 4, member = lane % 4;
   double squares = 0;
@@ -244,19 +280,15 @@ static __device__ __forceinline__ double finish(const Problem& p, const Sums<T>&
         const int m = m0 + i * 16 + group + half * 8;
         if (m >= q.out_group || column >= q.columns) continue;
         float v[2] = {sums.tile[i][j].c[2 * half], sums.tile[i][j].c[2 * half + 1]};
-        float* at = out + m * p.out_stride[1];
+        const int64_t at = first + m * p.out_stride[1];
         if (p.out && p.packed) {
-          float2* pair = reinterpret_cast<float2*>(at + column);
-          if (p.accumulate) {
-            const float2 before = *pair;
-            v[0] += before.x;
-            v[1] += before.y;
-          }
-          *pair = {v[0], v[1]};
+          put<2>(p, at + column, v);
         } else if (p.out) {
-          for (int s = 0; s < 2 && column + s < q.columns; ++s) {
-            if (p.accumulate) v[s] += at[offset[s]];
-            at[offset[s]] = v[s];
+#pragma unroll
+          for (int s = 0; s < 2; ++s) {
+            float one[2] = {v[s]};
+            if (column + s < q.columns) put<1>(p, at + offset[s], one);
+            v[s] = one[0];
           }
         }
         squares += static_cast<double>(v[0]) * v[0];
@@ -308,8 +340,8 @@ __global__ void __launch_bounds__(T::kBlock, T::kBlocksPerSM) weight_grad_kernel
       sums.clear();
     }
   }
-  float* out = p.out + out_index * p.out_stride[0] + int64_t{group} * q.out_group * p.out_stride[1];
-  double squares = finish<T>(p, total, out, loader.m0 + warp_m, loader.n0 + warp_n);
+  const int64_t first = out_index * p.out_stride[0] + int64_t{group} * q.out_group * p.out_stride[1];
+  double squares = finish<T>(p, total, first, loader.m0 + warp_m, loader.n0 + warp_n);
   if (p.coef) return;
   squares = block_sum<T::kBlock>(squares);
   if (threadIdx.x == 0) p.partials[blockIdx.x] = squares;
@@ -350,10 +382,11 @@ void conv_weight_grad(const ConvWeightGradParams& p, void* stream) {
   q.out = p.out;
   for (int i = 0; i < 5; ++i) q.out_stride[i] = p.out_stride[i];
   q.accumulate = p.accumulate;
+  q.rounded = p.out_dtype == DType::bf16;
   q.coef = p.coef;
   q.samples = narrow(op, p.samples);
   q.chunk = p.coef ? narrow(op, p.chunk) : 1;
-  q.packed = p.out && columns % 2 == 0 && reinterpret_cast<uintptr_t>(p.out) % 8 == 0 && p.out_stride[0] % 2 == 0 &&
+  q.packed = p.out && columns % 2 == 0 && reinterpret_cast<uintptr_t>(p.out) % (q.rounded ? 4 : 8) == 0 && p.out_stride[0] % 2 == 0 &&
              p.out_stride[1] % 2 == 0 && p.out_stride[2] == 1 && (p.kernel[1] == 1 || p.out_stride[4] == in_group) &&
              (p.kernel[0] == 1 || p.out_stride[3] == p.kernel[1] * in_group);
 

@@ -1,4 +1,4 @@
-// One element of a float32 or bfloat16 array as a float. The dtype is the same for the whole launch.
+// One element of a float32 or bfloat16 array as a float, and the other way.
 #pragma once
 
 #include "launch.cuh"
@@ -12,6 +12,13 @@ static __device__ __forceinline__ float load_float(const uint16_t* p, int64_t i)
 }
 static __device__ __forceinline__ float load_float(const void* p, DType dtype, int64_t i) {
   return dtype == DType::bf16 ? load_float(static_cast<const uint16_t*>(p), i) : load_float(static_cast<const float*>(p), i);
+}
+
+// To nearest, ties to even; NaN stays NaN, whatever its bits.
+static __device__ __forceinline__ uint16_t to_bf16(float v) {
+  const uint32_t bits = __float_as_uint(v);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>(bits >> 16 | 0x40u);
+  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
 }  // namespace DEVICE_NAMESPACE

@@ -75,6 +75,17 @@ class _Deferred:
         return out
 
 
+@dataclass
+class Pending:
+    """What a micro-batch stored, and the clip factors: a clipped sum that is still to be formed."""
+
+    stored: dict[str, Tensor]
+    factors: Tensor
+
+    def add_to(self, sums: Mapping[str, Tensor]) -> None:
+        ops.weighted_sum_([sums[name] for name in self.stored], list(self.stored.values()), self.factors)
+
+
 class Collector:
     """Receives the uses of the backward passes of one micro-batch.
 
@@ -84,11 +95,15 @@ class Collector:
         calls: how often each parameter was called, complete before the first use arrives (or as far as known: a parameter
             called again after it was deferred is stored after all).
         choose: decides between storing and deferring.
+        store_dtype: float32, or bfloat16: weights' gradients are rounded as they are stored, their norms taken after that. Double
+            ones stay double.
     """
 
-    def __init__(self, rows: int, multiplicity: int, calls: Counter[str], choose: Choice) -> None:
+    def __init__(
+        self, rows: int, multiplicity: int, calls: Counter[str], choose: Choice, store_dtype: torch.dtype = torch.float32
+    ) -> None:
         self.rows, self.multiplicity, self.samples = rows, multiplicity, rows // multiplicity
-        self._calls, self._choose = calls, choose
+        self._calls, self._choose, self._store_dtype = calls, choose, store_dtype
         self.stored: dict[str, Tensor] = {}
         self.sq_norms: dict[str, Tensor] = {}
         self._deferred: dict[str, _Deferred] = {}
@@ -116,7 +131,9 @@ class Collector:
     def _store(self, use: Use, multiplicity: int) -> None:
         if use.x.dtype == torch.float16 or use.g.dtype == torch.float16:
             use = _in_float(use)
-        for term in use.rule.per_sample(use.x, use.g, use.saved, multiplicity, self.stored):
+        rounded = isinstance(use.rule, MatrixRule) and torch.float64 not in (use.x.dtype, use.g.dtype)
+        options = {"store_dtype": self._store_dtype} if rounded else {}
+        for term in use.rule.per_sample(use.x, use.g, use.saved, multiplicity, self.stored, **options):
             # One entry a parameter: a parameter used twice has its gradients added before the norm is taken.
             self.stored[term.name], self.sq_norms[term.name] = term.stored, term.sq_norms
 
@@ -177,7 +194,23 @@ class Collector:
         def of(name: str) -> Tensor:
             return factors if isinstance(factors, Tensor) else factors[name]
 
-        deferred = {}  # computed first: where one fails, nothing has been added
+        deferred = self._deferred_sums(of)  # first: where one fails, nothing has been added
+        if isinstance(factors, Tensor):
+            Pending(self.stored, factors).add_to(sums)
+        else:
+            for name, stored in self.stored.items():
+                ops.weighted_sum_([sums[name]], [stored], factors[name])
+        for name, grad in deferred.items():
+            sums[name] += grad
+
+    def add_deferred_to(self, sums: Mapping[str, Tensor], factors: Tensor) -> Pending:
+        """:meth:`add_to` of all that is not stored; the rest of the sum is left to whoever takes the step."""
+        for name, grad in self._deferred_sums(lambda name: factors).items():
+            sums[name] += grad
+        return Pending(self.stored, factors)
+
+    def _deferred_sums(self, of: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        deferred = {}
         for name, entry in self._deferred.items():
             assert isinstance(entry.use.rule, MatrixRule)
             if entry.alone:
@@ -200,14 +233,7 @@ class Collector:
                 g = g * per_row
             with full_precision(g.device):
                 deferred[name] = entry.use.rule.weighted_weight_grad(x, g)
-        if isinstance(factors, Tensor):
-            names = list(self.stored)
-            ops.weighted_sum_([sums[n] for n in names], [self.stored[n] for n in names], factors)
-        else:
-            for name, stored in self.stored.items():
-                ops.weighted_sum_([sums[name]], [stored], factors[name])
-        for name, grad in deferred.items():
-            sums[name] += grad
+        return deferred
 
 
 def _norms(t: Tensor, samples: int) -> Tensor:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from privimage_fast import ops
 from privimage_fast.dp.clipping import AdaptiveClipping, Clipping
+from privimage_fast.dp.collector import Pending
 from privimage_fast.dp.loader import DrawnBatch
 from privimage_fast.dp.noise import NoiseKey, Stream
 from privimage_fast.dp.recorder import Recorder
@@ -60,17 +61,30 @@ class GradientSums:
         parts = flat.split([self.parameters[n].numel() for n in names])
         return [(n, part.view(self.parameters[n].shape)) for n, part in zip(names, parts, strict=True)]
 
-    def release(self, noise_std: float, denominator: float, source: NoiseSource) -> None:
-        """p.grad = (sum + noise_std·N(0, I)) / denominator for every parameter; the sums are zero afterwards."""
+    def step_sums_stored(self) -> bool:
+        """Whether :meth:`release` takes what is stored in its one pass."""
+        return all(ops.step_sums_stored(flat) for flat in self._flat)
+
+    def release(self, noise_std: float, denominator: float, source: NoiseSource, pending: Pending | None = None) -> None:
+        """p.grad = (sum + pending + noise_std·N(0, I)) / denominator for every parameter; the sums are zero afterwards."""
+        stored = {} if pending is None else pending.stored
         step, offset = source.next_step(), 0
         key = source.key.use_bytes(step=step, stream=Stream.STEP)
         for names, flat in zip(self._groups, self._flat, strict=True):
             noisy = torch.zeros_like(flat)
             # 0 − (−1)·g: the step of plain SGD from zero at rate −1 is the noisy mean itself.
-            ops.private_step_(
-                noisy, flat, None, None, None, noise_std=noise_std, denominator=denominator, key=key, step=step, rank=0,
-                stream=int(Stream.STEP), optimizer="sgd", lr=-1.0, offset=offset,
-            )  # fmt: skip
+            options: dict[str, Any] = {
+                "noise_std": noise_std, "denominator": denominator, "key": key, "step": step, "rank": 0,
+                "stream": int(Stream.STEP), "optimizer": "sgd", "lr": -1.0, "offset": offset,
+            }  # fmt: skip
+            kept = [name for name in names if name in stored]
+            if pending is None or not kept:
+                ops.private_step_(noisy, flat, None, None, None, **options)
+            else:
+                ops.summed_private_step_(
+                    noisy, flat, None, None, None, sums=[self.views[n] for n in kept], stored=[stored[n] for n in kept],
+                    coef=pending.factors, **options,
+                )  # fmt: skip
             offset += flat.numel()
             for name, view in self._views(names, noisy):
                 p = self.parameters[name]
@@ -174,7 +188,7 @@ class DPOptimizer(Optimizer):
                     "signal_skip_step would put two Poisson batches into one step: a sample in both would count twice"
                 )
             skip = not batch.last
-        self._accumulate(batch)
+        pending = self._accumulate(batch, keep=not skip)
         if skip:
             return False
         assert self._sums is not None
@@ -184,7 +198,7 @@ class DPOptimizer(Optimizer):
             if isinstance(self.clipping, AdaptiveClipping):
                 noise_multiplier = self.clipping.gradient_noise_multiplier(noise_multiplier)
             denominator = self.expected_batch_size if self.loss_reduction == "mean" else 1.0
-            self._sums.release(noise_multiplier * self._sensitivity, denominator, self._noise)
+            self._sums.release(noise_multiplier * self._sensitivity, denominator, self._noise, pending)
             if isinstance(self.clipping, AdaptiveClipping):
                 normal = self._noise.key.gaussian(1, step=self._noise.next_step(), stream=Stream.AUXILIARY)
                 self.clipping.update(float(normal[0]), self.expected_batch_size)
@@ -194,8 +208,8 @@ class DPOptimizer(Optimizer):
             self.step_hook(self)
         return True
 
-    def _accumulate(self, batch: DrawnBatch | None) -> None:
-        """Adds the clipped gradients of one physical batch to the sums."""
+    def _accumulate(self, batch: DrawnBatch | None, keep: bool) -> Pending | None:
+        """Adds the clipped gradients of one physical batch to the sums; with ``keep``, leaves what the step can sum to it."""
         logical = None if batch is None else (batch.pass_id, batch.draw)
         if self._under_way is not None and self._under_way != logical:
             logger.warning("a logical batch was left before its last part; its gradients are dropped, nothing of it was released")
@@ -216,15 +230,18 @@ class DPOptimizer(Optimizer):
                     "no gradient reached the private module since the last step: call loss.backward() (without `inputs=`) on a "
                     "loss computed from the module's output, before optimizer.step()"
                 )
-            return  # an empty batch: a step like any other
+            return None  # an empty batch: a step like any other
         collector.forget(collector.sq_norms.keys() - parameters.keys())
         if not collector.sq_norms:
-            return
+            return None
         # A mean over n samples holds each sample's gradient times 1/n.
         scale = float(collector.samples) if self.loss_reduction == "mean" else 1.0
         factors = self.clipping.factors({name: sq * scale**2 for name, sq in collector.sq_norms.items()})
         scaled = factors * scale if isinstance(factors, Tensor) else {name: f * scale for name, f in factors.items()}
+        if keep and isinstance(scaled, Tensor) and self._sums.step_sums_stored():
+            return collector.add_deferred_to(self._sums.views, scaled)
         collector.add_to(self._sums.views, scaled)
+        return None
 
     def _moved(self, parameters: dict[str, nn.Parameter]) -> bool:
         assert self._sums is not None

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from privimage_fast import ops
-from privimage_fast.dp.collector import Choice, Collector, fixed, full_precision, misplaced
+from privimage_fast.dp.collector import Choice, Collector, Pending, fixed, full_precision, misplaced
 from privimage_fast.dp.passes import backward, eagerly
 from privimage_fast.dp.planner import Plan, batch_rows, cheapest, make_plan, take_samples
 from privimage_fast.dp.rules import UncoveredParameterError
@@ -66,30 +66,57 @@ def accumulate_clipped(
     strategy: str = "auto",
     memory_budget: int | None = None,
     sample_weight: Tensor | None = None,
+    store_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Adds one batch's clipped gradients to ``sums`` (name → fp32, the parameter's shape) in place.
 
     ``sample_weight`` (B,) is 1 for samples and 0 for padding. Returns (norms, losses); see :func:`clipped_grad`.
     Nothing is added when an error is raised.
     """
+    norms, losses, _ = _accumulate_in_parts(
+        module, loss_fn, args, sums, max_grad_norm=max_grad_norm, multiplicity=multiplicity, strategy=strategy,
+        memory_budget=memory_budget, sample_weight=sample_weight, store_dtype=store_dtype, keep=False,
+    )  # fmt: skip
+    return norms, losses
+
+
+def accumulate_pending(
+    module: nn.Module, loss_fn: LossFunction, args: Sequence[Any], sums: dict[str, Tensor], **options: Any
+) -> tuple[Tensor, Tensor, Pending | None]:
+    """:func:`accumulate_clipped`, whose ``options`` it takes, but for what was stored last: its sum is not formed yet.
+
+    Returns (norms, losses, pending). ``pending`` holds the stored gradients until the caller has added it to ``sums``, or dropped
+    it; None where there is nothing more to add.
+    """
+    return _accumulate_in_parts(module, loss_fn, args, sums, keep=True, **options)
+
+
+def _accumulate_in_parts(
+    module: nn.Module, loss_fn: LossFunction, args: Sequence[Any], sums: dict[str, Tensor], *, max_grad_norm: float,
+    multiplicity: int = 1, strategy: str = "auto", memory_budget: int | None = None, sample_weight: Tensor | None = None,
+    store_dtype: torch.dtype = torch.float32, keep: bool,
+) -> tuple[Tensor, Tensor, Pending | None]:  # fmt: skip
     _check_options(max_grad_norm, multiplicity, strategy, memory_budget)
+    check_store_dtype(store_dtype)
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "clipped gradients were asked for under torch.inference_mode(), where nothing has a gradient; leave it"
         )
     rows = batch_rows(args)
-    options: dict[str, Any] = {"max_grad_norm": max_grad_norm, "multiplicity": multiplicity}
+    options: dict[str, Any] = {"max_grad_norm": max_grad_norm, "multiplicity": multiplicity, "store_dtype": store_dtype}
     if memory_budget is None or rows < multiplicity:
         device = next((p.device for p in module.parameters() if p.requires_grad), torch.device("cpu"))
         choose = cheapest(device) if strategy == "auto" else fixed(strategy)
-        return _accumulate(module, loss_fn, args, sums, choose=choose, sample_weight=sample_weight, **options)
+        return _accumulate(module, loss_fn, args, sums, choose=choose, sample_weight=sample_weight, keep=keep, **options)
     _check_rows(rows, multiplicity)
     samples = rows // multiplicity
-    plan = plan_for(module, loss_fn, args, multiplicity=multiplicity, strategy=strategy, memory_budget=memory_budget)
+    plan = plan_for(
+        module, loss_fn, args, multiplicity=multiplicity, strategy=strategy, memory_budget=memory_budget, store_dtype=store_dtype
+    )
     if sample_weight is not None:
         sample_weight = checked_weight(sample_weight, samples)
     if plan.physical_batch_size >= samples:
-        return _accumulate(module, loss_fn, args, sums, choose=plan.choice(), sample_weight=sample_weight, **options)
+        return _accumulate(module, loss_fn, args, sums, choose=plan.choice(), sample_weight=sample_weight, keep=keep, **options)
     before = {name: s.clone() for name, s in sums.items()}  # a later part may be refused
     norms, losses = [], []
     try:
@@ -97,40 +124,46 @@ def accumulate_clipped(
             index = range(start, min(samples, start + plan.physical_batch_size))
             part = take_samples(args, rows, multiplicity, index)
             weight = None if sample_weight is None else sample_weight[index.start : index.stop]
-            found = _accumulate(module, loss_fn, part, sums, choose=plan.choice(), sample_weight=weight, **options)
-            norms.append(found[0])
-            losses.append(found[1])
+            part_norms, part_losses, pending = _accumulate(
+                module, loss_fn, part, sums, choose=plan.choice(), sample_weight=weight, keep=keep and index.stop == samples,
+                **options,
+            )  # fmt: skip
+            norms.append(part_norms)
+            losses.append(part_losses)
     except BaseException:
         for name, s in sums.items():
             s.copy_(before[name])
         raise
-    return torch.cat(norms), torch.cat(losses)
+    return torch.cat(norms), torch.cat(losses), pending
 
 
 def plan_for(
     module: nn.Module, loss_fn: LossFunction, args: Sequence[Any], *, multiplicity: int, strategy: str = "auto",
-    memory_budget: int | None = None,
+    memory_budget: int | None = None, store_dtype: torch.dtype = torch.float32,
 ) -> Plan:  # fmt: skip
     """:func:`planner.make_plan`, made once for each module, budget and shape of a batch."""
     shapes = tuple(tuple(t.shape) for t in batch_tensors(list(args)))
-    key = (multiplicity, strategy, memory_budget, module.training, shapes, torch.get_num_threads())
+    key = (multiplicity, strategy, memory_budget, store_dtype, module.training, shapes, torch.get_num_threads())
     plans = _plans.setdefault(module, {})
     if key not in plans:
-        plans[key] = make_plan(module, loss_fn, args, multiplicity=multiplicity, strategy=strategy, memory_budget=memory_budget)
+        plans[key] = make_plan(
+            module, loss_fn, args, multiplicity=multiplicity, strategy=strategy, memory_budget=memory_budget,
+            store_dtype=store_dtype,
+        )  # fmt: skip
     return plans[key]
 
 
 def _accumulate(
     module: nn.Module, loss_fn: LossFunction, args: Sequence[Any], sums: dict[str, Tensor], *, choose: Choice,
-    max_grad_norm: float, multiplicity: int, sample_weight: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    max_grad_norm: float, multiplicity: int, sample_weight: Tensor | None, store_dtype: torch.dtype, keep: bool,
+) -> tuple[Tensor, Tensor, Pending | None]:  # fmt: skip
     parameters = trainable_parameters(module)
     if not parameters:
         raise ValueError(f"{type(module).__name__} has no trainable parameter: every requires_grad is False")
     first = next((t for t in batch_tensors(list(args)) if t.dim()), None)
     if first is not None and first.shape[0] == 0:  # an empty draw; many modules do not run on no rows
         device = next(iter(parameters.values())).device
-        return torch.zeros(0, dtype=torch.float64, device=device), torch.zeros(0, device=device)
+        return torch.zeros(0, dtype=torch.float64, device=device), torch.zeros(0, device=device), None
     sink = Sink()
     tracker = Tracker(module, args, sink)
     with torch.enable_grad(), eagerly(module), tracker:
@@ -139,10 +172,10 @@ def _accumulate(
     tracker.check_unchanged()
     rows = _check_losses(losses, args, multiplicity)
     if rows == 0:
-        return torch.zeros(0, dtype=torch.float64, device=losses.device), losses.detach()
+        return torch.zeros(0, dtype=torch.float64, device=losses.device), losses.detach(), None
     if not losses.requires_grad:
         raise UncoveredParameterError("the losses do not depend on any trainable parameter; was the forward pass detached?")
-    collector = Collector(rows, multiplicity, sink.calls, choose)
+    collector = Collector(rows, multiplicity, sink.calls, choose, store_dtype)
     try:
         with torch.enable_grad(), torch.autocast(losses.device.type, enabled=False), eagerly(module):
             shapes = tuple(tuple(t.shape) for t in batch_tensors(list(args)))
@@ -161,8 +194,9 @@ def _accumulate(
         sq_norms = collector.total_sq_norms(losses.device)
         if sample_weight is not None:
             sample_weight = checked_weight(sample_weight, collector.samples)
-        collector.add_to(sums, ops.clip_factors(sq_norms, max_grad_norm, sample_weight))
-    return sq_norms.sqrt(), losses.detach()
+        factors = ops.clip_factors(sq_norms, max_grad_norm, sample_weight)
+        pending = collector.add_deferred_to(sums, factors) if keep else collector.add_to(sums, factors)
+    return sq_norms.sqrt(), losses.detach(), pending
 
 
 def _code_of(loss_fn: Any) -> Any:
@@ -248,6 +282,7 @@ def clipped_grad(
     strategy: str = "auto",
     memory_budget: int | None = None,
     sample_weight: Tensor | None = None,
+    store_dtype: torch.dtype = torch.float32,
 ) -> ClippedGrad:
     """Sum over samples of clipped per-sample gradients, without noise.
 
@@ -262,6 +297,8 @@ def clipped_grad(
         memory_budget: bytes by which the call may let resident memory grow: layers take leaner ways, and the batch is done in
             parts where it must be; None for no limit.
         sample_weight: (B,), 1 or 0: padding samples contribute nothing.
+        store_dtype: torch.bfloat16 halves what stored weight gradients take. They are rounded before their norms are taken, so
+            the bound holds as for float32; what is summed is the rounded gradients, each element off by up to 2⁻⁹ of itself.
 
     Returns:
         ``(grads, norms, losses)``: {name: fp32 tensor (fp64 for a double parameter)}, (B,) float64 norms before
@@ -279,7 +316,7 @@ def clipped_grad(
     }
     norms, losses = accumulate_clipped(
         module, loss_fn, args, sums, max_grad_norm=max_grad_norm, multiplicity=multiplicity, strategy=strategy,
-        memory_budget=memory_budget, sample_weight=sample_weight,
+        memory_budget=memory_budget, sample_weight=sample_weight, store_dtype=store_dtype,
     )  # fmt: skip
     return ClippedGrad(sums, norms, losses)
 
@@ -318,6 +355,11 @@ def _check_options(max_grad_norm: float, multiplicity: int, strategy: str, memor
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, found {strategy!r}")
     if memory_budget is not None and not (isinstance(memory_budget, int) and memory_budget > 0):
         raise ValueError(f"memory_budget must be a number of bytes > 0 or None, found {memory_budget!r}")
+
+
+def check_store_dtype(store_dtype: torch.dtype) -> None:
+    if store_dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"store_dtype must be torch.float32 or torch.bfloat16, found {store_dtype!r}")
 
 
 def _check_rows(rows: int, multiplicity: int) -> None:

@@ -132,15 +132,15 @@ class CapturedStep:
         With weights a little off: behind a layer that begins at zero, rows could not be seen to be independent, and the engine
         would look again within the capture.
         """
-        flat, sums = self.optimizer.flat.data, self.optimizer.grad_sum
-        weights, before, states = flat.clone(), sums.clone(), _random_states(self._device)
+        flat = self.optimizer.flat.data
+        weights, before, states = flat.clone(), self.optimizer.grad_sum.clone(), _random_states(self._device)
         try:
             flat += 0.01 * torch.randn(flat.shape, generator=torch.Generator().manual_seed(0)).to(flat)
             for _ in range(_WARM_UPS):
                 self._accumulate()
         finally:
             flat.copy_(weights)
-            sums.copy_(before)
+            self.optimizer.grad_sum.copy_(before)
         if any(not torch.equal(a, b) for a, b in zip(states, _random_states(self._device), strict=True)):
             raise RuntimeError(
                 "the loss draws random numbers of its own (dropout in training mode?), which a graph would take from torch's "
@@ -157,12 +157,13 @@ class CapturedStep:
 
     def _settings(self) -> dict[str, Any]:
         o = self.optimizer
-        state = (o.flat.data, o.grad_sum, o.exp_avg, o.exp_avg_sq, o.ema)
+        state = (o.flat.data, o.exp_avg, o.exp_avg_sq, o.ema)
         return {
             "max_grad_norm": o.max_grad_norm,
             "multiplicity": o.multiplicity,
             "strategy": o.strategy,
             "memory_budget": o.memory_budget,
+            "store_dtype": o.store_dtype,
             "the update rule": (o.update.name, bool(o.update.momentum)),
             "the module's training mode": tuple(m.training for m in o.module.modules()),
             "the optimizer's state": tuple(t if t is None else t.data_ptr() for t in state),

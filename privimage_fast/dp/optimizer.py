@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from privimage_fast import ops
-from privimage_fast.dp.engine import LossFunction, accumulate_clipped
+from privimage_fast.dp.collector import Pending
+from privimage_fast.dp.engine import LossFunction, accumulate_clipped, accumulate_pending, check_store_dtype
 from privimage_fast.dp.noise import NoiseKey, Stream
 from privimage_fast.dp.tracker import trainable_parameters
 
@@ -79,6 +80,7 @@ class PrivateOptimizer:
         max_grad_norm: the L2 bound C on one sample's contribution.
         noise_multiplier: standard deviation of the noise divided by C; 0 only for tests.
         expected_batch_size: the public divisor, sample_rate · population.
+        multiplicity, strategy, memory_budget, store_dtype: as in :func:`privimage_fast.clipped_grad`.
         noise_key: where the noise comes from; None draws a fresh key from the operating system.
         ema_decay: decay of the averaged parameters; 0 keeps none.
     """
@@ -95,6 +97,7 @@ class PrivateOptimizer:
         multiplicity: int = 1,
         strategy: str = "auto",
         memory_budget: int | None = None,
+        store_dtype: torch.dtype = torch.float32,
         noise_key: NoiseKey | None = None,
     ) -> None:
         if noise_multiplier < 0:
@@ -108,11 +111,13 @@ class PrivateOptimizer:
         self.expected_batch_size = expected_batch_size
         self.update = update or UpdateRule()
         self.ema_decay, self.multiplicity = ema_decay, multiplicity
-        self.strategy, self.memory_budget = strategy, memory_budget
+        check_store_dtype(store_dtype)
+        self.strategy, self.memory_budget, self.store_dtype = strategy, memory_budget, store_dtype
         self.noise_key = noise_key or NoiseKey.from_os()
         self.flat = FlatParameters(module)
-        self.grad_sum = torch.zeros_like(self.flat.data)
-        self._sums = self.flat.views(self.grad_sum)
+        self._grad_sum = torch.zeros_like(self.flat.data)
+        self._sums = self.flat.views(self._grad_sum)
+        self._pending: Pending | None = None  # the last micro-batch, where the step is to sum it
         self.exp_avg = torch.zeros_like(self.flat.data)
         self.exp_avg_sq = torch.zeros_like(self.flat.data) if self.update.name != "sgd" else None
         self.ema = self.flat.data.clone() if ema_decay else None
@@ -123,16 +128,48 @@ class PrivateOptimizer:
     ) -> tuple[Tensor, Tensor]:
         """Adds one micro-batch's clipped gradients; returns (norms, losses), which are not private."""
         self.flat.check(self.module)
-        return accumulate_clipped(
-            self.module, loss_fn, args, self._sums, max_grad_norm=self.max_grad_norm, multiplicity=self.multiplicity,
-            strategy=self.strategy, memory_budget=self.memory_budget, sample_weight=sample_weight,
-        )  # fmt: skip
+        self._sum_pending()  # now: this pass needs its memory
+        options: dict[str, Any] = {
+            "max_grad_norm": self.max_grad_norm, "multiplicity": self.multiplicity, "strategy": self.strategy,
+            "memory_budget": self.memory_budget, "sample_weight": sample_weight, "store_dtype": self.store_dtype,
+        }  # fmt: skip
+        if not ops.step_sums_stored(self._grad_sum):
+            return accumulate_clipped(self.module, loss_fn, args, self._sums, **options)
+        norms, losses, self._pending = accumulate_pending(self.module, loss_fn, args, self._sums, **options)
+        return norms, losses
+
+    @property
+    def grad_sum(self) -> Tensor:
+        """(n,) the clipped gradients accumulated since the last step, summed and not noised: not private."""
+        self._sum_pending()
+        return self._grad_sum
+
+    def _sum_pending(self) -> None:
+        if self._pending is None:
+            return
+        if ops.capturing(self._grad_sum):
+            raise RuntimeError(
+                "a CUDA graph is being captured while the micro-batch before it is not summed: every replay would add that once "
+                "more. Call step() or discard() before the capture"
+            )
+        pending, self._pending = self._pending, None
+        pending.add_to(self._sums)
 
     def step(self) -> None:
-        """Noise, update, EMA; also after an empty draw, which is a step like any other."""
-        ops.private_step_(
-            self.flat.data, self.grad_sum, self.exp_avg, self.exp_avg_sq, self.ema, optimizer=self.update.name, **self.next_step()
-        )
+        """Noise, update, EMA; also after an empty draw, which is a step like any other. An error drops what was accumulated."""
+        pending, self._pending = self._pending, None
+        state = (self.flat.data, self._grad_sum, self.exp_avg, self.exp_avg_sq, self.ema)
+        try:
+            if pending is None:
+                ops.private_step_(*state, optimizer=self.update.name, **self.next_step())
+            else:
+                ops.summed_private_step_(
+                    *state, sums=[self._sums[name] for name in pending.stored], stored=list(pending.stored.values()),
+                    coef=pending.factors, optimizer=self.update.name, **self.next_step(),
+                )  # fmt: skip
+        except BaseException:
+            self.discard()  # a next step would add them to another batch, and count a sample twice
+            raise
 
     def next_step(self) -> dict[str, Any]:
         """Counts one step up and takes its place in the noise: what an op needs for it, and for no other step."""
@@ -155,7 +192,8 @@ class PrivateOptimizer:
 
     def discard(self) -> None:
         """Forgets the micro-batches accumulated since the last step (after an interruption)."""
-        self.grad_sum.zero_()
+        self._pending = None
+        self._grad_sum.zero_()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors only, so that it can be kept as safetensors; neither the key nor un-noised sums are in it."""

@@ -2,7 +2,7 @@
 
 A layer's weight W_b (d inputs × p outputs, T positions, K rows a sample) can be had in three ways (see ``collector``):
 
-- store: 2KTdp operations, 4dp bytes a sample kept until the clip factors are known, then read once;
+- store: 2KTdp operations, 4dp bytes a sample (2dp in bfloat16) kept until the clip factors are known, then read once;
 - gram: (KT)²(d'+p) operations for the norm (d' channels; half of it, by symmetry), and an ordinary weight gradient later;
 - norm-only: the operations of store, and an ordinary weight gradient later. Both keep x and g instead of W_b.
 
@@ -113,15 +113,16 @@ class Shape:
     channels: int  # input channels
     weights: int
     kept_bytes: int  # x and g
+    element_bytes: int = 4  # of what is stored
 
     @classmethod
-    def of(cls, rule: MatrixRule, x: Tensor, g: Tensor, multiplicity: int) -> Shape:
+    def of(cls, rule: MatrixRule, x: Tensor, g: Tensor, multiplicity: int, store_dtype: torch.dtype = torch.float32) -> Shape:
         samples = x.shape[0] // multiplicity
         kept = (x.numel() * x.element_size() + g.numel() * g.element_size()) // samples
-        weights = rule.weight_numel()
+        weights, element = rule.weight_numel(), store_dtype.itemsize
         if isinstance(rule, LinearRule):
             positions = multiplicity * math.prod(x.shape[1:-1])
-            return cls("linear", positions, x.shape[-1], g.shape[-1], x.shape[-1], weights, kept)
+            return cls("linear", positions, x.shape[-1], g.shape[-1], x.shape[-1], weights, kept, element)
         assert isinstance(rule, ConvRule)
         groups = rule.options["groups"]
         inside, outside = rule.contraction(x, g)
@@ -129,7 +130,7 @@ class Shape:
         outputs = outside.shape[1]
         plain = rule.weight.shape[2:] == (3, 3) and not {*rule.options["stride"], *rule.options["dilation"]} - {1}
         kind = "conv3" if plain else "conv"
-        return cls(kind, positions, weights // outputs, outputs, inside.shape[1] // groups, weights, kept)
+        return cls(kind, positions, weights // outputs, outputs, inside.shape[1] // groups, weights, kept, element)
 
     @property
     def operations(self) -> float:
@@ -142,7 +143,7 @@ class Shape:
         if self.kind != "linear":  # the sums over kernel offsets
             gram += self.positions * self.positions * (self.inputs / self.channels)
         return {
-            "store": once + 2 * 4 * self.weights / rates.bytes,
+            "store": once + 2 * self.element_bytes * self.weights / rates.bytes,
             "gram": gram / rates.gram + again,
             # A norm that another computation is to respect is not taken by the faster algorithm (see ``ops.conv_weight_grad``).
             "norm-only": (self.operations / rates.conv if self.kind == "conv3" else once) + again,
@@ -150,11 +151,13 @@ class Shape:
 
     @property
     def scratch_bytes(self) -> int:
-        """Sums of transformed products that a thread keeps, where Winograd's algorithm is taken: 36 for each 3×3 kernel."""
-        return min(4 * 36 * self.channels * self.outputs, 64 * 2**20) if self.kind == "conv3" else 0
+        """What a thread keeps besides: sums of transformed products, where Winograd's algorithm is taken, 36 for each 3×3 kernel;
+        a gradient before it is rounded, and in double for its norm."""
+        winograd = min(4 * 36 * self.channels * self.outputs, 64 * 2**20) if self.kind == "conv3" else 0
+        return winograd + (12 * self.weights if self.element_bytes < 4 else 0)
 
     def bytes_kept(self, way: str) -> int:
-        return 4 * self.weights if way == "store" else self.kept_bytes
+        return self.element_bytes * self.weights if way == "store" else self.kept_bytes
 
 
 def cheapest(device: torch.device) -> Choice:
@@ -255,8 +258,9 @@ def batch_rows(args: Sequence[Any]) -> int:
 
 
 def profile(
-    module: nn.Module, loss_fn: Callable[..., Tensor], args: Sequence[Any], multiplicity: int, at_most: int | None = None
-) -> Profile:
+    module: nn.Module, loss_fn: Callable[..., Tensor], args: Sequence[Any], multiplicity: int, at_most: int | None = None,
+    store_dtype: torch.dtype = torch.float32,
+) -> Profile:  # fmt: skip
     """Watches a pass on one sample and on two; their gradients are dropped. Random states are left as they were.
 
     ``at_most``: bytes. Where two samples would take more, one is all there is to plan for, and two are not tried.
@@ -280,7 +284,7 @@ def profile(
             rule, name = use.rule, use.rule.names.get("weight")
             k = multiplicity * (use.x.shape[0] // own_rows)  # noqa: B023
             if isinstance(rule, MatrixRule) and name is not None:
-                shape = Shape.of(rule, use.x, use.g, k)
+                shape = Shape.of(rule, use.x, use.g, k, store_dtype)
                 layers.append(Layer(name, rule.function, shape, sink.calls[name] > 1, len(seen)))  # noqa: B023
             other += sum(4 * w.numel() for w in (rule.weight, rule.bias) if w is not None and not isinstance(rule, MatrixRule))
             seen.append(meter.take())  # noqa: B023
@@ -418,7 +422,7 @@ def _choose(
 
 def make_plan(
     module: nn.Module, loss_fn: Callable[..., Tensor], args: Sequence[Any], *, multiplicity: int = 1, strategy: str = "auto",
-    memory_budget: int | None = None, batch_size: int | None = None,
+    memory_budget: int | None = None, batch_size: int | None = None, store_dtype: torch.dtype = torch.float32,
 ) -> Plan:  # fmt: skip
     """A plan for micro-batches like ``args`` (one sample of it is enough to look at).
 
@@ -426,11 +430,12 @@ def make_plan(
         memory_budget: bytes by which resident memory may grow beyond parameters, optimizer state and the batch; None for no
             limit.
         batch_size: samples of the largest micro-batch wanted; default: those in ``args``.
+        store_dtype: of stored weight gradients.
 
     Raises:
         MemoryBudgetError: the budget does not hold one sample; says what would.
     """
-    found = profile(module, loss_fn, args, multiplicity, at_most=memory_budget)
+    found = profile(module, loss_fn, args, multiplicity, memory_budget, store_dtype)
     most = batch_size or batch_rows(args) // multiplicity
     device = next(p for p in module.parameters() if p.requires_grad).device
     rates = machine_rates(device, torch.get_num_threads()) if device.type == "cpu" else None

@@ -25,7 +25,7 @@ from privimage_fast.dp.accounting import DPSGDEvent, Event, GaussianEvent
 from privimage_fast.dp.clipping import AdaptiveClipping, make_clipping
 from privimage_fast.dp.collector import fixed
 from privimage_fast.dp.dp_optimizer import DPOptimizer, NoiseSource
-from privimage_fast.dp.engine import STRATEGIES
+from privimage_fast.dp.engine import STRATEGIES, check_store_dtype
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.dp.loader import DPDataLoader, DrawnBatch
 from privimage_fast.dp.noise import NoiseKey
@@ -82,7 +82,7 @@ class PrivacyEngine:
         noise_multiplier: float, max_grad_norm: float | Sequence[float], batch_first: bool = True, loss_reduction: str = "mean",
         poisson_sampling: bool = True, clipping: str = "flat", noise_generator: torch.Generator | None = None,
         grad_sample_mode: str = "hooks", wrap_model: bool = True, rand_on_empty: bool = False, multiplicity: int = 1,
-        population: int | None = None, strategy: str = "auto", **options: Any,
+        population: int | None = None, strategy: str = "auto", store_dtype: torch.dtype = torch.float32, **options: Any,
     ) -> tuple[Any, ...]:  # fmt: skip
         """(module, optimizer, data_loader) for private training; with a "ghost" ``grad_sample_mode`` the criterion comes third.
 
@@ -100,7 +100,7 @@ class PrivacyEngine:
                 ``clipbound_learning_rate``, ``min_clipbound``, ``max_clipbound``, ``unclipped_num_std``).
             multiplicity: K adjacent rows belong to one sample, whose gradient is that of the mean of its rows' losses.
             population: N, stated as a public value; the ledger's, or len(dataset), unless given.
-            strategy: "auto", "store", "gram" or "norm-only", as in :func:`privimage_fast.clipped_grad`.
+            strategy, store_dtype: as in :func:`privimage_fast.clipped_grad`.
             batch_first, grad_sample_mode, wrap_model, rand_on_empty: Opacus' keywords; True, any, any, False.
 
         Raises:
@@ -119,6 +119,7 @@ class PrivacyEngine:
             raise ValueError(f"multiplicity must be a whole number ≥ 1, found {multiplicity!r}")
         if strategy not in STRATEGIES:
             raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, found {strategy!r}")
+        check_store_dtype(store_dtype)
         if self.ledger is not None and not poisson_sampling:
             raise ValueError("poisson_sampling=False has another adjacency than the ledger, whose figures could not be added up")
         if grad_sample_mode != "hooks" or not wrap_model:
@@ -143,7 +144,7 @@ class PrivacyEngine:
             existing.detach()
         device = next(p.device for p in module.parameters() if p.requires_grad)
         choose = cheapest(device) if strategy == "auto" else fixed(strategy)
-        recorder = Recorder(module, multiplicity=int(multiplicity), choose=choose)
+        recorder = Recorder(module, multiplicity=int(multiplicity), choose=choose, store_dtype=store_dtype)
         noise = self._noise_source(noise_generator)
         private = DPOptimizer(
             original, recorder=recorder, clipping=strategy_of_clipping, noise_multiplier=float(noise_multiplier),

@@ -77,10 +77,11 @@ class Recorder:
         module: watched from :meth:`attach` to :meth:`detach`.
         multiplicity: K adjacent rows of every call belong to one sample.
         choose: decides how each weight gradient is had (see :mod:`privimage_fast.dp.planner`).
+        store_dtype: what weights' gradients are stored in (:class:`~privimage_fast.dp.collector.Collector`).
     """
 
-    def __init__(self, module: nn.Module, *, multiplicity: int, choose: Choice) -> None:
-        self.module, self.multiplicity, self._choose = module, multiplicity, choose
+    def __init__(self, module: nn.Module, *, multiplicity: int, choose: Choice, store_dtype: torch.dtype = torch.float32) -> None:
+        self.module, self.multiplicity, self._choose, self._store_dtype = module, multiplicity, choose, store_dtype
         self.batch: DrawnBatch | None = None  # the one handed out last; set by the optimizer
         self._step = 0  # counts optimizer steps, those that only add up too
         self._calls: list[_Call] = []
@@ -181,7 +182,9 @@ class Recorder:
         if self._refusal is None:
             with torch.no_grad():
                 if self._collector is None:
-                    self._collector = Collector(made.rows, self.multiplicity, _UsesOf(self._calls), self._choose)
+                    self._collector = Collector(
+                        made.rows, self.multiplicity, _UsesOf(self._calls), self._choose, self._store_dtype
+                    )
                     self._collected_batch = made.batch
                 self._collector(use)
 

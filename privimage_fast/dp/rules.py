@@ -137,6 +137,13 @@ class MatrixRule(Rule):
     The call is linear in x and in its weight, so its second-order gradients are contractions of the same kind.
     """
 
+    def per_sample(
+        self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...], multiplicity: int, out: dict[str, Tensor],
+        store_dtype: torch.dtype = torch.float32,
+    ) -> list[Term]:  # fmt: skip
+        """As of any rule; a new weight gradient is rounded to ``store_dtype`` before its norm is taken."""
+        raise NotImplementedError
+
     def weight_norms(self, x: Tensor, g: Tensor, multiplicity: int, strategy: str) -> Tensor:
         """(B,) float64 squared norms of the weight's per-sample gradients; ``strategy`` is "gram" or "norm-only"."""
         raise NotImplementedError
@@ -186,13 +193,14 @@ class LinearRule(MatrixRule):
         return t.reshape(t.shape[0], math.prod(t.shape[1:-1]), t.shape[-1])
 
     def per_sample(
-        self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...], multiplicity: int, out: dict[str, Tensor]
-    ) -> list[Term]:
+        self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...], multiplicity: int, out: dict[str, Tensor],
+        store_dtype: torch.dtype = torch.float32,
+    ) -> list[Term]:  # fmt: skip
         terms = self.bias_terms(g, multiplicity, out)
         name = self.names.get("weight")
         if name is not None:
             sq, stored = ops.linear_weight_grad(
-                self._positions(x), self._positions(g), multiplicity=multiplicity, out=out.get(name)
+                self._positions(x), self._positions(g), multiplicity=multiplicity, out=out.get(name), store_dtype=store_dtype
             )
             terms.append(Term(name, sq, stored))
         return terms
@@ -246,13 +254,14 @@ class ConvRule(MatrixRule):
         return {"kernel_size": tuple(self.weight.shape[2:]), **self._arguments()}
 
     def per_sample(
-        self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...], multiplicity: int, out: dict[str, Tensor]
-    ) -> list[Term]:
+        self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...], multiplicity: int, out: dict[str, Tensor],
+        store_dtype: torch.dtype = torch.float32,
+    ) -> list[Term]:  # fmt: skip
         terms = self.bias_terms(g, multiplicity, out)
         name = self.names.get("weight")
         if name is not None:
             sq, stored = ops.conv_weight_grad(
-                *self.contraction(x, g), multiplicity=multiplicity, out=out.get(name), **self._kernel()
+                *self.contraction(x, g), multiplicity=multiplicity, out=out.get(name), store_dtype=store_dtype, **self._kernel()
             )
             terms.append(Term(name, sq, stored))
         return terms

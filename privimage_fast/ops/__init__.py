@@ -8,21 +8,21 @@ No op records gradients.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from privimage_fast.ops import cuda, native, reference
+from privimage_fast.ops import checks, cuda, native, reference
 from privimage_fast.ops.armed import ArmedStep
 
 __all__ = [
-    "ArmedStep", "BuildInfo", "bias_grad", "build_info", "chacha20_block", "clip_factors", "conv_clipped_sum", "conv_gram_norms",
-    "conv_weight_grad", "embedding_grad", "gaussian_noise", "group_norm_affine_grad", "has_cpu_kernel",
-    "layer_norm_affine_grad", "linear_clipped_sum", "linear_gram_norms", "linear_weight_grad", "private_step_",
-    "weighted_sum_",
+    "ArmedStep", "BuildInfo", "bias_grad", "build_info", "capturing", "chacha20_block", "clip_factors",
+    "conv_clipped_sum", "conv_gram_norms", "conv_weight_grad", "embedding_grad", "gaussian_noise",
+    "group_norm_affine_grad", "has_cpu_kernel", "layer_norm_affine_grad", "linear_clipped_sum", "linear_gram_norms",
+    "linear_weight_grad", "private_step_", "step_sums_stored", "summed_private_step_", "weighted_sum_",
 ]  # fmt: skip
 
 P = ParamSpec("P")
@@ -37,7 +37,8 @@ def _tensors(values: tuple[object, ...]) -> Iterator[Tensor]:
             yield from (v for v in value if isinstance(v, Tensor))
 
 
-def _dispatch(plain: Callable[P, R]) -> Callable[P, R]:
+def _dispatch(plain: Callable[P, R], otherwise: Callable[P, R] | None = None) -> Callable[P, R]:
+    """The kernel for the arguments' tensors; without one ``otherwise``, or the reference itself."""
     name = plain.__name__
     kernel = getattr(native, name)
     on_gpu = getattr(cuda, name, None)
@@ -52,7 +53,7 @@ def _dispatch(plain: Callable[P, R]) -> Callable[P, R]:
         with torch.no_grad(), torch.autocast(tensors[0].device.type if tensors else "cpu", enabled=False):
             if on_gpu is not None and cuda.supports(name, tensors):
                 return on_gpu(*args, **kwargs)
-            return plain(*args, **kwargs)
+            return (otherwise or plain)(*args, **kwargs)
 
     return op
 
@@ -72,9 +73,33 @@ chacha20_block = _dispatch(reference.chacha20_block)
 private_step_ = _dispatch(reference.private_step_)
 
 
+def _two_passes(
+    param: Tensor, grad_sum: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor | None, ema: Tensor | None, *,
+    sums: Sequence[Tensor], stored: Sequence[Tensor], coef: Tensor, **step: Any,
+) -> None:  # fmt: skip
+    weighted_sum_(*checks.summed_step_arguments("summed_private_step_", grad_sum, sums, stored, coef), coef)
+    private_step_(param, grad_sum, exp_avg, exp_avg_sq, ema, **step)
+
+
+summed_private_step_ = _dispatch(reference.summed_private_step_, otherwise=_two_passes)
+
+
 def has_cpu_kernel(op: str, *tensors: Tensor) -> bool:
     """Whether ``op`` runs in compiled code on these tensors' CPU memory, and not on the reference."""
     return native.supports(op, tensors)
+
+
+def capturing(t: Tensor) -> bool:
+    """Whether what runs on ``t`` now is put into a CUDA graph, to be replayed."""
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def step_sums_stored(grad_sum: Tensor) -> bool:
+    """Whether :func:`summed_private_step_` is one pass for these sums, so that a last micro-batch is worth keeping for it.
+
+    Not into a CUDA graph: its replays would store anew, and nobody would sum.
+    """
+    return cuda.supports("summed_private_step_", [grad_sum]) and not capturing(grad_sum)
 
 
 def conv_clipped_sum(x: Tensor, g: Tensor, coef: Tensor, *, multiplicity: int, **convolution: Any) -> Tensor | None:
@@ -116,7 +141,10 @@ class BuildInfo:
     reference_ops: dict[str, str] = field(default_factory=dict)  # op → where it runs on plain torch
 
 
-_NOT_OPS = ("ArmedStep", "BuildInfo", "build_info", "conv_clipped_sum", "has_cpu_kernel", "linear_clipped_sum")
+_NOT_OPS = (
+    "ArmedStep", "BuildInfo", "build_info", "capturing", "conv_clipped_sum", "has_cpu_kernel", "linear_clipped_sum",
+    "step_sums_stored",
+)  # fmt: skip
 _OP_NAMES = tuple(name for name in __all__ if name not in _NOT_OPS)
 
 
@@ -132,7 +160,7 @@ def build_info() -> BuildInfo:
     drawn_on_cpu = ("gaussian_noise", "chacha20_block")
     on_gpu = "" if built["cuda"] else "cuda, "
     on_torch = {name: f"{on_gpu}float64, float16" for name in _OP_NAMES if name not in drawn_on_cpu}
-    on_torch |= {name: f"{on_gpu}float64" for name in ("weighted_sum_", "private_step_")}
+    on_torch |= {name: f"{on_gpu}float64" for name in ("weighted_sum_", "private_step_", "summed_private_step_")}
     return BuildInfo(
         native=True, native_reason="", isa=built["isa"], isa_compiled=tuple(built["isa_compiled"]),
         isa_usable=tuple(built["isa_usable"]), openmp=built["openmp"], openmp_runtime=built["openmp_runtime"],

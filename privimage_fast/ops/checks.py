@@ -47,13 +47,18 @@ def same_rows(op: str, x: Tensor, g: Tensor) -> None:
     require(x.shape[0] == g.shape[0], op, "rows of g", g.shape[0], f"{x.shape[0]}, the rows of x")
 
 
-def accumulator(op: str, name: str, out: Tensor | None, shape: Sequence[int], like: Tensor) -> None:
-    """``out`` must be what the op would have returned: shape, fp32 (fp64 beside fp64 inputs), device."""
+def store_dtype(op: str, dtype: torch.dtype) -> None:
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"{op}: store_dtype is {dtype}, expected torch.float32 or torch.bfloat16")
+
+
+def accumulator(op: str, name: str, out: Tensor | None, shape: Sequence[int], like: Tensor, *, rounded: bool = False) -> None:
+    """``out`` must be what the op would have returned: shape, fp32 (fp64 beside fp64 inputs; ``rounded``: or bf16), device."""
     if out is None:
         return
     require_tensor(op, **{name: out})
     require(tuple(out.shape) == tuple(shape), op, f"shape of {name}", _describe(out.shape), _describe(shape))
-    if out.dtype not in (torch.float32, torch.float64):
+    if out.dtype not in (torch.float32, torch.float64) and not (rounded and out.dtype == torch.bfloat16):
         raise TypeError(f"{op}: {name} has dtype {out.dtype}, expected torch.float32 (float64 for float64 inputs)")
     require(out.device == like.device, op, f"device of {name}", out.device, str(like.device))
 
@@ -220,7 +225,29 @@ def sum_arguments(
         require_tensor(op, **{f"out[{i}]": o, f"stored[{i}]": s})
         require(tuple(s.shape) == (coef.shape[0], *o.shape), op, f"shape of stored[{i}]", _describe(s.shape),
                 _describe((coef.shape[0], *o.shape)))  # fmt: skip
+        if o.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{op}: out[{i}] has dtype {o.dtype}, expected torch.float32 or torch.float64: it is a sum")
     return outs, stores
+
+
+def summed_step_arguments(
+    op: str, grad_sum: Tensor, sums: Sequence[Tensor], stored: Sequence[Tensor], coef: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """sums and stored in the order of memory, without what has no elements; sums are disjoint views of grad_sum."""
+    sums, stored = sum_arguments(op, list(sums), list(stored), coef)
+    require_tensor(op, grad_sum=grad_sum)
+    placed = sorted(
+        ((s.data_ptr() - grad_sum.data_ptr(), i) for i, s in enumerate(sums) if s.numel()), key=lambda place: place[0]
+    )
+    end = 0
+    for at, i in placed:
+        s = sums[i]
+        part = s.is_contiguous() and s.dtype == grad_sum.dtype and s.device == grad_sum.device
+        require(part and at >= 0 and at % s.element_size() == 0, op, f"sums[{i}]", "elsewhere", "a contiguous view of grad_sum")
+        require(at >= end, op, f"sums[{i}]", "over another", "views that share no element")
+        end = at + s.numel() * s.element_size()
+        require(end <= grad_sum.numel() * grad_sum.element_size(), op, f"sums[{i}]", "elsewhere", "a contiguous view of grad_sum")
+    return [sums[i] for _, i in placed], [stored[i] for _, i in placed]
 
 
 def noise_arguments(op: str, key: bytes, step: int, rank: int, stream: int, n: int, offset: int) -> None:

@@ -81,7 +81,7 @@ def _conv(
             padding=shape.padding, dilation=shape.dilation, x_stride=x_stride, g_stride=g_stride, out=_pointer(weights),
             out_stride=weight_stride, accumulate=accumulate, sq_norms=_pointer(sq_norms), num_threads=1,
             partials=_pointer(partials), partials_size=partials.numel(), tf32=tf32, coef=_pointer(coef),
-            chunk=chunk, **where,
+            chunk=chunk, out_dtype=0 if weights is None else _DTYPES[weights.dtype], **where,
         )  # fmt: skip
     return sq_norms
 
@@ -89,16 +89,17 @@ def _conv(
 def conv_weight_grad(
     x: Tensor, g: Tensor, *, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], groups: int, multiplicity: int, store: bool = True, out: Tensor | None = None,
-    _tf32: bool = False,
+    store_dtype: torch.dtype = torch.float32, _tf32: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     op = "conv_weight_grad"
     shape = checks.conv_shape(op, x, g, kernel_size, stride, padding, dilation, groups, multiplicity)
-    checks.accumulator(op, "out", out, shape.weight_shape, x)
+    checks.accumulator(op, "out", out, shape.weight_shape, x, rounded=True)
+    checks.store_dtype(op, store_dtype)
     checks.require(store or out is None, op, "out", "given", "None with store=False")
     if x.numel() == 0 or g.numel() == 0:
         return reference.conv_weight_grad(
             x, g, kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation, groups=groups,
-            multiplicity=multiplicity, store=store, out=out,
+            multiplicity=multiplicity, store=store, out=out, store_dtype=store_dtype,
         )  # fmt: skip
     x, g = _operands(x, g)
     x, g = _channels_last(x, x.shape[1] // groups), _channels_last(g, g.shape[1] // groups)
@@ -106,7 +107,7 @@ def conv_weight_grad(
     if store and weights is None:
         # Channels innermost, the order in which the kernel produces them; weighted_sum_ puts the sum in torch's order.
         b, outputs, inputs, *kernel = shape.weight_shape
-        weights = torch.empty((b, outputs, *kernel, inputs), device=x.device).movedim(-1, 2)
+        weights = torch.empty((b, outputs, *kernel, inputs), dtype=store_dtype, device=x.device).movedim(-1, 2)
     weight_stride: tuple[int, ...] = (0,) * 5
     if weights is not None:
         s = weights.stride()
@@ -124,16 +125,18 @@ def _as_conv(samples: int, inputs: int, outputs: int, positions: int) -> checks.
 
 
 def linear_weight_grad(
-    x: Tensor, g: Tensor, *, multiplicity: int, store: bool = True, out: Tensor | None = None, _tf32: bool = False
-) -> tuple[Tensor, Tensor | None]:
+    x: Tensor, g: Tensor, *, multiplicity: int, store: bool = True, out: Tensor | None = None,
+    store_dtype: torch.dtype = torch.float32, _tf32: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     op = "linear_weight_grad"
     samples, outputs, inputs = checks.linear_shape(op, x, g, multiplicity)
-    checks.accumulator(op, "out", out, (samples, outputs, inputs), x)
+    checks.accumulator(op, "out", out, (samples, outputs, inputs), x, rounded=True)
+    checks.store_dtype(op, store_dtype)
     checks.require(store or out is None, op, "out", "given", "None with store=False")
     if x.numel() == 0 or g.numel() == 0:
-        return reference.linear_weight_grad(x, g, multiplicity=multiplicity, store=store, out=out)
+        return reference.linear_weight_grad(x, g, multiplicity=multiplicity, store=store, out=out, store_dtype=store_dtype)
     x, g = _operands(x, g)
-    weights = torch.empty(samples, outputs, inputs, device=x.device) if store and out is None else out
+    weights = torch.empty(samples, outputs, inputs, dtype=store_dtype, device=x.device) if store and out is None else out
     weight_stride = (0,) * 5 if weights is None else (*weights.stride(), 0, 0)
     strides = [(t.stride(0), t.stride(2), 0, t.stride(1)) for t in (x, g)]
     shape = _as_conv(samples, inputs, outputs, x.shape[1])
@@ -320,3 +323,13 @@ def clip_factors(sq_norms: Tensor, max_grad_norm: float, sample_weight: Tensor |
 def weighted_sum_(out: Tensor | Sequence[Tensor], stored: Tensor | Sequence[Tensor], coef: Tensor) -> None:
     with _launching("weighted_sum_", coef=coef) as where:
         native.weighted_sum_(out, stored, coef, _device=where["device"])
+
+
+def summed_private_step_(
+    param: Tensor, grad_sum: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor | None, ema: Tensor | None, *,
+    sums: Sequence[Tensor], stored: Sequence[Tensor], coef: Tensor, **step: Any,
+) -> None:  # fmt: skip
+    with _launching("summed_private_step_", param=param, coef=coef) as where:
+        native.summed_private_step_(
+            param, grad_sum, exp_avg, exp_avg_sq, ema, sums=sums, stored=stored, coef=coef, _device=where["device"], **step
+        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ _ALGORITHMS = {"auto": 0, "direct": 1, "winograd2": 2, "winograd4": 3}
 _OPTIMIZERS = {"sgd": 0, "adam": 1, "adamw": 2}
 _FLOATS = frozenset(_DTYPES)
 _FLOAT32 = frozenset({torch.float32})
+_PART = 2**18  # floats that wait to be rounded
 _STATS = frozenset({torch.float32, torch.bfloat16})
 
 # What each op has kernels for; anything else runs on the reference.
@@ -44,7 +45,8 @@ _SUPPORTED: dict[str, frozenset[torch.dtype]] = {
     "layer_norm_affine_grad": _STATS,
     "embedding_grad": _FLOATS | {torch.int64, torch.int32},
     "clip_factors": frozenset({torch.float64, torch.float32}),
-    "weighted_sum_": _FLOAT32,
+    "weighted_sum_": _FLOATS,
+    "summed_private_step_": _FLOATS,
     "gaussian_noise": frozenset(),
     "chacha20_block": frozenset(),
     "private_step_": frozenset({torch.float32, torch.float64}),
@@ -104,7 +106,7 @@ def _conv(
 def conv_weight_grad(
     x: Tensor, g: Tensor, *, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], groups: int, multiplicity: int, store: bool = True, out: Tensor | None = None,
-    _algorithm: str = "auto",
+    store_dtype: torch.dtype = torch.float32, _algorithm: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     op = "conv_weight_grad"
     shape = checks.conv_shape(op, x, g, kernel_size, stride, padding, dilation, groups, multiplicity)
@@ -112,19 +114,24 @@ def conv_weight_grad(
     if _algorithm.startswith("winograd"):
         plain = shape.kernel == (3, 3) and shape.stride == (1, 1) and shape.dilation == (1, 1)
         checks.require(plain, op, "_algorithm", _algorithm, "direct: Winograd's form is for 3×3, stride 1, dilation 1")
-    checks.accumulator(op, "out", out, shape.weight_shape, x)
+    checks.accumulator(op, "out", out, shape.weight_shape, x, rounded=True)
+    checks.store_dtype(op, store_dtype)
     checks.require(store or out is None, op, "out", "given", "None with store=False")
+    options: dict[str, Any] = {
+        "kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation, "groups": groups,
+        "multiplicity": multiplicity,
+    }  # fmt: skip
     if x.numel() == 0 or g.numel() == 0:
-        return reference.conv_weight_grad(
-            x, g, kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation, groups=groups,
-            multiplicity=multiplicity, store=store, out=out,
-        )  # fmt: skip
+        return reference.conv_weight_grad(x, g, store=store, out=out, store_dtype=store_dtype, **options)
 
     weights = out
     if store and weights is None:
         # Channels innermost, the order in which the kernel produces them; weighted_sum_ puts the sum in torch's order.
         b, outputs, inputs, *kernel = shape.weight_shape
-        weights = torch.empty((b, outputs, *kernel, inputs)).movedim(-1, 2)
+        weights = torch.empty((b, outputs, *kernel, inputs), dtype=store_dtype).movedim(-1, 2)
+    if weights is not None and weights.dtype == torch.bfloat16:
+        compute = functools.partial(conv_weight_grad, _algorithm=_algorithm, **options)
+        return _round_parts(compute, x, g, multiplicity, weights, out is not None), weights
     weight_stride: tuple[int, ...] = (0,) * 5
     if weights is not None:
         s = weights.stride()
@@ -133,21 +140,49 @@ def conv_weight_grad(
     return sq_norms, weights
 
 
+def _round_parts(
+    compute: Callable[..., tuple[Tensor, Tensor | None]],
+    x: Tensor,
+    g: Tensor,
+    multiplicity: int,
+    weights: Tensor,
+    accumulate: bool,
+) -> Tensor:
+    """Per-sample gradients in bfloat16, made in float32 for a few samples at a time; squared norms of what is then in weights."""
+    threads = torch.get_num_threads()
+    step = threads * max(1, _PART // (threads * weights[0].numel()))
+    norms = []
+    for b in range(0, len(weights), step):
+        rows = slice(b * multiplicity, (b + step) * multiplicity)
+        _, part = compute(x[rows], g[rows])
+        assert part is not None
+        into = weights[b : b + step]
+        into.copy_(into + part if accumulate else part)
+        exact = into.reshape(len(into), -1).double()
+        norms.append(torch.linalg.vecdot(exact, exact))
+    return torch.cat(norms)
+
+
 def linear_weight_grad(
-    x: Tensor, g: Tensor, *, multiplicity: int, store: bool = True, out: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
+    x: Tensor, g: Tensor, *, multiplicity: int, store: bool = True, out: Tensor | None = None,
+    store_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     op = "linear_weight_grad"
     samples, outputs, inputs = checks.linear_shape(op, x, g, multiplicity)
-    checks.accumulator(op, "out", out, (samples, outputs, inputs), x)
+    checks.accumulator(op, "out", out, (samples, outputs, inputs), x, rounded=True)
+    checks.store_dtype(op, store_dtype)
     checks.require(store or out is None, op, "out", "given", "None with store=False")
     if x.numel() == 0 or g.numel() == 0:
-        return reference.linear_weight_grad(x, g, multiplicity=multiplicity, store=store, out=out)
+        return reference.linear_weight_grad(x, g, multiplicity=multiplicity, store=store, out=out, store_dtype=store_dtype)
+    weights = torch.empty((samples, outputs, inputs), dtype=store_dtype) if store and out is None else out
+    if weights is not None and weights.dtype == torch.bfloat16:
+        compute = functools.partial(linear_weight_grad, multiplicity=multiplicity)
+        return _round_parts(compute, x, g, multiplicity, weights, out is not None), weights
     # A 1×1 convolution over T positions, told by strides alone.
     positions, one = x.shape[1], (1, 1)
     shape = checks.ConvShape(
         samples, inputs, outputs, (1, positions), (1, positions), one, one, (0, 0), one, (samples, outputs, inputs)
     )
-    weights = torch.empty((samples, outputs, inputs)) if store and out is None else out
     weight_stride = (0,) * 5 if weights is None else (*weights.stride(), 0, 0)
     strides = [(t.stride(0), t.stride(2), 0, t.stride(1)) for t in (x, g)]
     return _conv(x, g, shape, 1, multiplicity, *strides, weights, weight_stride, out is not None), weights
@@ -278,15 +313,21 @@ def clip_factors(sq_norms: Tensor, max_grad_norm: float, sample_weight: Tensor |
 
 def _sum_item(out: Tensor, stored: Tensor) -> tuple[tuple[int, ...], Tensor]:
     """The kernel's view of one layer, and the stored tensor it points into."""
-    size = out.numel()
+    size, dtype = out.numel(), _DTYPES[stored.dtype]
     sample = stored[0]
     if sample.is_contiguous():
-        return (_pointer(out), _pointer(stored), stored.stride(0), 1, 1, size), stored
+        return (_pointer(out), _pointer(stored), stored.stride(0), 1, 1, size, dtype), stored
     if sample.dim() >= 3 and sample.movedim(1, -1).is_contiguous():  # as conv_weight_grad stores it
         outer, channels = sample.shape[:2]
-        return (_pointer(out), _pointer(stored), stored.stride(0), outer, size // (outer * channels), channels), stored
+        return (_pointer(out), _pointer(stored), stored.stride(0), outer, size // (outer * channels), channels, dtype), stored
     stored = stored.contiguous()
-    return (_pointer(out), _pointer(stored), size, 1, 1, size), stored
+    return (_pointer(out), _pointer(stored), size, 1, 1, size, dtype), stored
+
+
+def _sum_items(outs: Sequence[Tensor], stored: Sequence[Tensor]) -> tuple[list[tuple[int, ...]], list[Tensor]]:
+    """The kernel's view of all layers that have elements, and the tensors it points into."""
+    found = [_sum_item(o, s) for o, s in zip(outs, stored, strict=True) if o.numel()]
+    return [item for item, _ in found], [kept for _, kept in found]
 
 
 def weighted_sum_(
@@ -295,14 +336,9 @@ def weighted_sum_(
     outs, stores = checks.sum_arguments("weighted_sum_", out, stored, coef)
     if coef.shape[0] == 0 or not outs:
         return
-    coef = coef.contiguous()
+    coef = coef.float().contiguous()
     dense = [_dense(o) for o in outs]
-    items, alive = [], []
-    for o, s in zip(dense, stores, strict=True):
-        if o.numel():
-            item, kept = _sum_item(o, s)
-            items.append(item)
-            alive.append(kept)
+    items, _alive = _sum_items(dense, stores)
     device = _device or coef.device.type
     with torch.cuda.device(coef.device) if device == "cuda" else _Nothing():
         _C.weighted_sum(
@@ -347,7 +383,7 @@ def private_step_(
     noise_std: float, denominator: float, key: bytes, step: int, rank: int, stream: int, optimizer: str, lr: float,
     betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0, momentum: float = 0.0,
     optimizer_step: int = 1, ema_decay: float = 0.0, offset: int = 0, grad_out: Tensor | None = None,
-    _device: str | None = None,
+    _device: str | None = None, _summed: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     tensors = {
         "param": param, "grad_sum": grad_sum, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema,
@@ -379,5 +415,16 @@ def private_step_(
             optimizer=_OPTIMIZERS[optimizer], lr=lr, beta1=betas[0], beta2=betas[1], eps=eps,
             weight_decay=weight_decay, momentum=momentum, ema_decay=ema_decay, optimizer_step=optimizer_step,
             num_threads=torch.get_num_threads(),
-            cuda_stream=torch.cuda.current_stream().cuda_stream if device == "cuda" else 0,
+            cuda_stream=torch.cuda.current_stream().cuda_stream if device == "cuda" else 0, **(_summed or {}),
         )  # fmt: skip
+
+
+def summed_private_step_(
+    param: Tensor, grad_sum: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor | None, ema: Tensor | None, *,
+    sums: Sequence[Tensor], stored: Sequence[Tensor], coef: Tensor, _device: str | None = None, **step: Any,
+) -> None:  # fmt: skip
+    sums, stored = checks.summed_step_arguments("summed_private_step_", grad_sum, sums, stored, coef)
+    coef = coef.float().contiguous()
+    items, _alive = _sum_items(sums, stored) if len(coef) else ([], [])
+    summed = {"items": items, "coef": _pointer(coef), "samples": len(coef)}
+    private_step_(param, grad_sum, exp_avg, exp_avg_sq, ema, _device=_device, _summed=summed, **step)

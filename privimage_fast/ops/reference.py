@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,9 +33,17 @@ def _into(out: Tensor | None, value: Tensor) -> Tensor:
     return value if out is None else out.add_(value)
 
 
+def _stored(out: Tensor | None, value: Tensor, store_dtype: torch.dtype) -> Tensor:
+    """What is kept of ``value``: added to ``out``, or new; rounded where it is kept in bfloat16."""
+    if out is None and store_dtype == torch.bfloat16:
+        return value.to(store_dtype)
+    return _into(out, value)
+
+
 def conv_weight_grad(
     x: Tensor, g: Tensor, *, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], groups: int, multiplicity: int, store: bool = True, out: Tensor | None = None,
+    store_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Per-sample weight gradient of a 1-d or 2-d convolution with zero padding, and its squared norm.
 
@@ -46,6 +55,8 @@ def conv_weight_grad(
         multiplicity: K.
         store: False returns norms only and never holds (B, P, C // groups, *kernel).
         out: (B, P, C // groups, *kernel), accumulated into (a module used more than once); the norm is then the sum's.
+        store_dtype: float32, or bfloat16: gradients are rounded to it, to nearest even, and norms are those of the rounded ones.
+            It is of new weights; ``out`` has its own dtype, and a bfloat16 one is rounded after each addition.
 
     Returns:
         (sq_norms (B,), weights (B, P, C // groups, *kernel) or None). The weights may be a permuted view.
@@ -55,7 +66,8 @@ def conv_weight_grad(
     """
     op = "conv_weight_grad"
     shape = checks.conv_shape(op, x, g, kernel_size, stride, padding, dilation, groups, multiplicity)
-    checks.accumulator(op, "out", out, shape.weight_shape, x)
+    checks.accumulator(op, "out", out, shape.weight_shape, x, rounded=True)
+    checks.store_dtype(op, store_dtype)
     checks.require(store or out is None, op, "out", "given", "None with store=False")
     if not store:
         norms = [
@@ -79,33 +91,35 @@ def conv_weight_grad(
     for i, j in itertools.product(*map(range, shape.kernel)):
         shifted = x[..., i * dh : i * dh + sh * (oh - 1) + 1 : sh, j * dw : j * dw + sw * (ow - 1) + 1 : sw]
         weights[..., i, j] = torch.einsum("bkgphw,bkgchw->bgpc", g, shifted)
-    weights = _into(out, weights.reshape(shape.weight_shape))
+    weights = _stored(out, weights.reshape(shape.weight_shape), store_dtype)
     return _sq_norms(weights), weights
 
 
 def linear_weight_grad(
-    x: Tensor, g: Tensor, *, multiplicity: int, store: bool = True, out: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
+    x: Tensor, g: Tensor, *, multiplicity: int, store: bool = True, out: Tensor | None = None,
+    store_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Per-sample weight gradient of a linear layer and its squared norm.
 
     Args:
         x: (R, T, d) input at T positions a row.
         g: (R, T, p) gradient of the output.
-        multiplicity, store, out: as in :func:`conv_weight_grad`; out is (B, p, d).
+        multiplicity, store, out, store_dtype: as in :func:`conv_weight_grad`; out is (B, p, d).
 
     Returns:
         (sq_norms (B,), weights (B, p, d) or None).
     """
     op = "linear_weight_grad"
     samples, outputs, inputs = checks.linear_shape(op, x, g, multiplicity)
-    checks.accumulator(op, "out", out, (samples, outputs, inputs), x)
+    checks.accumulator(op, "out", out, (samples, outputs, inputs), x, rounded=True)
+    checks.store_dtype(op, store_dtype)
     checks.require(store or out is None, op, "out", "given", "None with store=False")
     dtype = _wide(x, g)
     positions = multiplicity * x.shape[1]
     x, g = x.to(dtype).reshape(samples, positions, inputs), g.to(dtype).reshape(samples, positions, outputs)
     if not store:
         return torch.cat([_sq_norms(g[b : b + 1].mT @ x[b : b + 1]) for b in range(samples)] or [_sq_norms(x)]), None
-    weights = _into(out, g.mT @ x)
+    weights = _stored(out, g.mT @ x, store_dtype)
     return _sq_norms(weights), weights
 
 
@@ -289,8 +303,8 @@ def weighted_sum_(out: Tensor | Sequence[Tensor], stored: Tensor | Sequence[Tens
     A sample whose coefficient is 0 is skipped, so it adds nothing even if its stored gradient holds inf or NaN.
 
     Args:
-        out: tensor(s) of any shape, changed in place.
-        stored: tensor(s) (B, *out.shape).
+        out: float32 tensor(s) of any shape, changed in place (float64 is accepted too).
+        stored: tensor(s) (B, *out.shape), float32 or bfloat16.
         coef: (B,) float32.
     """
     outs, stores = checks.sum_arguments("weighted_sum_", out, stored, coef)
@@ -402,6 +416,24 @@ def private_step_(
         optimizer=optimizer, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, momentum=momentum,
         optimizer_step=optimizer_step, ema_decay=ema_decay, grad_out=grad_out,
     )  # fmt: skip
+
+
+def summed_private_step_(
+    param: Tensor, grad_sum: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor | None, ema: Tensor | None, *,
+    sums: Sequence[Tensor], stored: Sequence[Tensor], coef: Tensor, **step: Any,
+) -> None:  # fmt: skip
+    """:func:`weighted_sum_` of the last micro-batch, then :func:`private_step_`: one pass where a kernel does it, the same bits.
+
+    Args:
+        param, grad_sum, exp_avg, exp_avg_sq, ema: as in :func:`private_step_`.
+        sums: views of ``grad_sum``, contiguous, no element in two of them.
+        stored: a tensor (B, *shape) for each of them.
+        coef: (B,) float32; a sample whose coefficient is 0 is skipped, whatever it holds.
+        step: the keywords of :func:`private_step_`.
+    """
+    sums, stored = checks.summed_step_arguments("summed_private_step_", grad_sum, sums, stored, coef)
+    weighted_sum_(sums, stored, coef)
+    private_step_(param, grad_sum, exp_avg, exp_avg_sq, ema, **step)
 
 
 def step_with_noise_(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import pytest
@@ -10,6 +11,8 @@ from oracle import assert_matches_loop, per_sample_loop
 from torch import Tensor, nn
 
 import privimage_fast as pf
+from privimage_fast import ops
+from privimage_fast.dp.noise import NoiseKey
 from privimage_fast.ops import cuda, native
 
 pytestmark = pytest.mark.skipif(native._C is None, reason="the extension is not built")
@@ -91,3 +94,26 @@ def test_a_sample_that_is_not_finite_adds_nothing(strategy: str) -> None:
     expected, _ = per_sample_loop(model, losses, (x[keep], ids[keep]), max_grad_norm=0.1)
     for name, grad in expected.items():
         torch.testing.assert_close(found.grads[name].double(), grad, rtol=1e-4, atol=1e-7)
+
+
+def test_the_step_sums_the_last_micro_batch(used: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pass over flat parameters, with the bits of two; micro-batches before the last are summed as they go."""
+    torch.manual_seed(0)
+    first = Network()
+    batches = [(torch.randn(4, 3, 5, 5), torch.arange(4)) for _ in range(2)]
+    found = []
+    for fused in (True, False):
+        if not fused:
+            monkeypatch.setattr(ops, "step_sums_stored", lambda grad_sum: False)
+        optimizer = pf.PrivateOptimizer(
+            copy.deepcopy(first), max_grad_norm=0.1, noise_multiplier=1.0, expected_batch_size=4.0, ema_decay=0.9,
+            strategy="store", noise_key=NoiseKey.from_seed(1),
+        )  # fmt: skip
+        used.clear()
+        for args in batches:
+            optimizer.accumulate(losses, args)
+        optimizer.step()
+        assert ("summed_private_step_" in used) == fused
+        found.append(optimizer.state_dict())
+    for name, tensor in found[0].items():
+        assert torch.equal(tensor, found[1][name]), name

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+import privimage_fast as pf
+from privimage_fast import ops
+from privimage_fast.dp import engine
 from privimage_fast.dp.noise import NoiseKey
 from privimage_fast.dp.optimizer import PrivateOptimizer, UpdateRule
+from privimage_fast.dp.planner import MemoryMeter
 
 
 def loss(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -92,6 +99,153 @@ def test_equals_torch_adam_with_ema_and_micro_batches() -> None:
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
     for e, found in zip(ema, optimizer.ema_state().values(), strict=True):
         torch.testing.assert_close(found, e, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the step sums the last micro-batch."""
+    monkeypatch.setattr(ops, "step_sums_stored", lambda grad_sum: True)
+
+
+class Mixed(nn.Module):
+    """Stored (convolution, biases, norm, embedding) and deferred (one position a sample) parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.table = nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.Embedding(3, 4)
+        self.out = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.first(x)).flatten(2).mean(2)
+        return self.out(h + self.table((x[:, 0, 0, 0] > 0).long()))
+
+
+def _mixed_batch(rows: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(rows, 1, 5, 5), torch.randn(rows)
+
+
+def _optimizers(strategy: str = "auto", **options: object) -> list[PrivateOptimizer]:
+    torch.manual_seed(0)
+    first = Mixed()
+    return [make(copy.deepcopy(first), noise_multiplier=1.0, ema_decay=0.9, strategy=strategy, **options) for _ in range(2)]
+
+
+@pytest.mark.parametrize("strategy", ["auto", "store", "gram"])
+@pytest.mark.parametrize("budget", [None, 2**30])
+def test_the_step_that_sums_has_the_bits_of_sum_then_step(
+    strategy: str, budget: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = _optimizers(strategy, memory_budget=budget)
+    for micro_batches in (1, 3, 0, 2):
+        batches = [_mixed_batch(4) for _ in range(micro_batches)]
+        for optimizer, fused in ((one, True), (two, False)):
+            monkeypatch.setattr(ops, "step_sums_stored", lambda grad_sum, fused=fused: fused)
+            for args in batches:
+                optimizer.accumulate(loss, args)
+            assert (optimizer._pending is not None) == (fused and micro_batches > 0)
+            optimizer.step()
+            assert optimizer._pending is None
+        for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_batch_in_parts_leaves_the_last_to_the_step(one_pass: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = engine.plan_for(Mixed(), loss, _mixed_batch(4), multiplicity=1)
+    monkeypatch.setattr(engine, "plan_for", lambda *args, **options: dataclasses.replace(plan, physical_batch_size=2))
+    whole, parts = _optimizers("store")
+    parts.memory_budget = 2**30
+    args = _mixed_batch(5)
+    for optimizer in (whole, parts):
+        optimizer.accumulate(loss, args)
+    assert parts._pending is not None and len(parts._pending.factors) == 1  # the fifth sample
+    torch.testing.assert_close(parts.grad_sum, whole.grad_sum)
+
+
+def test_whoever_reads_the_sum_finds_all_of_it(one_pass: None) -> None:
+    one, _ = _optimizers()
+    args = _mixed_batch(4)
+    one.accumulate(loss, args)
+    expected = pf.clipped_grad(one.module, loss, args, max_grad_norm=0.5).grads
+    for name, found in one.flat.views(one.grad_sum).items():
+        torch.testing.assert_close(found, expected[name])
+    assert one._pending is None
+    sums = one.grad_sum.clone()
+    assert torch.equal(one.grad_sum, sums)  # and it is summed once
+
+
+def test_discarding_forgets_what_is_not_summed_yet(one_pass: None) -> None:
+    one, two = _optimizers()
+    one.accumulate(loss, _mixed_batch(4))
+    one.accumulate(loss, _mixed_batch(4))
+    one.discard()
+    for optimizer in (one, two):
+        optimizer.step()
+    assert torch.equal(one.flat.data, two.flat.data)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_failed_micro_batch_adds_nothing_and_takes_nothing(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "step_sums_stored", lambda grad_sum: fused)
+    one, two = _optimizers()
+    args = _mixed_batch(4)
+    for optimizer in (one, two):
+        optimizer.accumulate(loss, args)
+    with pytest.raises(ValueError, match="one loss a row"):
+        one.accumulate(lambda *a: loss(*a).sum(), _mixed_batch(4))
+    for optimizer in (one, two):
+        optimizer.step()
+    assert torch.equal(one.flat.data, two.flat.data)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_failed_step_leaves_no_sums_to_the_next_batch(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample of both batches would count twice in one step."""
+    monkeypatch.setattr(ops, "step_sums_stored", lambda grad_sum: fused)
+    one, _ = _optimizers()
+    one.accumulate(loss, _mixed_batch(4))
+    before = one.flat.data.clone()
+    one.expected_batch_size = 0.0
+    with pytest.raises(ValueError, match="denominator"):
+        one.step()
+    assert torch.equal(one.flat.data, before)
+    assert one._pending is None and not one.grad_sum.any()
+
+
+def test_no_micro_batch_is_summed_inside_a_capture_made_after_it(one_pass: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each replay would add it once more."""
+    one, two = _optimizers()
+    args = _mixed_batch(4)
+    for optimizer in (one, two):
+        optimizer.accumulate(loss, args)
+    with monkeypatch.context() as m:
+        m.setattr(ops, "capturing", lambda t: True)
+        with pytest.raises(RuntimeError, match="every replay would add that once more"):
+            one.accumulate(loss, args)
+        with pytest.raises(RuntimeError, match="every replay would add that once more"):
+            _ = one.grad_sum
+    for optimizer in (one, two):
+        optimizer.step()
+    assert torch.equal(one.flat.data, two.flat.data)
+
+
+def test_what_waits_for_the_step_is_not_in_memory_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planned peaks hold: a micro-batch is summed before the next one's pass begins."""
+    peaks = []
+    for fused in (False, True):
+        monkeypatch.setattr(ops, "step_sums_stored", lambda grad_sum, fused=fused: fused)
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Conv2d(1, 64, 3), nn.Conv2d(64, 64, 3), nn.Flatten(), nn.Linear(64, 1))
+        optimizer = make(module, strategy="store")
+        batches = [_mixed_batch(8) for _ in range(3)]
+        optimizer.accumulate(loss, batches[0])  # the looks at rows are behind it
+        optimizer.step()
+        with MemoryMeter() as meter:
+            for args in batches:
+                optimizer.accumulate(loss, args)
+            optimizer.step()
+        peaks.append(meter.take())
+    assert peaks[0] > 8 * 4 * 64 * 64 * 9  # the stored gradients were seen
+    assert peaks[1] <= 1.01 * peaks[0]
 
 
 def test_state_resumes_and_holds_no_secret() -> None:

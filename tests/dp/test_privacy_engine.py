@@ -19,6 +19,8 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.data import DataLoader
 
 import privimage_fast as pf
+from privimage_fast import ops
+from privimage_fast.dp.dp_optimizer import GradientSums
 from privimage_fast.dp.ledger import Ledger, OverBudgetError
 
 
@@ -425,6 +427,51 @@ def test_an_error_between_charge_and_release_leaves_no_sums(monkeypatch: pytest.
             batch_step(module, optimizer, x, y)
     batch_step(module, optimizer, x, y)
     torch.testing.assert_close(gradient(module) * 8, expected_gradient(small_net(), x, y, 0.3), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("clipping", ["flat", "automatic", "adaptive", "per_layer"])
+@pytest.mark.parametrize(("physical", "double"), [(8, False), (3, False), (3, True)])
+def test_a_step_that_sums_the_last_batch_has_the_bits_of_sum_then_step(
+    clipping: str, physical: int, double: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU; ``double``: also where half of the parameters have no kernel."""
+    options: dict[str, Any] = {"max_grad_norm": [0.3] * 4} if clipping == "per_layer" else {}
+    if clipping == "adaptive":
+        options["unclipped_num_std"] = 1.3
+    taken: list[bool] = []
+    release = GradientSums.release
+
+    def watched(sums: GradientSums, *arguments: Any) -> None:
+        taken.append(arguments[-1] is not None)
+        release(sums, *arguments)
+
+    monkeypatch.setattr(GradientSums, "release", watched)
+    found = []
+    for fused in (True, False):
+        monkeypatch.setattr(ops, "step_sums_stored", lambda grad_sum, fused=fused: fused)
+        taken.clear()
+        module = small_net()
+        if double:
+            module[2].double()
+            module.insert(2, Widen())
+        module, optimizer, loader, _ = private(
+            module, data(), engine=pf.PrivacyEngine(secure=False, seed=1), clipping=clipping, noise_multiplier=1.0,
+            strategy="store", **options,
+        )  # fmt: skip
+        with pf.BatchMemoryManager(data_loader=loader, max_physical_batch_size=physical, optimizer=optimizer) as parts:
+            for x, y in parts:
+                batch_step(module, optimizer, x, y)
+        assert taken == [fused and clipping != "per_layer"] * 2
+        found.append(weights(module.double()))
+    if double:  # two dtypes in one weighted sum are summed by torch, in another order
+        torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+    else:
+        assert torch.equal(*found)
+
+
+class Widen(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.double()
 
 
 def test_a_bound_lowered_within_a_logical_batch_does_not_lower_its_noise(monkeypatch: pytest.MonkeyPatch) -> None:

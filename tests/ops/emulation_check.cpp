@@ -272,14 +272,17 @@ static bool run_ops() {
     c.factors = coef.get();
     emulated::clip_factors(c, nullptr);
     good &= coef.get()[2] == 0.5f;
-    const WeightedSumParams::Item item{sum.get(), reinterpret_cast<const float*>(stored.get()), n, 1, 1, n};
+    const WeightedSumParams::Item item{sum.get(), stored.get(), n, 1, 1, n};
     WeightedSumParams w;
     w.items = &item;
     w.num_items = 1;
     w.coef = coef.get();
     w.samples = 3;
     emulated::weighted_sum(w, nullptr);
-    for (int64_t offset : {0, 5}) {
+    // The same as a convolution's: 4 kernel offsets or as many as divide it.
+    const int64_t offsets = n == 1003 ? 17 : n == 7 ? 7 : n >= 8 ? 4 : 1;
+    const WeightedSumParams::Item planes{sum.get(), item.stored, n, n == 64 ? 2 : 1, offsets, n / offsets / (n == 64 ? 2 : 1)};
+    for (int64_t offset : {0, 5, 8, 11}) {
       Exact<float> param(n), first(n), second(n), ema(n), grad(n);
       for (float* t : {param.get(), first.get(), second.get(), ema.get()}) std::fill_n(t, n, 0.0f);
       PrivateStepParams p;
@@ -295,7 +298,12 @@ static bool run_ops() {
       p.optimizer = Optimizer::adam;
       p.lr = 0.1;
       p.eps = 1e-8;
-      emulated::private_step(p, nullptr);
+      w.items = &planes;
+      if (offset < 8) {
+        emulated::private_step(p, nullptr);
+      } else {
+        emulated::summed_step({p, w}, nullptr);
+      }
       for (int64_t i = 0; i < n; ++i) good &= std::isfinite(param.get()[i]) && param.get()[i] != 0 && sum.get()[i] == 0;
       Exact<ArmedStep> armed(1);
       p.armed = armed.get();

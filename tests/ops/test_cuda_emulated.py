@@ -350,10 +350,41 @@ def _everything() -> list[torch.Tensor]:
         *state, noise_std=1.0, denominator=2.0, key=bytes(32), step=1, rank=0, stream=1, optimizer="adam", lr=0.1,
         ema_decay=0.9, _device=STEP_DEVICE,
     )  # fmt: skip
+    stored = torch.randn(5, 3, 3, 4).movedim(-1, 2)
+    native.summed_private_step_(
+        *state, sums=[state[1][1:].view(3, 4, 3)], stored=[stored], coef=torch.rand(5), noise_std=1.0, denominator=2.0,
+        key=bytes(32), step=2, rank=0, stream=1, optimizer="adam", lr=0.1, ema_decay=0.9, _device=STEP_DEVICE,
+    )  # fmt: skip
     step = ops.ArmedStep(*state, optimizer="adam")
-    step.arm(noise_std=1.0, denominator=2.0, key=bytes(32), step=2, rank=0, stream=1, lr=0.1, ema_decay=0.9)
+    step.arm(noise_std=1.0, denominator=2.0, key=bytes(32), step=3, rank=0, stream=1, lr=0.1, ema_decay=0.9)
     step.launch()
     return [*found, out, *state]
+
+
+@pytest.mark.parametrize("samples", [1, 6])
+def test_sum_and_step_in_one_pass_have_the_bits_of_two(samples: int) -> None:
+    """Also where a block sums over many samples, and where a launch ends within a parameter (test_ops_step has the layouts)."""
+    shapes = [(8, 40, 3, 3), (8,), *[(2, 3)] * 70, (5, 33)]
+    stored = [torch.randn(samples, *s) for s in shapes]
+    stored[0] = stored[0].movedim(2, -1).contiguous().movedim(-1, 2)
+    coef = torch.rand(samples)
+    coef[samples // 2] = 0
+    n = sum(s[0].numel() for s in stored)
+    options = dict(
+        noise_std=1.0, denominator=2.0, key=bytes(32), step=1, rank=0, stream=1, optimizer="adam", lr=0.1, ema_decay=0.9,
+        offset=3, _device=STEP_DEVICE,
+    )  # fmt: skip
+    one = [torch.randn(n), torch.randn(n), torch.zeros(n), torch.zeros(n), torch.zeros(n)]
+    two = [t.clone() for t in one]
+
+    def views(flat: torch.Tensor) -> list[torch.Tensor]:
+        return [part.view(s) for part, s in zip(flat.split([s[0].numel() for s in stored]), shapes, strict=True)]
+
+    cuda.weighted_sum_(views(two[1]), stored, coef)
+    native.private_step_(*two, **options)
+    native.summed_private_step_(*one, sums=views(one[1]), stored=stored, coef=coef, **options)
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_the_order_of_threads_changes_no_bit(shuffled: Callable[[int], None]) -> None:

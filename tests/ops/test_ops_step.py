@@ -100,6 +100,8 @@ def test_a_sample_with_factor_zero_adds_nothing(isa: str, poison: float, device:
 
 
 def test_weighted_sum_errors() -> None:
+    with pytest.raises(TypeError, match=r"weighted_sum_: out\[0\] has dtype torch\.bfloat16, expected torch\.float32"):
+        ops.weighted_sum_(torch.zeros(4).bfloat16(), torch.zeros(2, 4), torch.ones(2))
     with pytest.raises(ValueError, match=r"weighted_sum_: shape of stored\[0\] is \(2, 3\), expected \(2, 4\)"):
         ops.weighted_sum_(torch.zeros(4), torch.zeros(2, 3), torch.ones(2))
     with pytest.raises(ValueError, match=r"weighted_sum_: length of stored is 1, expected 2"):
@@ -237,6 +239,116 @@ def test_float64_state_takes_native_noise() -> None:
     a.step(ops.private_step_, noise_std=1.0)
     b.step(reference.private_step_, noise_std=1.0)
     np.testing.assert_allclose(a.param, b.param, rtol=1e-13)
+
+
+# Parameters in flat order, each with what is stored of it: "rows" as torch lays it out, "channels" with channels innermost as
+# conv_weight_grad leaves it, "strange" in an order no kernel has; None: nothing is (its sum is there already).
+LAYOUTS: dict[str, list[tuple[tuple[int, ...], str | None]]] = {
+    "one": [((1,), "rows")],
+    "bias": [((7,), "rows")],
+    "convolution": [((5, 3, 3, 3), "channels")],
+    "mixed": [
+        ((3,), None), ((16, 5, 3, 3), "channels"), ((16,), "rows"), ((4, 6, 5), "channels"), ((2, 2), None), ((33, 31), "rows"),
+        ((0, 3), "rows"), ((9, 40), "strange"), ((1, 7, 1, 1), "channels"), ((2, 130, 4, 4), "channels"), ((11,), None),
+    ],
+    "wide": [((3, 301, 3, 3), "channels"), ((2, 5), "rows"), ((1, 4099, 2), "channels")],  # planes longer than a block's run
+    "small": [((3, 2, 2), "channels")] * 300,  # more than one launch takes, none of whole ChaCha20 blocks
+    "many": [((n % 5 + 1, n % 7 + 1), None if n % 11 == 3 else "rows") for n in range(200)],
+    "nothing": [((70,), None)],
+}  # fmt: skip
+
+
+def _summed(layout: str, samples: int) -> tuple[int, Any]:
+    """The number of elements, and what gives views of a flat tensor and what is stored for each."""
+    torch.manual_seed(len(layout))  # every third in bfloat16
+    shapes = LAYOUTS[layout]
+    stored = []
+    for shape, order in shapes:
+        if order == "channels":
+            stored.append(torch.randn(samples, shape[0], *shape[2:], shape[1]).movedim(-1, 2))
+        elif order == "strange":
+            stored.append(torch.randn(samples, *reversed(shape)).transpose(1, 2))
+        elif order:
+            stored.append(torch.randn(samples, *shape))
+    stored[::3] = [s.bfloat16() for s in stored[::3]]
+
+    def views(flat: torch.Tensor) -> list[torch.Tensor]:
+        parts = flat.split([math.prod(shape) for shape, _ in shapes])
+        return [part.view(shape) for (shape, order), part in zip(shapes, parts, strict=True) if order]
+
+    return sum(math.prod(shape) for shape, _ in shapes), (views, stored)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("optimizer", "offset", "samples"), [("adam", 0, 5), ("adamw", 8, 1), ("sgd", 5, 9), ("adam", 11, 0), ("sgd", 16, 4)]
+)
+def test_one_pass_has_the_bits_of_two(isa: str, device: str, layout: str, optimizer: str, offset: int, samples: int) -> None:
+    """Sum and step in one pass: whatever the layouts, the place in the noise, and what rejected samples hold."""
+    n, (views, stored) = _summed(layout, samples)
+    coef = torch.rand(samples)
+    if samples > 3:
+        coef[1] = coef[3] = 0
+        for s in stored:
+            s[1], s[3] = torch.nan, torch.inf
+    options = dict(
+        noise_std=1.5 if offset != 16 else 0.0, optimizer=optimizer, momentum=0.9 if samples < 9 else 0.0, weight_decay=0.01,
+        offset=offset, _device=device,
+    )  # fmt: skip
+    one, two = Flat(n), Flat(n)
+    for state in (one, two):
+        state.grad_sum.copy_(torch.linspace(-1, 1, n))
+    native.weighted_sum_(views(two.grad_sum), stored, coef, _device=device)
+    assert samples == 0 or not stored or not torch.equal(two.grad_sum, one.grad_sum)
+    two.step(native.private_step_, **options)
+    sums, kept = views(one.grad_sum)[::-1], stored[::-1]  # in whatever order they are given
+    one.step(native.summed_private_step_, sums=sums, stored=kept, coef=coef, **options)
+    for a, b in zip(one.all(), two.all(), strict=True):
+        assert torch.equal(a, b)
+    assert one.param.isfinite().all() and not one.grad_sum.any()
+
+
+@pytest.mark.parametrize("run", [ops.summed_private_step_, reference.summed_private_step_], ids=["ops", "reference"])
+def test_one_pass_is_the_sum_and_the_step(run: Any) -> None:
+    n, (views, stored) = _summed("mixed", 3)
+    coef = torch.tensor([0.5, 0.0, 2.0])
+    state, expected = Flat(n), Flat(n)
+    for s in (state, expected):
+        s.grad_sum.fill_(1.0)
+    for view, kept in zip(views(expected.grad_sum), stored, strict=True):
+        view += 0.5 * kept[0].float() + 2 * kept[2].float()
+    state.step(run, sums=views(state.grad_sum), stored=stored, coef=coef, optimizer="adam", noise_std=1.0)
+    expected.step(reference.private_step_, optimizer="adam", noise_std=1.0)
+    for got, want in zip(state.all(), expected.all(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_one_pass_takes_other_dtypes_in_two() -> None:
+    state, expected = Flat(40, torch.float64), Flat(40, torch.float64)
+    stored = torch.randn(3, 40, dtype=torch.float64)
+    state.step(ops.summed_private_step_, sums=[state.grad_sum], stored=[stored], coef=torch.ones(3), noise_std=1.0)
+    expected.grad_sum.copy_(stored.sum(0))
+    expected.step(reference.private_step_, noise_std=1.0)
+    torch.testing.assert_close(state.param, expected.param)
+
+
+@pytest.mark.parametrize("run", [ops.summed_private_step_, reference.summed_private_step_], ids=["ops", "reference"])
+def test_one_pass_refuses_sums_that_are_not_parts_of_grad_sum(run: Any) -> None:
+    state, coef = Flat(12), torch.ones(2)
+    flat = state.grad_sum
+    bad = {
+        r"sums\[0\] is elsewhere, expected a contiguous view of grad_sum": [torch.zeros(4)],
+        r"sums\[1\] is over another": [flat[:5], flat[4:8]],
+        r"sums\[0\] is elsewhere": [flat[::2]],
+        r"shape of stored\[0\]": [flat],
+    }
+    for message, sums in bad.items():
+        stored = [torch.zeros(2, *s.shape) if "shape" not in message else torch.zeros(2, 3) for s in sums]
+        with pytest.raises(ValueError, match="summed_private_step_: " + message):
+            state.step(run, sums=sums, stored=stored, coef=coef)
+    for a, b in zip(state.all(), Flat(12).all(), strict=True):
+        assert torch.equal(a, b)
 
 
 BAD_STEP: list[tuple[dict[str, Any], str]] = [

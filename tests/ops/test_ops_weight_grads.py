@@ -233,8 +233,14 @@ def test_type_errors() -> None:
     x, g, arguments = conv_case(3, 2, 8, 4, (6, 6), (3, 3), 1, 1)
     with pytest.raises(TypeError, match=r"conv_weight_grad: x has dtype torch\.int64"):
         ops.conv_weight_grad(x.long(), g, **arguments)
-    with pytest.raises(TypeError, match=r"conv_weight_grad: out has dtype torch\.bfloat16"):
-        ops.conv_weight_grad(x, g, out=torch.zeros(3, 4, 8, 3, 3, dtype=torch.bfloat16), **arguments)
+    with pytest.raises(TypeError, match=r"conv_weight_grad: out has dtype torch\.float16"):
+        ops.conv_weight_grad(x, g, out=torch.zeros(3, 4, 8, 3, 3, dtype=torch.float16), **arguments)
+    with pytest.raises(TypeError, match=r"bias_grad: out has dtype torch\.bfloat16"):
+        ops.bias_grad(g, channel_dim=1, multiplicity=2, out=torch.zeros(3, 4, dtype=torch.bfloat16))
+    with pytest.raises(TypeError, match=r"conv_weight_grad: store_dtype is torch\.float16, expected torch\.float32 or"):
+        ops.conv_weight_grad(x, g, store_dtype=torch.float16, **arguments)
+    with pytest.raises(TypeError, match=r"linear_weight_grad: store_dtype is torch\.float64"):
+        ops.linear_weight_grad(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), multiplicity=1, store_dtype=torch.float64)
     with pytest.raises(TypeError, match="linear_weight_grad: x is list"):
         ops.linear_weight_grad([1.0], torch.zeros(1, 1, 1), multiplicity=1)
     with pytest.raises(TypeError, match=r"embedding_grad: ids has dtype torch\.float32"):
