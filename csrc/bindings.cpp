@@ -19,6 +19,7 @@
 #include "chacha20.h"
 #include "gaussian.h"
 #include "kernels.h"
+#include "optimizer_step.h"
 
 namespace py = pybind11;
 using namespace privimage;
@@ -306,7 +307,7 @@ void private_step(const std::string& device, Address param, Address grad_sum, Ad
                   uint32_t stream, int64_t offset, double noise_std, double denominator, int optimizer, double lr,
                   double beta1, double beta2, double eps, double weight_decay, double momentum, double ema_decay,
                   int64_t optimizer_step, int num_threads, Address cuda_stream, const std::vector<SumItem>& items,
-                  Address coef, int64_t samples) {
+                  Address coef, int64_t samples, Address armed, const std::string& phase) {
   PrivateStepParams p;
   p.param = pointer<float>(param);
   p.grad_sum = pointer<float>(grad_sum);
@@ -328,6 +329,12 @@ void private_step(const std::string& device, Address param, Address grad_sum, Ad
   p.ema_decay = ema_decay;
   p.optimizer_step = optimizer_step;
   p.num_threads = num_threads;
+  p.armed = pointer<void>(armed);
+  void (*const nowhere)(const PrivateStepParams&) = [](const PrivateStepParams&) {  // only captured launches need it
+    throw std::runtime_error("private_step: a step on the CPU is not armed");
+  };
+  if (phase == "arm") return RUN_ON(device, p, nowhere, arm_step, cuda_stream);
+  if (phase == "spend") return RUN_ON(device, p, nowhere, spend_step, cuda_stream);
   if (items.empty()) return RUN_ON(device, p, cpu_kernels().private_step, private_step, cuda_stream);
   const auto list = sum_items(items);
   const SummedStepParams both{p, sum_params(list, coef, samples, num_threads)};
@@ -401,7 +408,8 @@ PYBIND11_MODULE(_C, m) {
         "ema"_a, "grad_out"_a, "size"_a, "key"_a, "step"_a, "rank"_a, "stream"_a, "offset"_a, "noise_std"_a,
         "denominator"_a, "optimizer"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "momentum"_a,
         "ema_decay"_a, "optimizer_step"_a, "num_threads"_a, "cuda_stream"_a, "items"_a = std::vector<SumItem>(),
-        "coef"_a = 0, "samples"_a = 0);
+        "coef"_a = 0, "samples"_a = 0, "armed"_a = 0, "phase"_a = "step");
+  m.attr("ARMED_STEP_BYTES") = sizeof(ArmedStep);
   m.def("build_info", &build_info);
 #ifdef PRIVIMAGE_WITH_CUDA
   m.def("cuda_problem", &cuda::problem);

@@ -161,6 +161,9 @@ struct PrivateStepParams {
   double lr = 0, beta1 = 0, beta2 = 0, eps = 0, weight_decay = 0, momentum = 0, ema_decay = 0;
   int64_t optimizer_step = 1;  // 1 at the first step, for the bias correction
   int num_threads = 1;
+  // CUDA only. Not null: an ArmedStep (optimizer_step.h) in device memory, from which the kernel takes the key, the step
+  // and all constants, instead of from here; so a launch that is captured in a graph can be replayed. Each use spends it.
+  void* armed = nullptr;
 };
 
 // weighted_sum and private_step in one pass on a GPU, with the bits of the two: the last micro-batch's sum never goes to
@@ -207,6 +210,8 @@ void embedding_grad(const EmbeddingGradParams& params, void* stream);
 void clip_factors(const ClipFactorsParams& params, void* stream);
 void weighted_sum(const WeightedSumParams& params, void* stream);
 void private_step(const PrivateStepParams& params, void* stream);
+void arm_step(const PrivateStepParams& params, void* stream);    // writes params.armed, for one private_step
+void spend_step(const PrivateStepParams& params, void* stream);  // a private_step with params.armed makes NaN from here on
 void summed_step(const SummedStepParams& params, void* stream);
 }  // namespace cuda
 #endif
@@ -220,6 +225,8 @@ void embedding_grad(const EmbeddingGradParams& params, void* stream);
 void clip_factors(const ClipFactorsParams& params, void* stream);
 void weighted_sum(const WeightedSumParams& params, void* stream);
 void private_step(const PrivateStepParams& params, void* stream);
+void arm_step(const PrivateStepParams& params, void* stream);    // writes params.armed, for one private_step
+void spend_step(const PrivateStepParams& params, void* stream);  // a private_step with params.armed makes NaN from here on
 void summed_step(const SummedStepParams& params, void* stream);
 }  // namespace emulated
 

@@ -16,6 +16,13 @@ struct StepConstants {
   float step_size, inv_sqrt_bias2, shrink;
 };
 
+// What changes from step to step, as a captured launch reads it from device memory.
+struct ArmedStep {
+  uint32_t key[8], stream, rank, step, unused;
+  StepConstants constants;
+};
+static_assert(sizeof(ArmedStep) % 8 == 0, "an array of words");
+
 static inline StepConstants step_constants(const PrivateStepParams& p) {
   StepConstants c{};
   c.noise_std = p.noise_std;

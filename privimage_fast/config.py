@@ -139,12 +139,15 @@ class RunConfig:
         public_seed: of the public classifier, initial weights and pre-training only; null takes `seed`. Runs with the same one
             can share them, and have distances on the same network.
         device: "auto", "cpu" or "cuda".
+        precision: in which networks are trained and sampled from: "float32", "bfloat16" (autocast), or "auto", which is bfloat16
+            on a GPU. Clipping and noise are always float32 or better.
     """
 
     out: str = "runs/run"
     seed: int = 0
     public_seed: int | None = None
     device: str = "auto"
+    precision: str = "auto"
     data: DataConfig = field(default_factory=DataConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     query: QueryConfig = field(default_factory=QueryConfig)
@@ -154,6 +157,10 @@ class RunConfig:
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"precision must be auto, float32 or bfloat16, found {self.precision!r}")
 
     def to_yaml(self) -> str:
         """YAML that :func:`load_yaml` reads back to an equal configuration."""

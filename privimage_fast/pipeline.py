@@ -53,7 +53,7 @@ from privimage_fast.stages.select import labels_per_class, run_select, selected_
 logger = logging.getLogger(__name__)
 
 # Keys that may change when a run folder is opened again: nothing that was trained or charged depends on them.
-_REOPENABLE = ("out", "device", "sample.", "evaluate.")
+_REOPENABLE = ("out", "device", "precision", "sample.", "evaluate.")
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,7 @@ class Run:
         self._given = {"public": public, "private": private, "test": test}
         self._semantic_function = semantic_function
         self.device = _device(config.device)
+        self.autocast = _autocast(config.precision, self.device)
 
     # ---- data
 
@@ -360,7 +361,7 @@ class Run:
         indices, labels = selected_subset(selection, self.public, self.private.label_names)
         run_pretrain(
             self.folder, c.pretrain, model=model, public=self.public, indices=indices, labels=labels, seed=self._public_seed,
-            device=self.device,
+            device=self.device, autocast=self.autocast,
         )  # fmt: skip
         if not (self.folder.samples / "before.png").exists():
             self._sheets_before(model.drawable, indices, labels)
@@ -370,7 +371,9 @@ class Run:
         """What the model draws, and what it was shown, before it has seen a sensitive image."""
         names = self.private.label_names
         wanted = np.repeat(np.arange(min(20, len(names))), 12)
-        before = draw(model, wanted, self.config.sample.sampler, seed=self.config.seed, device=self.device)
+        before = draw(
+            model, wanted, self.config.sample.sampler, seed=self.config.seed, device=self.device, autocast=self.autocast
+        )
         save_sheet(self.folder, "before", ImageSet(before, wanted, names, name="before"))
         if len(indices) and labels.max() < len(names):
             order = np.random.default_rng(self.config.seed).permutation(len(indices))
@@ -388,6 +391,7 @@ class Run:
             self.folder, c.finetune, model=model, private=self.private, population=c.privacy.population,
             target_epsilon=c.privacy.epsilon, delta=c.privacy.delta, ledger=self.ledger, noise_key=self.noise_key,
             randomness=OSRandom() if c.privacy.secure else SeededRandom(c.seed), seed=c.seed, device=self.device,
+            autocast=self.autocast,
         )  # fmt: skip
         save_pretrained(model.drawable, self.folder.model, class_names=self.private.label_names, run=self)
         return model
@@ -407,7 +411,7 @@ class Run:
         model, names, weights = load_pretrained(self.folder.model)
         return run_sample(
             self.folder, self.config.sample, model=model, class_names=names, weights=weights, seed=self.config.seed,
-            device=self.device,
+            device=self.device, autocast=self.autocast,
         )  # fmt: skip
 
     def evaluate(self) -> dict[str, Any] | None:
@@ -505,7 +509,8 @@ def _step_seconds(model: ImageModel, config: RunConfig, device: str, rows: int =
     sums = {name: torch.zeros_like(p) for name, p in private.module.named_parameters()}
 
     def draw() -> None:
-        model.drawable.draw(labels.to(device), sampler, random).sum().item()
+        noise = torch.randn(count, *model.drawable.latent_shape, generator=random)
+        model.drawable.draw(labels.to(device), sampler, noise.to(device)).sum().item()
 
     def public_step() -> None:
         on_device = (images.to(device), labels.to(device))
@@ -559,6 +564,12 @@ def _device(name: str) -> str:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError("device is cuda, but torch finds no CUDA device; use --device cpu, or see `privimage doctor`")
     return name
+
+
+def _autocast(precision: str, device: str) -> torch.dtype | None:
+    """What networks may compute in beside float32."""
+    low = precision == "bfloat16" or (precision == "auto" and torch.device(device).type == "cuda")
+    return torch.bfloat16 if low else None
 
 
 def _minutes(seconds: float) -> str:
@@ -660,9 +671,11 @@ class PrivImage:
             raise ValueError(f"labels must be {n} whole numbers in [0, {len(self._class_names)}), found {labels!r}")
         seed = self.config.seed if seed is None else seed
         size, device = self.config.sample.batch_size, _device(self.config.device)
+        autocast = _autocast(self.config.precision, device)
+        sampler = self.config.sample.sampler
         parts = [
-            draw(model, labels[start : start + size], self.config.sample.sampler, seed=seed, batch=i, device=device)
-            for i, start in enumerate(range(0, n, size))
+            draw(model, labels[start : start + size], sampler, seed=seed, first=start, device=device, autocast=autocast)
+            for start in range(0, n, size)
         ]
         return ImageSet(np.concatenate(parts), labels.astype(np.int64), self._class_names, name="synthetic")
 

@@ -79,9 +79,10 @@ def test_a_generated_row_does_not_depend_on_the_others() -> None:
     torch.testing.assert_close(together[:1], model.generator(z[:1], torch.tensor([0])), rtol=1e-5, atol=1e-6)
 
 
-def test_draws_are_fixed_by_the_generator() -> None:
+def test_draws_are_fixed_by_the_latents() -> None:
     model, labels = gan(), torch.tensor([0, 1, 2])
-    first, again, other = (model.drawable.draw(labels, None, secret(seed)) for seed in (1, 1, 2))
+    latents = [torch.randn(3, *model.drawable.latent_shape, generator=secret(seed)) for seed in (1, 1, 2)]
+    first, again, other = (model.drawable.draw(labels, None, z) for z in latents)
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
@@ -168,7 +169,7 @@ def test_training_on_two_shades_draws_them_by_class() -> None:
         shades = torch.tensor([-0.7, 0.7])[labels].view(-1, 1, 1, 1) + 0.05 * torch.randn(32, 1, 9, 9, generator=secret(step))
         training.step(shades, labels, secret(step), 2e-3)
     training.finish()
-    drawn = model.drawable.draw(labels, None, secret())
+    drawn = model.drawable.draw(labels, None, torch.randn(32, *model.drawable.latent_shape, generator=secret()))
     dark, bright = (float(drawn[labels == c].mean()) for c in (0, 1))
     assert dark < -0.4 and bright > 0.4
 

@@ -101,12 +101,13 @@ class Ideal(nn.Module):
 @pytest.mark.parametrize(("method", "steps", "tolerance"), [("heun", 40, 0.01), ("ddim", 400, 0.02)])
 def test_samplers_follow_the_exact_flow(method: str, steps: int, tolerance: float) -> None:
     labels = torch.tensor([0, 1] * 500)
-    images = sample(Ideal(), labels, SamplerConfig(method=method, steps=steps), torch.Generator().manual_seed(0))
+    latents = torch.randn(1000, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    images = sample(Ideal(), labels, SamplerConfig(method=method, steps=steps), latents, num_classes=2)
     for c, mean in ((0, -0.5), (1, 0.5)):
         own = images[labels == c]
         assert float(own.mean()) == pytest.approx(mean, abs=0.02)
         assert float(own.std()) == pytest.approx(0.3, abs=0.01)
-    start = torch.randn(1000, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 80
+    start = latents * 80
     mean = torch.tensor([-0.5, 0.5])[labels].view(-1, 1, 1, 1)
     exact = mean + (start - mean) * 0.3 / (0.3**2 + 80**2) ** 0.5
     assert float((images - exact).abs().max()) < tolerance * 4
@@ -114,9 +115,10 @@ def test_samplers_follow_the_exact_flow(method: str, steps: int, tolerance: floa
 
 def test_heun_is_second_order() -> None:
     labels = torch.zeros(50, dtype=torch.int64)
+    latents = torch.randn(50, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 
     def run(method: str, steps: int) -> Tensor:
-        return sample(Ideal(), labels, SamplerConfig(method=method, steps=steps), torch.Generator().manual_seed(0))
+        return sample(Ideal(), labels, SamplerConfig(method=method, steps=steps), latents, num_classes=2)
 
     exact = run("heun", 300)
     errors = [float((run("heun", n) - exact).norm()) for n in (16, 32)]
@@ -126,9 +128,9 @@ def test_heun_is_second_order() -> None:
 
 def test_guidance_extrapolates_from_the_empty_label() -> None:
     labels = torch.ones(400, dtype=torch.int64)
+    latents = torch.randn(400, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     means = [
-        float(sample(Ideal(), labels, SamplerConfig(steps=20, guidance=w), torch.Generator().manual_seed(0)).mean())
-        for w in (1.0, 3.0)
+        float(sample(Ideal(), labels, SamplerConfig(steps=20, guidance=w), latents, num_classes=2).mean()) for w in (1.0, 3.0)
     ]
     assert means[1] > means[0] + 0.5
 

@@ -165,16 +165,34 @@ def test_sampling_anew_costs_nothing(finished: Run) -> None:
 
 
 def test_each_charge_is_on_disk_before_its_batch_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
+    seen: list[Any] = []
 
     class Watching(finetune_module.PoissonSampler):
         def draw(self) -> np.ndarray:
             seen.append(Ledger.read(tmp_path / "a" / "ledger.jsonl").steps_charged("finetune"))
             return super().draw()
 
+    class Captured(finetune_module.CapturedStep):
+        def __init__(self, optimizer: Any, loss_fn: Any, stand_in: Any, **options: Any) -> None:
+            assert not seen and Ledger.read(tmp_path / "a" / "ledger.jsonl").steps_charged("finetune") == 0
+            private = finetune_module.to_float(torch.from_numpy(PRIVATE.images))
+            assert not any(torch.equal(row, image) for row in stand_in[0] for image in private)
+            super().__init__(optimizer, loss_fn, stand_in, **options)
+
+        def accumulate(self, *args: Any) -> Any:
+            seen.append("accumulate")
+            return super().accumulate(*args)
+
+        def step(self) -> None:
+            seen.append("step")
+            super().step()
+
     monkeypatch.setattr(finetune_module, "PoissonSampler", Watching)
+    monkeypatch.setattr(finetune_module, "CapturedStep", Captured)
     run_all(tmp_path / "a", test=None)
-    assert seen == list(range(1, STEPS + 1))
+    assert [s for s in seen if isinstance(s, int)] == list(range(1, STEPS + 1))
+    order = [s for s in seen if s != "accumulate"]
+    assert order == [s for number in range(1, STEPS + 1) for s in (number, "step")]
 
 
 def test_an_empty_draw_is_a_charged_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +267,7 @@ def test_loss_draws_come_from_the_secret_randomness(tmp_path: Path, monkeypatch:
     """Known draws, given to places in the batch, let one image move the gradients of all behind it."""
     made = []
     original = finetune_module.secret_generator
-    monkeypatch.setattr(finetune_module, "secret_generator", lambda randomness: made.append(original(randomness)) or made[-1])
+    monkeypatch.setattr(finetune_module, "secret_generator", lambda *a: made.append(original(*a)) or made[-1])
     run_all(tmp_path / "a", test=None)
     assert len({g.get_state().numpy().tobytes() for g in made}) == len(made) == STEPS  # fresh in every step
 
@@ -270,6 +288,11 @@ def test_the_whole_state_of_the_loss_draws_is_secret() -> None:
         return torch.rand(2000, generator=finetune_module.secret_generator(Bytes(last)))
 
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+    # On a GPU: a key of 64 bits, and a place that torch takes (a multiple of 4, far from the end).
+    states = {finetune_module.philox_state(OSRandom()).numpy().tobytes() for _ in range(20)}
+    places = {int.from_bytes(s[8:], "little") for s in states}
+    assert len(states) == len({s[:8] for s in states}) == len(places) == 20 and all(len(s) == 16 for s in states)
+    assert all(p % 4 == 0 and p < 2**62 for p in places) and max(places) > 2**57
     values = torch.rand(200_000, generator=finetune_module.secret_generator(OSRandom()))
     assert abs(float(values.mean()) - 0.5) < 0.005 and abs(float(values.var()) - 1 / 12) < 0.002
 
@@ -473,6 +496,7 @@ def test_unknown_keys_are_refused_with_the_nearest() -> None:
         ({"sample": {"formats": ["tar"]}}, "tar"),
         ({"sample": {"sampler": {"method": "euler"}}}, "heun or ddim"),
         ({"data": {"holdout": 1.0}}, "holdout"),
+        ({"precision": "fp8"}, "auto, float32 or bfloat16"),
     ],
 )
 def test_bad_values_name_the_key(values: dict, message: str) -> None:

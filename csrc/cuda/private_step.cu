@@ -86,8 +86,28 @@ static __device__ __forceinline__ void update_block(const PrivateStepParams& p, 
   }
 }
 
-template <Optimizer kOptimizer, bool kMomentum, bool kFours>
+// What a captured launch cannot hold. After one use the device memory is all NaN (spend_kernel), and so is what a step then makes.
+static __device__ __forceinline__ void take_armed(PrivateStepParams& p, StepConstants& c) {
+  const ArmedStep& armed = *static_cast<const ArmedStep*>(p.armed);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) p.noise.key[i] = armed.key[i];
+  p.noise.stream = armed.stream;
+  p.noise.rank = armed.rank;
+  p.noise.step = armed.step;
+  c = armed.constants;
+}
+
+// The value travels with the launch, so nothing on the host has to outlive it.
+__global__ void arm_kernel(ArmedStep* to, ArmedStep value) { *to = value; }
+
+// A launch of its own: blocks of a step run at different times, and each must find what the host armed.
+__global__ void spend_kernel(uint32_t* words) {
+  for (unsigned i = threadIdx.x; i < sizeof(ArmedStep) / sizeof *words; i += blockDim.x) words[i] = 0xffffffffu;
+}
+
+template <Optimizer kOptimizer, bool kMomentum, bool kFours, bool kArmed>
 __global__ void __launch_bounds__(kThreads) private_step_kernel(PrivateStepParams p, StepConstants c) {
+  if (kArmed) take_armed(p, c);
   const int64_t begin = p.noise.offset, end = begin + p.size;
   const int64_t last = (end + kNormalsPerBlock - 1) / kNormalsPerBlock;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
@@ -98,6 +118,10 @@ __global__ void __launch_bounds__(kThreads) private_step_kernel(PrivateStepParam
   }
 }
 
+void spend(const char* op, const PrivateStepParams& p, void* stream) {
+  LAUNCH(op, spend_kernel, 1, 32, 0, stream, static_cast<uint32_t*>(p.armed));
+}
+
 bool in_fours(const PrivateStepParams& p) {
   bool fours = p.noise.offset % kNormalsPerBlock == 0;
   for (const float* t : {p.param, p.grad_sum, p.exp_avg, p.exp_avg_sq, p.ema, p.grad_out})
@@ -105,16 +129,21 @@ bool in_fours(const PrivateStepParams& p) {
   return fours;
 }
 
+template <Optimizer kOptimizer, bool kMomentum, bool kFours>
+void launch_step(const char* op, const PrivateStepParams& p, void* stream) {
+  const unsigned grid = grid_for(p.size / kNormalsPerBlock + 2);  // an offset can add a block at either end
+  if (p.armed) {
+    LAUNCH(op, (private_step_kernel<kOptimizer, kMomentum, kFours, true>), grid, kThreads, 0, stream, p, StepConstants{});
+    spend(op, p, stream);
+  } else {
+    LAUNCH(op, (private_step_kernel<kOptimizer, kMomentum, kFours, false>), grid, kThreads, 0, stream, p, step_constants(p));
+  }
+}
+
 template <Optimizer kOptimizer, bool kMomentum>
 void run(const char* op, const PrivateStepParams& p, void* stream) {
-  const StepConstants c = step_constants(p);
-  const unsigned grid = grid_for(p.size / kNormalsPerBlock + 2);  // an offset can add a block at either end
-  const bool fours = in_fours(p);
-  if (fours) {
-    LAUNCH(op, (private_step_kernel<kOptimizer, kMomentum, true>), grid, kThreads, 0, stream, p, c);
-  } else {
-    LAUNCH(op, (private_step_kernel<kOptimizer, kMomentum, false>), grid, kThreads, 0, stream, p, c);
-  }
+  if (in_fours(p)) return launch_step<kOptimizer, kMomentum, true>(op, p, stream);
+  launch_step<kOptimizer, kMomentum, false>(op, p, stream);
 }
 
 // --- With the last micro-batch's sum -----------------------------------------------------------------------------------
@@ -248,6 +277,18 @@ void run(const char* op, const PrivateStepParams& step, const Params& p, void* s
 }
 
 }  // namespace
+
+void arm_step(const PrivateStepParams& p, void* stream) {
+  ArmedStep value{};
+  for (int i = 0; i < 8; ++i) value.key[i] = p.noise.key[i];
+  value.stream = p.noise.stream;
+  value.rank = p.noise.rank;
+  value.step = p.noise.step;
+  value.constants = step_constants(p);
+  LAUNCH(__func__, arm_kernel, 1, 1, 0, stream, static_cast<ArmedStep*>(p.armed), value);
+}
+
+void spend_step(const PrivateStepParams& p, void* stream) { spend(__func__, p, stream); }
 
 void private_step(const PrivateStepParams& p, void* stream) { run(__func__, p, p, stream); }
 void summed_step(const SummedStepParams& p, void* stream) { run(__func__, p.step, p, stream); }

@@ -114,7 +114,7 @@ def _accumulate_in_parts(
         module, loss_fn, args, multiplicity=multiplicity, strategy=strategy, memory_budget=memory_budget, store_dtype=store_dtype
     )
     if sample_weight is not None:
-        sample_weight = _checked_weight(sample_weight, samples)
+        sample_weight = checked_weight(sample_weight, samples)
     if plan.physical_batch_size >= samples:
         return _accumulate(module, loss_fn, args, sums, choose=plan.choice(), sample_weight=sample_weight, keep=keep, **options)
     before = {name: s.clone() for name, s in sums.items()}  # a later part may be refused
@@ -193,7 +193,7 @@ def _accumulate(
     with full_precision(losses.device):
         sq_norms = collector.total_sq_norms(losses.device)
         if sample_weight is not None:
-            sample_weight = _checked_weight(sample_weight, collector.samples)
+            sample_weight = checked_weight(sample_weight, collector.samples)
         factors = ops.clip_factors(sq_norms, max_grad_norm, sample_weight)
         pending = collector.add_deferred_to(sums, factors) if keep else collector.add_to(sums, factors)
     return sq_norms.sqrt(), losses.detach(), pending
@@ -262,7 +262,8 @@ def probe_rows(
         )  # fmt: skip
 
 
-def _checked_weight(sample_weight: Tensor, samples: int) -> Tensor:
+def checked_weight(sample_weight: Tensor, samples: int) -> Tensor:
+    """``sample_weight``, (samples,) of 0 and 1; ValueError for anything else."""
     if sample_weight.shape != (samples,):
         raise ValueError(f"sample_weight must have shape ({samples},), found {tuple(sample_weight.shape)}")
     if sample_weight.device.type == "cpu" and not ((sample_weight == 0) | (sample_weight == 1)).all():

@@ -183,6 +183,13 @@ class PrivateOptimizer:
             "ema_decay": self.ema_decay,
         }  # fmt: skip
 
+    def armed_step(self) -> ops.ArmedStep:
+        """:meth:`step` for a CUDA graph: give it :meth:`next_step` before each launch."""
+        return ops.ArmedStep(
+            self.flat.data, self.grad_sum, self.exp_avg, self.exp_avg_sq, self.ema, optimizer=self.update.name,
+            momentum=bool(self.update.momentum),
+        )  # fmt: skip
+
     def discard(self) -> None:
         """Forgets the micro-batches accumulated since the last step (after an interruption)."""
         self._pending = None

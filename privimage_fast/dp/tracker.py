@@ -163,7 +163,9 @@ class Tracker(TorchFunctionMode):
         self._batch = WeakIdKeyDictionary()
         self._derived = WeakIdKeyDictionary()  # tensor → True
         self._keys = WeakIdKeyDictionary()  # derived tensor that met the batch → its key
-        self.anchor = torch.zeros((), requires_grad=True)
+        # On the module's device: a copy to a GPU in every call would wait for it, and could not be captured.
+        device = next((p.device for p in self.parameters.values()), torch.device("cpu"))
+        self.anchor = torch.zeros((), requires_grad=True, device=device)
         with torch.enable_grad():
             self._anchor = self.anchor * 1  # not a leaf: the engine can be asked whether it will be reached
         self.calls = sink.calls

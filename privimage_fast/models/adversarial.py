@@ -62,6 +62,7 @@ class GAN(nn.Module):
     """Generator and discriminator; what is drawn from, and exported, is the generator."""
 
     default_multiplicity = 1
+    low_precision = False  # slopes of the gradient penalty, spectral norm
 
     def __init__(
         self, config: GANConfig, adversarial: AdversarialConfig, *, resolution: int, channels: int, num_classes: int
@@ -116,7 +117,8 @@ def real_and_fake(
     labels go to rows by their place, so ``random`` must be secret and fresh in DP-SGD, as for ``denoising_batch``.
     """
     images, labels = (t.to(generator.device).repeat_interleave(pairs, 0) for t in (images, labels))
-    dropped = torch.rand(len(labels), generator=random).to(generator.device) < label_dropout
+    drawn_on = None if random is None else random.device
+    dropped = torch.rand(len(labels), generator=random, device=drawn_on).to(generator.device) < label_dropout
     labels = torch.where(dropped, generator.num_classes, labels)
     fakes = generator(generator.latents(len(labels), random), labels)
     sign = torch.tensor([1.0, -1.0], device=generator.device).repeat(len(labels))

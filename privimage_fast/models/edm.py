@@ -5,6 +5,7 @@ Images are float in [−1, 1]. Equation numbers are those of "Elucidating the De
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from privimage_fast.models.replay import replayed
 from privimage_fast.models.training import AveragedAdam
 from privimage_fast.models.unet import UNet, UNetConfig
 
@@ -33,6 +35,7 @@ class Denoiser(nn.Module):
     """D(x; σ, label), eq. 7: c_skip·x + c_out·F(c_in·x, c_noise, label)."""
 
     default_multiplicity = 8
+    low_precision = True
 
     def __init__(self, unet: UNetConfig, edm: EDMConfig, *, resolution: int, channels: int, num_classes: int) -> None:
         super().__init__()
@@ -52,8 +55,12 @@ class Denoiser(nn.Module):
     def drawable(self) -> Denoiser:
         return self
 
-    def draw(self, labels: Tensor, options: SamplerConfig, random: torch.Generator) -> Tensor:
-        return sample(self, labels, options, random)
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        return self.channels, self.resolution, self.resolution
+
+    def draw(self, labels: Tensor, options: SamplerConfig, latents: Tensor) -> Tensor:
+        return sample(replayed(self), labels, options, latents, num_classes=self.num_classes)
 
     def network_evaluations(self, options: SamplerConfig) -> int:
         passes = 2 * options.steps - 1 if options.method == "heun" else options.steps
@@ -93,10 +100,12 @@ def denoising_batch(
     """
     images, labels = images.repeat_interleave(multiplicity, 0), labels.repeat_interleave(multiplicity, 0)
     rows = images.shape[0]
-    random = {"generator": generator, "device": images.device}
-    sigma = (edm.p_mean + edm.p_std * torch.randn(rows, **random)).exp()
-    dropped = torch.rand(rows, **random) < label_dropout
-    return DenoisingBatch(images, torch.randn(images.shape, **random), sigma, torch.where(dropped, num_classes, labels))
+    device = images.device
+    random = {"generator": generator, "device": device if generator is None else generator.device}
+    sigma = (edm.p_mean + edm.p_std * torch.randn(rows, **random)).exp().to(device)
+    dropped = (torch.rand(rows, **random) < label_dropout).to(device)
+    noise = torch.randn(images.shape, **random).to(device)
+    return DenoisingBatch(images, noise, sigma, torch.where(dropped, num_classes, labels))
 
 
 class DenoisingLoss:
@@ -193,29 +202,35 @@ def noise_levels(config: SamplerConfig) -> list[float]:
     return [(high + i / (config.steps - 1) * (low - high)) ** config.rho for i in range(config.steps)] + [0.0]
 
 
+# D(x (n, C, H, W), sigma (n,), labels (n,)) → denoised images.
+Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
 @torch.inference_mode()
-def sample(model: Denoiser, labels: Tensor, config: SamplerConfig, generator: torch.Generator) -> Tensor:
-    """labels (n,) int64 → images (n, C, H, W) float in about [−1, 1]; the generator's draws fix the result."""
+def sample(model: Denoise, labels: Tensor, config: SamplerConfig, latents: Tensor, *, num_classes: int) -> Tensor:
+    """labels (n,) int64 and latents (n, C, H, W) standard normal → images (n, C, H, W) float in about [−1, 1].
+
+    The flow itself is integrated in float32, whatever the model computes in.
+    """
     levels = noise_levels(config)
-    shape = (labels.shape[0], model.channels, model.resolution, model.resolution)
-    x = torch.randn(shape, generator=generator, device=generator.device).to(labels.device) * levels[0]
+    x = latents * levels[0]
     for now, then in pairwise(levels):
-        slope = (x - _guided(model, x, now, labels, config.guidance)) / now
+        slope = (x - _guided(model, x, now, labels, config.guidance, num_classes)) / now
         euler = x + (then - now) * slope
         if config.method == "heun" and then > 0:
-            ahead = (euler - _guided(model, euler, then, labels, config.guidance)) / then
+            ahead = (euler - _guided(model, euler, then, labels, config.guidance, num_classes)) / then
             x = x + (then - now) * (slope + ahead) / 2
         else:
             x = euler
     return x
 
 
-def _guided(model: Denoiser, x: Tensor, sigma: float, labels: Tensor, guidance: float) -> Tensor:
+def _guided(model: Denoise, x: Tensor, sigma: float, labels: Tensor, guidance: float, num_classes: int) -> Tensor:
     level = torch.full((x.shape[0],), sigma, device=x.device)
     denoised = model(x, level, labels)
     if guidance == 1:
         return denoised
-    free = model(x, level, torch.full_like(labels, model.num_classes))
+    free = model(x, level, torch.full_like(labels, num_classes))
     return free + guidance * (denoised - free)
 
 

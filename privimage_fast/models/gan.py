@@ -122,13 +122,18 @@ class Generator(nn.Module):
         return self.start.weight.device
 
     def latents(self, rows: int, random: torch.Generator | None) -> Tensor:
-        """(rows, latent) standard normal, drawn on the CPU, so that they are the same for every device."""
-        return torch.randn(rows, self.config.latent, generator=random).to(self.device)
+        """(rows, latent) standard normal, drawn on the generator's device."""
+        device = None if random is None else random.device
+        return torch.randn(rows, self.config.latent, generator=random, device=device).to(self.device)
 
     @torch.inference_mode()
-    def draw(self, labels: Tensor, options: object, random: torch.Generator) -> Tensor:
+    def draw(self, labels: Tensor, options: object, latents: Tensor) -> Tensor:
         """One forward pass; ``options`` (of the diffusion samplers) mean nothing here."""
-        return self(self.latents(labels.shape[0], random), labels)
+        return self(latents, labels)
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        return (self.config.latent,)
 
     def network_evaluations(self, options: object) -> int:
         return 1

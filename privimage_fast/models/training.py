@@ -19,8 +19,15 @@ class Drawable(Protocol):
     channels: int
     num_classes: int
 
-    def draw(self, labels: Tensor, options: Any, random: torch.Generator) -> Tensor:
-        """labels (n,) int64 → images (n, C, H, W) float in about [−1, 1]; the generator's draws fix the result."""
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Of what one image is drawn from."""
+
+    def draw(self, labels: Tensor, options: Any, latents: Tensor) -> Tensor:
+        """labels (n,) int64, latents (n, *latent_shape) standard normal → images (n, C, H, W) float in about [−1, 1].
+
+        An image depends on its own label and latents, and on nothing else.
+        """
 
     def network_evaluations(self, options: Any) -> int:
         """Forward passes that :meth:`draw` takes, for estimates of time."""
@@ -89,6 +96,7 @@ class ImageModel(Protocol):
     channels: int
     num_classes: int
     default_multiplicity: int  # of DP-SGD
+    low_precision: bool  # whether training bears bfloat16 autocast
 
     @property
     def drawable(self) -> Drawable: ...

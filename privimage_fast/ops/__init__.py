@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from privimage_fast.ops import checks, cuda, native, reference
+from privimage_fast.ops.armed import ArmedStep
 
 __all__ = [
-    "BuildInfo", "bias_grad", "build_info", "capturing", "chacha20_block", "clip_factors", "conv_clipped_sum", "conv_gram_norms",
-    "conv_weight_grad", "embedding_grad", "gaussian_noise", "group_norm_affine_grad", "has_cpu_kernel",
-    "has_cuda_kernel", "layer_norm_affine_grad", "linear_clipped_sum", "linear_gram_norms", "linear_weight_grad",
-    "linear_weight_grads", "private_step_", "step_sums_stored", "summed_private_step_", "tile_of", "weighted_sum_",
+    "ArmedStep", "BuildInfo", "bias_grad", "build_info", "capturing", "chacha20_block", "clip_factors",
+    "conv_clipped_sum", "conv_gram_norms", "conv_weight_grad", "embedding_grad", "gaussian_noise",
+    "group_norm_affine_grad", "has_cpu_kernel", "has_cuda_kernel", "layer_norm_affine_grad", "linear_clipped_sum",
+    "linear_gram_norms", "linear_weight_grad", "linear_weight_grads", "private_step_", "step_sums_stored",
+    "summed_private_step_", "tile_of", "weighted_sum_",
 ]  # fmt: skip
 
 P = ParamSpec("P")
@@ -156,8 +158,8 @@ class BuildInfo:
 
 
 _NOT_OPS = (
-    "BuildInfo", "build_info", "capturing", "conv_clipped_sum", "has_cpu_kernel", "has_cuda_kernel", "linear_clipped_sum",
-    "step_sums_stored", "tile_of",
+    "ArmedStep", "BuildInfo", "build_info", "capturing", "conv_clipped_sum", "has_cpu_kernel", "has_cuda_kernel",
+    "linear_clipped_sum", "step_sums_stored", "tile_of",
 )  # fmt: skip
 _OP_NAMES = tuple(name for name in __all__ if name not in _NOT_OPS)
 

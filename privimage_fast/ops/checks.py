@@ -207,7 +207,7 @@ def embedding_shape(
     require(num_embeddings >= 1, op, "num_embeddings", num_embeddings, "at least 1")
     require(padding_idx is None or 0 <= padding_idx < num_embeddings, op, "padding_idx", padding_idx,
             f"None or in [0, {num_embeddings})")  # fmt: skip
-    if ids.numel() and not ids.is_cuda:  # on a GPU this would wait for the device; there index_add_ asserts it
+    if ids.numel() and ids.device.type == "cpu":  # on a GPU this would wait for the device; there index_add_ asserts it
         low, high = int(ids.min()), int(ids.max())
         found, allowed = f"[{low}, {high}]", f"within [0, {num_embeddings})"
         require(0 <= low and high < num_embeddings, op, "range of ids", found, allowed)

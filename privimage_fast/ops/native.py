@@ -360,9 +360,10 @@ def weighted_sum_(
 
 def refuse_capture(op: str) -> None:
     """A captured launch keeps its step number: every replay would add the same noise, and two results would cancel it."""
-    if torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            f"{op} is being captured in a CUDA graph, whose replays would repeat its noise; call it after the graph"
+            f"{op} is being captured in a CUDA graph, whose replays would repeat its noise; call it outside of the graph (a step "
+            "that may be captured is ArmedStep.launch)"
         )
 
 

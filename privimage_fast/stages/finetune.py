@@ -21,6 +21,7 @@ from tqdm import tqdm
 from privimage_fast.data import ImageSet
 from privimage_fast.dp.accounting import DPSGDEvent, affordable_steps, solve_noise_multiplier
 from privimage_fast.dp.engine import check_per_sample
+from privimage_fast.dp.graphs import CapturedStep
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.dp.noise import NoiseKey
 from privimage_fast.dp.optimizer import PrivateOptimizer, UpdateRule
@@ -102,10 +103,12 @@ class FinetuneConfig:
 def run_finetune(
     folder: RunFolder, config: FinetuneConfig, *, model: ImageModel, private: ImageSet, population: int, target_epsilon: float,
     delta: float, ledger: Ledger, noise_key: NoiseKey, randomness: SecretRandom, seed: int, device: str = "cpu",
+    autocast: torch.dtype | None = None,
 ) -> None:  # fmt: skip
     """Fine-tunes ``model`` in place; leaves its released weights in it and in checkpoints/finetune.safetensors.
 
     σ is solved from what the ledger holds already, so the query is in it; an infinite ``target_epsilon`` trains without noise.
+    ``autocast``: dtype the network may compute in, if its family bears it; norms, sums and noise stay in float32 or better.
 
     Raises:
         RunError: a checkpoint of other settings, or one for which the ledger holds no charge.
@@ -140,8 +143,12 @@ def run_finetune(
             folder.budget, budget_record(config, population, target_epsilon, delta, noise_multiplier, steps, ledger)
         )
         check_rows(model, training)
-        physical = plan_finetune(model, config, optimizer.memory_budget).physical_batch_size
-        _train(folder, config, optimizer, training, physical, private, steps, event, ledger, randomness, stamp, seed, device)
+        autocast = autocast if model.low_precision else None
+        with torch.autocast(torch.device(device).type, autocast, enabled=autocast is not None):
+            physical = plan_finetune(model, config, optimizer.memory_budget).physical_batch_size
+        stand_in = _stand_in(model, training, physical)  # made-up images: none of the set is read for the capture
+        captured = CapturedStep(optimizer, training.loss, stand_in, autocast=autocast)
+        _train(folder, config, captured, training, private, steps, event, ledger, randomness, stamp, seed)
         training.finish(optimizer.ema_state())
         folder.save_tensors(path, model.state_dict(), {"fingerprint": stamp, "steps": optimizer.steps})
     progress_path.unlink(missing_ok=True)
@@ -221,33 +228,38 @@ def check_rows(model: ImageModel, training: PrivateTraining) -> None:
 
 
 def _train(
-    folder: RunFolder, config: FinetuneConfig, optimizer: PrivateOptimizer, training: PrivateTraining, physical: int,
-    private: ImageSet, steps: int, event: DPSGDEvent, ledger: Ledger, randomness: SecretRandom, stamp: str, seed: int,
-    device: str,
+    folder: RunFolder, config: FinetuneConfig, captured: CapturedStep, training: PrivateTraining, private: ImageSet, steps: int,
+    event: DPSGDEvent, ledger: Ledger, randomness: SecretRandom, stamp: str, seed: int,
 ) -> None:  # fmt: skip
+    optimizer = captured.optimizer
+    device = optimizer.flat.data.device
     sampler = PoissonSampler(len(private), event.sample_rate, randomness)
-    pixels, labels = torch.from_numpy(private.images), torch.from_numpy(private.labels)
+    pixels, labels = (torch.from_numpy(a).to(device) for a in (private.images, private.labels))
     path = folder.checkpoint("finetune-progress")
     progress = tqdm(range(optimizer.steps, steps), desc=STAGE, unit="step", initial=optimizer.steps, total=steps, leave=False)
     for step in progress:
         ledger.charge(event, stage=STAGE)  # before the batch is drawn
         # Noise levels, latents and label drops go to places in the batch. Were they known, an image more would shift those of all
         # later images, and the sum would change by far more than C; drawn in secret they are independent of who is in.
-        random = secret_generator(randomness)
-        for part in micro_batches(sampler.draw(), physical):
+        random = secret_generator(randomness, device)
+        for part in micro_batches(sampler.draw(), captured.samples):
             batch = training.batch(*_images(part, pixels, labels), random)
-            optimizer.accumulate(training.loss, [t.to(device) for t in batch], torch.from_numpy(part.weights).to(device))
+            captured.accumulate(batch, torch.from_numpy(part.weights))
         # A short run must not average over its own beginning; the schedule is a function of the step alone.
         optimizer.ema_decay = averaging_decay(config.ema_decay, step) if training.averages else 0.0
-        optimizer.step()
+        captured.step()
         training.after_step(step, seed)
         if (step + 1) % config.checkpoint_steps == 0 and step + 1 < steps:
             tensors = optimizer.state_dict() | prefixed("training/", training.state_dict())
             folder.save_tensors(path, tensors, {"fingerprint": stamp})
 
 
-def secret_generator(randomness: SecretRandom) -> torch.Generator:
+def secret_generator(randomness: SecretRandom, device: torch.device | str = "cpu") -> torch.Generator:
     """A torch generator whose whole state is secret; ``manual_seed`` would keep 32 bits of whatever it is given."""
+    if torch.device(device).type != "cpu":
+        generator = torch.Generator(device)
+        generator.set_state(philox_state(randomness))
+        return generator
     generator = torch.Generator()
     state = generator.get_state()
     fields = state.numpy()
@@ -258,10 +270,20 @@ def secret_generator(randomness: SecretRandom) -> torch.Generator:
     return generator
 
 
+def philox_state(randomness: SecretRandom) -> Tensor:
+    """State of torch's generator on GPUs, (16,) uint8: a key of 64 bits and the place it begins at, a multiple of 4 below 2⁶².
+
+    124 secret bits: fewer than in a Mersenne twister, and more than anybody can try.
+    """
+    key, place = np.frombuffer(randomness.random_bytes(16), dtype="<u8")
+    words = np.array([key, place >> np.uint64(2) << np.uint64(2) & np.uint64(2**62 - 1)], dtype="<u8")
+    return torch.from_numpy(words.view(np.uint8).copy())
+
+
 def _images(part: MicroBatch, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Images and labels of one micro-batch; padding is blank, so that no record's data stands in for it."""
-    blank = torch.from_numpy(part.indices < 0)
-    rows = torch.from_numpy(part.indices).clamp_min(0)
+    indices = torch.from_numpy(part.indices).to(pixels.device)
+    blank, rows = indices < 0, indices.clamp_min(0)
     return to_float(pixels[rows]).masked_fill(blank[:, None, None, None], 0.0), labels[rows].masked_fill(blank, 0)
 
 

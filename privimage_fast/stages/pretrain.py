@@ -46,11 +46,12 @@ class PretrainConfig:
 
 def run_pretrain(
     folder: RunFolder, config: PretrainConfig, *, model: ImageModel, public: ImageSet, indices: np.ndarray, labels: np.ndarray,
-    seed: int, device: str = "cpu",
+    seed: int, device: str = "cpu", autocast: torch.dtype | None = None,
 ) -> None:  # fmt: skip
     """Trains ``model`` in place and leaves its averaged weights in it and in checkpoints/pretrain.safetensors.
 
     Resumes from its last checkpoint; each step's randomness is a function of (seed, step), so the result is the same.
+    ``autocast``: dtype the network may compute in, if its family bears it.
     """
     subset = public.subset(indices) if len(indices) else None
     described = (set_fingerprint(subset), fingerprint(labels.tobytes())) if subset is not None else None
@@ -62,26 +63,28 @@ def run_pretrain(
         return
     with timed(folder, "pretrain", stamp):
         if subset is not None:
-            _train(folder, config, model, subset.images, labels, stamp, seed, device)
+            _train(folder, config, model, subset.images, labels, stamp, seed, device, autocast if model.low_precision else None)
         folder.save_tensors(path, model.state_dict(), {"fingerprint": stamp, "steps": config.steps if subset is not None else 0})
     progress_path.unlink(missing_ok=True)
 
 
 def _train(
     folder: RunFolder, config: PretrainConfig, model: ImageModel, images: np.ndarray, labels: np.ndarray, stamp: str, seed: int,
-    device: str,
+    device: str, autocast: torch.dtype | None,
 ) -> None:  # fmt: skip
     training = model.public_training(lr=config.lr, ema_decay=config.ema_decay, label_dropout=config.label_dropout)
     path = folder.checkpoint("pretrain-progress")
     start = _restore(folder, stamp, training) if path.exists() else 0
     saved = time.perf_counter()
-    pixels, targets = torch.from_numpy(images), torch.from_numpy(labels)
+    kind = torch.device(device).type
+    pixels, targets = (torch.from_numpy(a).to(device) for a in (images, labels))
     progress = tqdm(range(start, config.steps), desc="pretrain", unit="step", initial=start, total=config.steps, leave=False)
     for step in progress:
-        random = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        rows = torch.randint(len(images), (config.batch_size,), generator=random)
+        random = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+        rows = torch.randint(len(images), (config.batch_size,), generator=random, device=device)
         lr = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
-        loss = training.step(to_float(pixels[rows]), targets[rows], random, lr)
+        with torch.autocast(kind, autocast, enabled=autocast is not None):
+            loss = training.step(to_float(pixels[rows]), targets[rows], random, lr)
         if step % 20 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}")
         if time.perf_counter() - saved > config.checkpoint_seconds:

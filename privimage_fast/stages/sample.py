@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -45,9 +46,11 @@ class SampleConfig:
 
 def run_sample(
     folder: RunFolder, config: SampleConfig, *, model: Drawable, class_names: Sequence[str], weights: str, seed: int,
-    device: str = "cpu",
+    device: str = "cpu", autocast: torch.dtype | None = None,
 ) -> ImageSet:  # fmt: skip
     """Samples synthetic.npz (and the other formats) batch by batch; an interrupted run goes on with the next batch.
+
+    Image i follows from (seed, i), up to rounding, whatever the batch size. ``autocast``: dtype the network may compute in.
 
     ``weights`` names the state of the model (its fingerprint), so that samples of other weights are not taken for its own.
     """
@@ -63,7 +66,10 @@ def run_sample(
         for i, start in enumerate(tqdm(starts, desc="sample", unit="batch", leave=False)):
             path = parts / f"{i}.npy"
             if not path.exists():
-                part = draw(model, labels[start : start + config.batch_size], config.sampler, seed=seed, batch=i, device=device)
+                part = draw(
+                    model, labels[start : start + config.batch_size], config.sampler, seed=seed, first=start, device=device,
+                    autocast=autocast,
+                )  # fmt: skip
                 with atomic_path(path) as temporary, open(temporary, "wb") as handle:
                     np.save(handle, part)
             images.append(np.load(path))
@@ -79,12 +85,27 @@ def run_sample(
 
 
 def draw(
-    model: Drawable, labels: np.ndarray, config: SamplerConfig, *, seed: int, batch: int = 0, device: str = "cpu"
-) -> np.ndarray:
-    """uint8 NHWC images for labels (n,); (seed, batch) fixes them."""
+    model: Drawable, labels: np.ndarray, config: SamplerConfig, *, seed: int, first: int = 0, device: str = "cpu",
+    autocast: torch.dtype | None = None,
+) -> np.ndarray:  # fmt: skip
+    """uint8 NHWC images ``first``, ``first`` + 1, … of a seed, for labels (n,)."""
+    kind = torch.device(device).type
     model.eval().to(device)
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + batch)
-    return to_uint8(model.draw(torch.from_numpy(labels).to(device), config, generator)).cpu().numpy()
+    if kind == "cuda":
+        model.to(memory_format=torch.channels_last)
+    noise = latents(seed, range(first, first + len(labels)), model.latent_shape).to(device)
+    with torch.autocast(kind, autocast, enabled=autocast is not None, cache_enabled=False):
+        images = model.draw(torch.from_numpy(labels).to(device), config, noise)
+    return to_uint8(images.float()).cpu().numpy()
+
+
+def latents(seed: int, indices: Sequence[int], shape: tuple[int, ...]) -> torch.Tensor:
+    """(n, *shape) float32 standard normal: the row of index i is a function of (seed, i) alone."""
+    rows = np.empty((len(indices), math.prod(shape)), dtype=np.float32)
+    for row, i in zip(rows, indices, strict=True):
+        key = np.array([seed % 2**64, i], dtype=np.uint64)
+        np.random.Generator(np.random.Philox(key=key)).standard_normal(dtype=np.float32, out=row)
+    return torch.from_numpy(rows).view(-1, *shape)
 
 
 def save_sheet(folder: RunFolder, name: str, images: ImageSet) -> None:

@@ -10,8 +10,15 @@ from torch import Tensor, nn
 
 import privimage_fast as pf
 from privimage_fast import ops
+from privimage_fast.dp.graphs import CapturedStep
 from privimage_fast.dp.noise import NoiseKey
-from privimage_fast.dp.optimizer import PrivateOptimizer
+from privimage_fast.dp.optimizer import PrivateOptimizer, UpdateRule
+from privimage_fast.dp.sampling import OSRandom
+from privimage_fast.models.edm import Denoiser, DenoisingLoss, EDMConfig, SamplerConfig, denoising_batch
+from privimage_fast.models.replay import replayed
+from privimage_fast.models.unet import UNetConfig
+from privimage_fast.stages.finetune import secret_generator
+from privimage_fast.stages.sample import draw
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or not ops.build_info().cuda_built, reason="no GPU, or a build without CUDA kernels"
@@ -87,3 +94,68 @@ def test_a_step_follows_the_current_stream() -> None:
         )  # fmt: skip
     torch.cuda.synchronize()
     assert bool((param == -1).all())
+
+
+def denoiser() -> Denoiser:
+    torch.manual_seed(0)
+    unet = UNetConfig(base_channels=16, channel_mult=(1, 2), blocks=1, attention_levels=(1,), head_channels=16)
+    return Denoiser(unet, EDMConfig(), resolution=8, channels=3, num_classes=4).cuda()
+
+
+def noised(model: Denoiser, samples: int, seed: int) -> tuple[Tensor, ...]:
+    random = torch.Generator("cuda").manual_seed(seed)
+    images = torch.rand(samples, 3, 8, 8, device="cuda", generator=random)
+    labels = torch.arange(samples, device="cuda") % 4
+    return denoising_batch(
+        images, labels, edm=model.edm, num_classes=4, multiplicity=2, label_dropout=0.1, generator=random
+    ).args()  # fmt: skip
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_a_captured_step_is_the_eager_one(autocast: torch.dtype | None) -> None:
+    models = [denoiser(), denoiser()]
+    eager, other = (
+        PrivateOptimizer(
+            model, max_grad_norm=0.1, noise_multiplier=0.5, expected_batch_size=8, multiplicity=2, ema_decay=0.9,
+            update=UpdateRule("adam", lr=1e-3, eps=1e-3), noise_key=NoiseKey.from_seed(0),
+        )
+        for model in models
+    )  # fmt: skip
+    captured = CapturedStep(other, DenoisingLoss(2), noised(models[1], 8, 99), autocast=autocast, capture=True)
+    assert captured.captured and torch.equal(eager.flat.data, other.flat.data) and not other.grad_sum.any()
+    for step in range(3):
+        for part in range(2):
+            weight = torch.tensor([1.0] * 6 + [0.0] * 2 * part + [1.0] * 2 * (1 - part))
+            batch = noised(models[0], 8, 10 * step + part)
+            with torch.autocast("cuda", autocast, enabled=autocast is not None):
+                norms, _ = eager.accumulate(DenoisingLoss(2), batch, weight.cuda())
+            found, _ = captured.accumulate(batch, weight)
+            torch.testing.assert_close(found, norms, rtol=1e-3 if autocast is None else 5e-2, atol=1e-6)
+        eager.step()
+        captured.step()
+        torch.testing.assert_close(other.flat.data, eager.flat.data, rtol=0, atol=2e-4 if autocast is None else 2e-3)
+    captured._run_step()  # nobody armed it
+    assert bool(other.flat.data.isnan().all())
+
+
+def test_the_ordinary_step_cannot_be_captured() -> None:
+    state = [torch.zeros(8, device="cuda") for _ in range(5)]
+    with pytest.raises(RuntimeError, match="would repeat its noise"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        ops.private_step_(
+            *state, noise_std=1.0, denominator=1.0, key=bytes(32), step=1, rank=0, stream=1, optimizer="adam", lr=0.1
+        )  # fmt: skip
+
+
+def test_samples_from_a_graph_are_the_eager_ones() -> None:
+    model, config = denoiser(), SamplerConfig(steps=4)
+    labels = torch.arange(12).numpy() % 4
+    on_cpu = draw(denoiser().cpu(), labels, config, seed=1)
+    on_gpu = draw(model, labels, config, seed=1, device="cuda")
+    low = draw(model, labels, config, seed=1, device="cuda", autocast=torch.bfloat16)
+    assert replayed(model)._run is not None
+    assert abs(on_gpu.astype(int) - on_cpu).max() <= 2 and abs(low.astype(int) - on_cpu).mean() < 3
+
+
+def test_the_loss_draws_on_the_gpu_are_secret_and_fresh() -> None:
+    draws = [torch.rand(100_000, device="cuda", generator=secret_generator(OSRandom(), "cuda")) for _ in range(2)]
+    assert not torch.equal(*draws) and abs(float(draws[0].mean()) - 0.5) < 0.005

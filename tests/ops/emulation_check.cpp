@@ -11,6 +11,7 @@
 
 #include "../../csrc/cuda/mma.cuh"
 #include "../../csrc/cuda/reduce.cuh"
+#include "../../csrc/optimizer_step.h"
 
 using namespace privimage;
 using namespace privimage::emulated;
@@ -308,6 +309,14 @@ static bool run_ops() {
         emulated::summed_step({p, w}, nullptr);
       }
       for (int64_t i = 0; i < n; ++i) good &= std::isfinite(param.get()[i]) && param.get()[i] != 0 && sum.get()[i] == 0;
+      Exact<ArmedStep> armed(1);
+      p.armed = armed.get();
+      emulated::spend_step(p, nullptr);
+      for (bool usable : {true, false}) {  // the second time nobody arms it
+        if (usable) emulated::arm_step(p, nullptr);
+        emulated::private_step(p, nullptr);
+        for (int64_t i = 0; i < n; ++i) good &= std::isfinite(param.get()[i]) == usable;
+      }
     }
   }
   return good;

@@ -421,6 +421,9 @@ def _everything() -> list[torch.Tensor]:
         *state, sums=[state[1][1:].view(3, 4, 3)], stored=[stored], coef=torch.rand(5), noise_std=1.0, denominator=2.0,
         key=bytes(32), step=2, rank=0, stream=1, optimizer="adam", lr=0.1, ema_decay=0.9, _device=STEP_DEVICE,
     )  # fmt: skip
+    step = ops.ArmedStep(*state, optimizer="adam")
+    step.arm(noise_std=1.0, denominator=2.0, key=bytes(32), step=3, rank=0, stream=1, lr=0.1, ema_decay=0.9)
+    step.launch()
     return [*found, out, *state]
 
 
@@ -480,6 +483,7 @@ def test_a_driver_too_old_is_told_once_and_torch_takes_over(
 
 
 def test_a_step_in_a_cuda_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(
         RuntimeError, match="private_step_ is being captured in a CUDA graph, whose replays would repeat its noise"

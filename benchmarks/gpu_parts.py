@@ -1,0 +1,438 @@
+"""The parts of gpu.py: each checks or measures one thing and yields rows of a table as it gets them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from privimage_fast import ops
+from privimage_fast.dp.graphs import CapturedStep
+from privimage_fast.dp.optimizer import PrivateOptimizer, UpdateRule
+from privimage_fast.models.edm import Denoiser, DenoisingLoss, EDMConfig, SamplerConfig, denoising_batch
+from privimage_fast.models.unet import PRESETS, UNetConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+Row = dict[str, Any]
+TOY = UNetConfig(base_channels=8, channel_mult=(1,), blocks=1, attention_levels=())
+
+
+@dataclass
+class Machine:
+    """Where the script runs, how large its problems are, and how long it may take."""
+
+    device: torch.device
+    rehearsal: bool
+    seconds_left: float = 600.0
+
+    def __post_init__(self) -> None:
+        self._until = time.perf_counter() + self.seconds_left
+
+    def left(self) -> float:
+        return self._until - time.perf_counter()
+
+    def scale(self, real: int, toy: int) -> int:
+        return toy if self.rehearsal else real
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def seconds(self, run: Callable[[], Any], rounds: int = 9, repeat: int = 1) -> dict[str, float]:
+        """Median and quartiles of ``rounds`` timings of ``repeat`` calls, per call, after two that do not count."""
+        rounds, repeat = self.scale(rounds, 3), self.scale(repeat, 1)
+        times = []
+        for i in range(rounds + 2):
+            self.synchronize()
+            start = time.perf_counter()
+            for _ in range(repeat):
+                run()
+            self.synchronize()
+            if i >= 2:
+                times.append((time.perf_counter() - start) / repeat)
+        quarter = statistics.quantiles(times, n=4)
+        return {"median": statistics.median(times), "q1": quarter[0], "q3": quarter[2]}
+
+    def peak_bytes(self, run: Callable[[], Any]) -> int | None:
+        """Most memory in use at once while ``run`` runs; None where torch does not count it."""
+        if self.device.type != "cuda":
+            run()
+            return None
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+
+
+def attempt(row: Callable[[], Row], what: str) -> Row:
+    """The row, or what kept it from being measured; the others of its part still are."""
+    try:
+        return {"what": what, **row()}
+    except Exception as error:
+        return {"what": what, "failed": f"{type(error).__name__}: {error}"[:800]}
+
+
+# --- checks -------------------------------------------------------------------------------------------------------------
+
+
+def build(machine: Machine) -> Iterator[Row]:
+    """Every .cu compiled for this GPU with warnings as errors; registers and spills from ptxas."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        yield {"what": "nvcc", "failed": "not found"}
+        return
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"), key=lambda p: p.stat().st_size)
+    arch = "sm_90" if machine.rehearsal else "sm_{}{}".format(*torch.cuda.get_device_capability())
+    command = [nvcc, "-std=c++17", "-O3", f"-arch={arch}", "-fmad=false", "-Werror=all-warnings", "-Xptxas", "-v", "-c"]
+
+    def compile_one(source: Path) -> Row:
+        start = time.perf_counter()
+        done = subprocess.run([*command, str(source), "-o", os.devnull], capture_output=True, text=True, check=False)
+        report = done.stderr + done.stdout
+        if done.returncode:
+            raise RuntimeError(report[-500:])
+        used = [int(line.split("Used ")[1].split()[0]) for line in report.splitlines() if "Used " in line]
+        spilled = sum(" 0 bytes spill stores" not in line for line in report.splitlines() if "spill stores" in line)
+        return {"registers": max(used, default=0), "kernels that spill": spilled, "seconds": time.perf_counter() - start}
+
+    with ThreadPoolExecutor(machine.scale(os.cpu_count() or 1, 1)) as pool:
+        chosen = sources[: machine.scale(len(sources), 2)]
+        yield from pool.map(lambda source: attempt(lambda: compile_one(source), source.name), chosen)
+
+
+def tests(machine: Machine) -> Iterator[Row]:
+    """The kernel tests on the device instead of the emulation, and the step's own tests."""
+    chosen = ["tests/ops/test_cuda_emulated.py", "tests/ops/test_armed_step.py", "tests/dp/test_cuda_step.py"]
+    selection = (
+        ["-k", "clip_factors or spent"] if machine.rehearsal else ["-k", "not faulty and not past_the_end and not buffers"]
+    )
+    environment = {**os.environ, "PRIVIMAGE_TEST_DEVICE": machine.device.type}
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "--no-header", "-rf", *selection, *chosen]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        lines = [line.strip() for line in process.stdout]
+    for line in lines:
+        if line.startswith("FAILED"):
+            yield {"what": line.split()[1], "failed": line.partition(" - ")[2] or "see the test"}
+    summary = (lines or [""])[-1]
+    yield {"what": "pytest", "exit": process.returncode, "result": summary} | (
+        {} if process.returncode == 0 else {"failed": "\n".join(lines[-5:])}
+    )
+
+
+def sanitize(machine: Machine) -> Iterator[Row]:
+    """compute-sanitizer over every kernel on small, awkward shapes."""
+    if machine.rehearsal:
+        every_kernel(machine)
+        yield {"what": "compute-sanitizer", "result": "needs a GPU"}
+        return
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        yield {"what": "compute-sanitizer", "failed": "not found"}
+        return
+    checks = ("memcheck", "racecheck", "initcheck", "synccheck")
+    for i, check in enumerate(checks):
+        command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, str(ROOT / "benchmarks" / "gpu.py")]
+        may_take = machine.left() / (len(checks) - i)
+
+        def run(command: list[str] = command, may_take: float = may_take) -> Row:
+            done = subprocess.run(
+                [*command, "--every-kernel"], capture_output=True, text=True, timeout=may_take, check=False
+            )  # fmt: skip
+            if done.returncode:
+                raise RuntimeError((done.stdout + done.stderr)[-800:])
+            return {"result": "clean"}
+
+        yield attempt(run, check)
+
+
+def every_kernel(machine: Machine) -> None:
+    device = machine.device
+    convs = [(2, 2, 5, 7, 4, 3, 1), (1, 2, 72, 136, 5, 3, 1), (2, 1, 16, 16, 6, 3, 4), (1, 3, 8, 8, 9, 1, 1)]
+    for dtype in (torch.float32, torch.bfloat16):
+        for samples, k, c, p, size, kernel, groups in convs:
+            x = torch.randn(samples * k, c, size, size, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+            g = torch.randn(samples * k, p, size, size, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+            shape = dict(kernel_size=(kernel,) * 2, stride=(1, 1), padding=(kernel // 2,) * 2, dilation=(1, 1), groups=groups)
+            norms, stored = ops.conv_weight_grad(x, g, multiplicity=k, **shape)
+            ops.conv_weight_grad(x, g, multiplicity=k, store=False, **shape)
+            ops.conv_gram_norms(x, g, multiplicity=k, **shape)
+            assert stored is not None
+            ops.weighted_sum_(torch.zeros(stored.shape[1:], device=device), stored, ops.clip_factors(norms, 1.0))
+            ops.bias_grad(g, channel_dim=1, multiplicity=k)
+        t = torch.randn(4, 9, 11, device=device, dtype=dtype)
+        statistics_ = torch.rand(4, 9, device=device)
+        ops.layer_norm_affine_grad(t, t, statistics_, statistics_, multiplicity=2)
+        ids = torch.arange(36, device=device).view(4, 9) % 5
+        ops.embedding_grad(ids, t, num_embeddings=5, padding_idx=0, multiplicity=2)
+    state = [torch.zeros(1003, device=device) for _ in range(5)]
+    constants = {"noise_std": 1.0, "denominator": 1.0, "key": bytes(32), "rank": 0, "stream": 1, "lr": 0.1, "ema_decay": 0.9}
+    ops.private_step_(*state, step=1, optimizer="adam", **constants)
+    if ops.build_info().native:
+        armed = ops.ArmedStep(*state, optimizer="adam")
+        armed.arm(step=2, **constants)
+        armed.launch()
+    machine.synchronize()
+
+
+# --- measurements ---------------------------------------------------------------------------------------------------------
+
+
+def ceilings(machine: Machine) -> Iterator[Row]:
+    """What this device reaches: a bf16 matrix product and a copy."""
+    n = machine.scale(8192, 128)
+    a, b = (torch.randn(n, n, device=machine.device, dtype=torch.bfloat16) for _ in range(2))
+    took = machine.seconds(lambda: a @ b, repeat=10)
+    yield {"what": "bf16 GEMM", "TFLOP/s": 2 * n**3 / took["median"] / 1e12, **took}
+    size = machine.scale(1 << 30, 1 << 12)
+    source, target = (torch.zeros(size, device=machine.device, dtype=torch.uint8) for _ in range(2))
+    took = machine.seconds(lambda: target.copy_(source), repeat=10)
+    yield {"what": "copy", "GB/s": 2 * size / took["median"] / 1e9, **took}
+
+
+def kernels(machine: Machine) -> Iterator[Row]:
+    """The kernels as shares of those ceilings."""
+    gemm, copy = (row[unit] for row, unit in zip(ceilings(machine), ("TFLOP/s", "GB/s"), strict=True))
+    for channels, size, k, dtype in [
+        (64, 32, 8, torch.bfloat16), (128, 32, 8, torch.bfloat16), (256, 32, 8, torch.bfloat16), (256, 8, 8, torch.bfloat16),
+        (128, 32, 1, torch.bfloat16), (128, 32, 8, torch.float32),
+    ]:  # fmt: skip
+        for store in (True, False):
+            name = f"conv 3×3 {channels}→{channels} {size}×{size} K={k} {str(dtype)[6:]} {'stored' if store else 'norm only'}"
+            yield attempt(lambda: _conv(machine, channels, size, k, dtype, store, gemm), name)  # noqa: B023
+    yield attempt(lambda: _private_step(machine, copy), "noise + Adam + EMA")
+    yield attempt(lambda: _weighted_sum(machine, copy), "weighted sum")
+
+
+def _conv(machine: Machine, channels: int, size: int, k: int, dtype: torch.dtype, store: bool, gemm: float) -> Row:
+    c, side, samples = machine.scale(channels, 8), machine.scale(size, 4), machine.scale(32, 2)
+    x, g = (
+        torch.randn(samples * k, c, side, side, device=machine.device, dtype=dtype).to(memory_format=torch.channels_last)
+        for _ in range(2)
+    )
+    shape = dict(kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1, multiplicity=k)
+    took = machine.seconds(lambda: ops.conv_weight_grad(x, g, store=store, **shape), repeat=3)
+    rate = 2 * samples * k * side * side * c * c * 9 / took["median"] / 1e12
+    return {"TFLOP/s": rate, "share of GEMM": rate / gemm, **took}
+
+
+def _private_step(machine: Machine, copy: float) -> Row:
+    n = machine.scale(80_000_000, 1000)
+    state = [torch.zeros(n, device=machine.device) for _ in range(5)]
+    count = iter(range(1, 1 << 20))
+    took = machine.seconds(
+        lambda: ops.private_step_(
+            *state, noise_std=1.0, denominator=1.0, key=bytes(32), step=next(count), rank=0, stream=1, optimizer="adam", lr=1e-3,
+            ema_decay=0.9,
+        ), repeat=3,
+    )  # fmt: skip
+    rate = 10 * 4 * n / took["median"] / 1e9  # five arrays read, five written
+    return {"GB/s": rate, "share of copy": rate / copy, **took}
+
+
+def _weighted_sum(machine: Machine, copy: float) -> Row:
+    n = machine.scale(10_000_000, 125)
+    stored, out = torch.zeros(machine.scale(64, 2), n, device=machine.device), torch.zeros(n, device=machine.device)
+    coef = torch.ones(stored.shape[0], device=machine.device)
+    took = machine.seconds(lambda: ops.weighted_sum_(out, stored, coef), repeat=3)
+    rate = 4 * stored.numel() / took["median"] / 1e9
+    return {"GB/s": rate, "share of copy": rate / copy, **took}
+
+
+def network(machine: Machine, config: UNetConfig, samples: int, multiplicity: int) -> tuple[Any, tuple[Any, ...], DenoisingLoss]:
+    torch.manual_seed(0)
+    size = machine.scale(32, 8)
+    model = Denoiser(config, EDMConfig(), resolution=size, channels=3, num_classes=10)
+    model = model.to(machine.device).to(memory_format=torch.channels_last)
+    images = torch.rand(samples, 3, size, size, device=machine.device) * 2 - 1
+    labels = torch.arange(samples, device=machine.device) % 10
+    batch = denoising_batch(
+        images, labels, edm=model.edm, num_classes=10, multiplicity=multiplicity, label_dropout=0.1, generator=None
+    )
+    return model, batch.args(), DenoisingLoss(multiplicity)
+
+
+STEPS = ("plain", "plain compiled", "DP", "DP captured", "DP captured, compiled model")
+
+
+def steps(machine: Machine) -> Iterator[Row]:
+    """DP step ÷ plain step, 3.7 M U-Net in bf16: plain eager and compiled; DP eager, in CUDA graphs, of a compiled model."""
+    for k, rows in ((8, 4096), (1, 1024)):
+        taken: dict[str, float] = {}
+        for kind in STEPS:
+            if kind == "plain compiled" and machine.rehearsal:
+                continue  # compiles for a minute
+            row = attempt(lambda: _step(machine, kind, k, machine.scale(rows // k, 2)), f"{kind}, K={k}")  # noqa: B023
+            if "median" in row:
+                taken[kind] = row["median"]
+                for plain in ("plain", "plain compiled"):
+                    if plain in taken and plain != kind:
+                        row[f"÷ {plain}"] = taken[kind] / taken[plain]
+            yield row
+            if machine.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def _step(machine: Machine, kind: str, k: int, samples: int) -> Row:
+    model, args, loss_fn = network(machine, TOY if machine.rehearsal else PRESETS["large"], samples, k)
+    more: Row = {}
+    if "compiled" in kind:
+        model.compile()
+    if kind.startswith("DP"):
+        private = PrivateOptimizer(
+            model, max_grad_norm=1e-3, noise_multiplier=1.0, expected_batch_size=samples, multiplicity=k,
+            update=UpdateRule("adam", lr=1e-4), ema_decay=0.999,
+        )  # fmt: skip
+        if "captured" in kind:
+            captured = CapturedStep(private, loss_fn, args, autocast=torch.bfloat16)
+            more["captured"] = captured.captured
+
+            def run() -> None:
+                captured.accumulate(args)
+                captured.step()
+        else:
+
+            def run() -> None:
+                with torch.autocast(machine.device.type, torch.bfloat16):
+                    private.accumulate(loss_fn, args)
+                private.step()
+    else:
+        plain = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
+
+        def run() -> None:
+            plain.zero_grad(set_to_none=True)
+            with torch.autocast(machine.device.type, torch.bfloat16):
+                losses = loss_fn(model, *args)
+            losses.sum().backward()
+            plain.step()
+
+    took = machine.seconds(run, rounds=7)
+    return {"rows/s": samples * k / took["median"], **took, "peak bytes": machine.peak_bytes(run), **more}
+
+
+def memory(machine: Machine) -> Iterator[Row]:
+    """An 80 M U-Net at K=8: the memory and time of a logical batch of 4,096 images, from a few of its micro-batches."""
+    config = UNetConfig(base_channels=128, channel_mult=(2, 2, 2), blocks=4, attention_levels=(1,), head_channels=64)
+    logical, samples = machine.scale(4096, 4), machine.scale(32, 2)
+    model, args, loss_fn = network(machine, TOY if machine.rehearsal else config, samples, 8)
+    size = sum(p.numel() for p in model.parameters())
+    budget = machine.scale(6 << 30, 1 << 30)
+    optimizer = PrivateOptimizer(
+        model, max_grad_norm=1e-3, noise_multiplier=1.0, expected_batch_size=logical, multiplicity=8, memory_budget=budget
+    )
+
+    def accumulate() -> None:
+        with torch.autocast(machine.device.type, torch.bfloat16):
+            optimizer.accumulate(loss_fn, args)
+
+    def run() -> None:
+        for _ in range(2):
+            accumulate()
+        optimizer.step()
+
+    name = f"U-Net of {size / 1e6:.0f} M parameters, logical batch {logical}, K=8"
+    peak = machine.peak_bytes(run)
+    took = machine.seconds(accumulate, rounds=3)["median"] * logical / samples
+    yield {"what": name, "peak bytes": peak, "GiB": None if peak is None else peak / 2**30, "budget": budget, "seconds": took}
+
+
+def sampling(machine: Machine) -> Iterator[Row]:
+    """Images a second from the 3.7 M U-Net with 18 Heun steps: bf16 from a CUDA graph, and float32."""
+    from privimage_fast.stages.sample import draw
+
+    for name, low in (("bfloat16", torch.bfloat16), ("float32", None)):
+        count = machine.scale(2000, 4)
+        model, _, _ = network(machine, TOY if machine.rehearsal else PRESETS["large"], 2, 1)
+        options = {"seed": 0, "device": machine.device.type, "autocast": low}
+        labels = np.arange(count) % 10
+
+        def run(model: Any = model, options: Any = options, labels: Any = labels) -> None:
+            draw(model, labels, SamplerConfig(steps=machine.scale(18, 2)), **options)
+
+        yield attempt(lambda: {"images/s": count / (took := machine.seconds(run, rounds=3))["median"], **took}, name)  # noqa: B023
+
+
+# The whole method on 60,000 grey images of 28 × 28: 25 epochs. The published 150 take six times its fine-tuning.
+JOB: dict[str, Any] = {
+    "data": {"resolution": 28, "channels": 1},
+    "privacy": {"epsilon": 10.0, "delta": 1e-5},
+    "query": {"classifier": {"epochs": 2}},
+    "model": {"preset": "large"},
+    "pretrain": {"steps": 3000, "batch_size": 512},
+    "finetune": {
+        "steps": 366, "batch_size": 4096, "multiplicity": 8, "physical_batch_size": 512, "memory_budget_mib": 40_000,
+        "checkpoint_steps": 100,
+    },
+    "sample": {"per_class": 6000, "batch_size": 2000},
+}  # fmt: skip
+TOY_JOB: dict[str, Any] = {
+    "data": {"resolution": 8, "channels": 1},
+    "privacy": {"epsilon": 10.0, "delta": 1e-3},
+    "query": {"classifier": {"width": 8, "epochs": 1, "batch_size": 32}},
+    "model": {"preset": "custom", "unet": {"base_channels": 8, "channel_mult": [1], "blocks": 1, "attention_levels": []}},
+    "pretrain": {"steps": 4, "batch_size": 8},
+    "finetune": {"steps": 4, "batch_size": 8, "multiplicity": 2, "physical_batch_size": 8},
+    "sample": {"per_class": 10, "batch_size": 10, "sampler": {"steps": 3}},
+}
+
+
+def job(machine: Machine, share: float = 0.1) -> Iterator[Row]:
+    """The whole method on images in the shape of Fashion-MNIST: ``share`` of its steps and samples, and all of it from that.
+
+    Start-up, planning and capture are not a matter of steps, so the whole is estimated too long rather than too short.
+    """
+    from privimage_fast.config import build_config  # late, as the pipeline: every part's process would wait for them
+    from privimage_fast.data import ImageSet
+    from privimage_fast.pipeline import Run
+
+    settings = {name: dict(section) for name, section in (TOY_JOB if machine.rehearsal else JOB).items()}
+    for section, key in (("pretrain", "steps"), ("finetune", "steps"), ("sample", "per_class")):
+        settings[section][key] = max(1, round(share * settings[section][key]))
+    side, whole = settings["data"]["resolution"], 0.0
+    private, public = (
+        ImageSet(*made_up_images(machine.scale(60_000, 60), side, classes), names)
+        for classes, names in ((10, tuple("0123456789")), (26, tuple("abcdefghijklmnopqrstuvwxyz")))
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        config = build_config({**settings, "out": f"{folder}/run", "device": machine.device.type})
+        run = Run(config, public=public, private=private)
+        with run.opened(resume=False):
+            for stage in ("query", "select", "pretrain", "finetune", "sample"):
+                start = time.perf_counter()
+                getattr(run, stage)()
+                machine.synchronize()
+                seconds = time.perf_counter() - start
+                scaled = seconds / share if stage in ("pretrain", "finetune", "sample") else seconds
+                whole += scaled
+                yield {"what": stage, "seconds": seconds, "of the whole": scaled}
+    yield {"what": "the whole job", "share that was run": share, "of the whole": whole}
+
+
+def made_up_images(count: int, side: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images (n, side, side, 1) uint8, a bright row on noise, and labels (n,): the row's place."""
+    random = np.random.default_rng(0)
+    labels = np.arange(count) % classes
+    images = random.integers(0, 90, (count, side, side, 1), dtype=np.uint8)
+    images[np.arange(count), labels % side] += 120
+    return images, labels
+
+
+PARTS: dict[str, Callable[..., Iterator[Row]]] = {
+    "tests": tests, "ceilings": ceilings, "kernels": kernels, "steps": steps, "memory": memory, "sampling": sampling, "job": job,
+    "sanitize": sanitize, "build": build,
+}  # fmt: skip

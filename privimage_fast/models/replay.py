@@ -1,0 +1,76 @@
+"""A network's forward pass replayed from a CUDA graph: for sampling, which calls it dozens of times with one shape."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+
+from privimage_fast.dp.graphs import record
+
+logger = logging.getLogger(__name__)
+
+
+class Replayed:
+    """``module(*tensors)`` without gradients, recorded for the first shape it is called with; other shapes run eagerly.
+
+    A recording holds as much memory as a forward pass takes, until the module is gone.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = ref(module)
+        self._key: Any = None
+        self._inputs: list[Tensor] = []
+        self._run: Any = None
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        module, device = self._module(), tensors[0].device
+        assert module is not None
+        # What a graph has frozen: shapes, whether autocast was on, and where the weights lie.
+        key = (
+            [(t.shape, t.dtype, t.stride()) for t in tensors], torch.is_autocast_enabled(device.type),
+            torch.get_autocast_dtype(device.type), module.training, [p.data_ptr() for p in module.parameters()],
+        )  # fmt: skip
+        if self._key is None:
+            self._key = key
+            self._inputs = [t.clone() for t in tensors]
+            try:
+                self._run = record(self._forward, device, warm_up=self._warm_up)
+            except RuntimeError as error:
+                logger.warning("the network is sampled from without a CUDA graph, which is slower: %s", error)
+        if self._run is None or key != self._key:
+            return module(*tensors)
+        for to, given in zip(self._inputs, tensors, strict=True):
+            to.copy_(given)
+        return self._run().clone()  # the next replay overwrites it
+
+    def _warm_up(self) -> None:
+        for _ in range(3):  # libraries choose algorithms and workspaces
+            self._forward()
+
+    def _forward(self) -> Tensor:
+        module, kind = self._module(), self._inputs[0].device.type
+        assert module is not None
+        # No cache of cast weights: it is emptied where autocast ends, and the graph would go on reading it.
+        with torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False):
+            return module(*self._inputs)
+
+
+_recordings: WeakKeyDictionary[nn.Module, Replayed] = WeakKeyDictionary()
+
+
+def replayed(module: nn.Module) -> Any:
+    """``module``, or on a GPU its recording, kept as long as the module."""
+    first = next(module.parameters(), None)
+    if first is None or not _on_gpu(first.device):
+        return module
+    if module not in _recordings:
+        _recordings[module] = Replayed(module)
+    return _recordings[module]
+
+
+def _on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"

@@ -1,0 +1,145 @@
+"""Sampling: an image follows from the seed and its number alone, in any batch and, nearly, in any precision."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from privimage_fast.models import replay
+from privimage_fast.models.edm import Denoiser, EDMConfig, SamplerConfig
+from privimage_fast.models.gan import PRESETS, Generator
+from privimage_fast.models.unet import UNetConfig
+from privimage_fast.stages.sample import draw, latents
+
+LABELS = np.arange(12) % 3
+
+
+def denoiser() -> Denoiser:
+    torch.manual_seed(0)
+    unet = UNetConfig(base_channels=8, channel_mult=(1, 2), blocks=1, attention_levels=(1,), head_channels=8)
+    model = Denoiser(unet, EDMConfig(), resolution=8, channels=1, num_classes=3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn(p.shape)
+    return model
+
+
+def in_batches(model: Any, size: int, **options: Any) -> np.ndarray:
+    parts = [
+        draw(model, LABELS[i : i + size], SamplerConfig(steps=4), seed=3, first=i, **options) for i in range(0, len(LABELS), size)
+    ]
+    return np.concatenate(parts).astype(int)
+
+
+@pytest.mark.parametrize("family", ["diffusion", "gan"])
+def test_images_do_not_depend_on_the_batch_size(family: str) -> None:
+    model = denoiser() if family == "diffusion" else Generator(PRESETS["small"], resolution=8, channels=1, num_classes=3)
+    whole = in_batches(model, 12)
+    assert len(np.unique(whole.reshape(12, -1), axis=0)) == 12
+    for size in (1, 5):
+        assert np.abs(in_batches(model, size) - whole).max() <= 1  # of 255: sums round differently
+
+
+def test_bfloat16_images_are_the_float32_ones_to_within_rounding() -> None:
+    exact, low = in_batches(denoiser(), 12), in_batches(denoiser(), 12, autocast=torch.bfloat16)
+    assert (exact != low).any()
+    difference = np.abs(exact - low)
+    assert difference.mean() < 2.0 and difference.max() < 40 and exact.std() > 20
+
+
+def test_latents_are_normal_and_follow_from_seed_and_number() -> None:
+    some = latents(7, range(1000), (2, 5, 5))
+    assert some.shape == (1000, 2, 5, 5) and some.dtype == torch.float32
+    assert float(some.mean()) == pytest.approx(0, abs=0.02) and float(some.std()) == pytest.approx(1, abs=0.02)
+    assert torch.equal(latents(7, [3, 998], (2, 5, 5)), some[[3, 998]])
+    assert not torch.equal(latents(8, [3], (2, 5, 5)), some[3:4])
+    assert latents(-1, [0], (4,)).shape == (1, 4)
+    assert len(torch.unique(some.flatten(1), dim=0)) == 1000
+
+
+# --- the recording, with the capture itself replaced ---------------------------------------------------------------------
+
+
+class Graph:
+    """Stands in for a CUDA graph: it knows the tensors of the moment of capture only, and its memory is its own."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def record(self, run: Callable[[], Tensor], device: torch.device, *, warm_up: Callable[[], None]) -> Callable[[], Tensor]:
+        warm_up()
+        result = run().clone()
+
+        def replay() -> Tensor:
+            self.replays += 1
+            return result.copy_(run())
+
+        return replay
+
+
+@pytest.fixture
+def graph(monkeypatch: pytest.MonkeyPatch) -> Graph:
+    graph = Graph()
+    monkeypatch.setattr(replay, "record", graph.record)
+    monkeypatch.setattr(replay, "_on_gpu", lambda device: True)
+    return graph
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_a_recording_draws_the_same_images(graph: Graph, guidance: float, autocast: torch.dtype | None) -> None:
+    """A smaller last batch runs eagerly; guidance needs two results of the network at once."""
+    config = SamplerConfig(steps=3, guidance=guidance)
+    expected = denoiser()
+    recorded, options = denoiser(), {"seed": 1, "autocast": autocast}
+    for first, count in ((0, 8), (8, 8), (16, 3)):
+        labels = np.arange(count) % 3
+        found = draw(recorded, labels, config, first=first, **options)
+        with pytest.MonkeyPatch.context() as eager:
+            eager.setattr(replay, "_on_gpu", lambda device: False)
+            assert (found == draw(expected, labels, config, first=first, **options)).all()
+    assert graph.replays == 2 * (5 if guidance == 1 else 10)
+
+
+def test_weights_that_lie_elsewhere_are_not_read_from_an_old_recording(graph: Graph) -> None:
+    module = nn.Linear(3, 2)
+    run, x = replay.replayed(module), torch.randn(4, 3)
+    with torch.no_grad():
+        assert torch.equal(run(x), module(x)) and graph.replays == 1
+        module.weight.mul_(2)  # in place: the graph sees it
+        assert torch.equal(run(x), module(x)) and graph.replays == 2
+        module.weight.data = torch.ones(2, 3)
+        assert torch.equal(run(x), module(x)) and graph.replays == 2
+
+
+def test_a_recording_goes_with_its_module(graph: Graph) -> None:
+    module = nn.Linear(3, 2)
+    replay.replayed(module)(torch.randn(4, 3))
+    seen = weakref.ref(module)
+    del module
+    gc.collect()
+    assert seen() is None and not list(replay._recordings.keys())
+
+
+def test_a_recording_that_fails_is_told_and_done_without(
+    graph: Graph, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*a: Any, **k: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(replay, "record", fail)
+    module, x = nn.Linear(3, 2), torch.randn(4, 3)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert torch.equal(replay.replayed(module)(x), module(x))
+    assert [r.getMessage() for r in caplog.records] == [
+        "the network is sampled from without a CUDA graph, which is slower: out of memory"
+    ]
