@@ -156,7 +156,8 @@ def test_diversity_keeps_a_class_from_looking_all_alike() -> None:
         x, labels = images(32)
         for step in range(60):
             training.step(x, labels, secret(step), 2e-3)
-        return float(model.drawable.draw(torch.zeros(64, dtype=torch.int64), None, secret()).std(0).mean())
+        latents = torch.randn(64, *model.drawable.latent_shape, generator=secret())
+        return float(model.drawable.draw(torch.zeros(64, dtype=torch.int64), None, latents).std(0).mean())
 
     assert spread(0.3) > 1.5 * spread(0.0)
 
