@@ -178,6 +178,44 @@ def plot_growth(result: Entry, path: Path) -> None:
 TABLES: dict[str, Callable[[Entry], str]] = {"dp_step": dp_step, "ops": ops, "growth": growth}
 
 
+# The baselines' names with the diffusion model and with the GAN.
+VARIANTS = {
+    "the selected subset (PrivImage)": ("privimage", "privimage-gan"),
+    "as many public images, blindly": ("random", "random-gan"),
+    "all public images (PDP-Diffusion)": ("pdp-diffusion", "pdp-gan"),
+    "no pre-training (DPDM, DPGAN)": ("dpdm", "dpgan"),
+    "the subset, never fine-tuned": ("public-only", "public-only-gan"),
+    "the subset, no noise: *not private*": ("non-private", "non-private-gan"),
+}
+GRIDS = {"mnist-cpu": "MNIST +D", "mnist-gan-cpu": "MNIST +G", "fashion-cpu": "F-MNIST +D", "fashion-gan-cpu": "F-MNIST +G"}
+
+
+def grids(folder: Path) -> str:
+    """Accuracy of each variant in each finished comparison at the base's ratio, at ε = 10 and 1: mean ± deviation (runs)."""
+    columns: dict[str, dict[str, list[float]]] = {}
+    for name, title in GRIDS.items():
+        path = folder / name / "results.json"
+        for run in json.loads(path.read_text())["runs"] if path.exists() else []:
+            accuracy = next(v for key, v in run["metrics"].items() if key.startswith("accuracy, trained on synthetic, tested"))
+            if run["settings"].get("select.max_image_ratio") in (None, 0.1) and accuracy is not None:
+                epsilon = run["settings"]["privacy.epsilon"]
+                column = f"{title}, ε = {10 if epsilon == 'inf' else epsilon:g}"
+                columns.setdefault(column, defaultdict(list))[run["variant"]].append(100 * accuracy)
+    rows = []
+    for label, names in VARIANTS.items():
+        found = [next((c[n] for n in names if n in c), []) for c in columns.values()]
+        if any(found):
+            rows.append([label, *map(_mean, found)])
+    return _markdown(["public images used", *columns], rows)
+
+
+def _mean(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    mean = f"{statistics.mean(values):.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
 def fill(text: str, name: str, table: str) -> str:
     """``text`` with the table between its markers. Raises ValueError where they are missing."""
     pattern = re.compile(rf"(<!-- table: {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -204,6 +242,9 @@ def main() -> None:
             options.images.mkdir(parents=True, exist_ok=True)
             plot_growth(result, options.images / "growth.png")
         print(f"{source}: table written to {options.readme}")
+    if (options.results / "grids").is_dir():
+        page = fill(page, "grids", grids(options.results / "grids") + "\n")
+        print(f"{options.results / 'grids'}: table written to {options.readme}")
     options.readme.write_text(page)
 
 
