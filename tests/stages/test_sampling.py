@@ -116,8 +116,10 @@ def test_weights_that_lie_elsewhere_are_not_read_from_an_old_recording(graph: Gr
         assert torch.equal(run(x), module(x)) and graph.replays == 1
         module.weight.mul_(2)  # in place: the graph sees it
         assert torch.equal(run(x), module(x)) and graph.replays == 2
+        assert torch.equal(run(x.t().contiguous().t()), module(x)) and graph.replays == 3  # in another layout
+        assert torch.equal(run(x[:2]), module(x[:2])) and graph.replays == 3  # of another shape
         module.weight.data = torch.ones(2, 3)
-        assert torch.equal(run(x), module(x)) and graph.replays == 2
+        assert torch.equal(run(x), module(x)) and graph.replays == 3
 
 
 def test_a_recording_goes_with_its_module(graph: Graph) -> None:
