@@ -120,6 +120,44 @@ void conv_weight_grad(Address x, Address g, int x_dtype, int g_dtype, int64_t sa
   RUN_ON(device, p, cpu_kernels().conv_weight_grad, conv_weight_grad, stream);
 }
 
+// One linear layer: x (rows, positions, inputs), g (rows, positions, outputs), out (samples, outputs, inputs).
+using LinearItem = std::tuple<Address, Address, int, int64_t, int64_t, int64_t, int64_t, std::array<int64_t, 3>,
+                              std::array<int64_t, 3>, Address, std::array<int64_t, 3>, Address, Address, int64_t>;
+
+void linear_weight_grads(const std::string& device, const std::vector<LinearItem>& items, int64_t multiplicity, bool tf32,
+                         int out_dtype, Address stream) {
+  const Backend backend = backend_of(device);
+  if (backend == Backend::cpu) throw py::value_error("linear_weight_grads: a CPU does one after the other");
+  std::vector<ConvWeightGradParams> list;
+  list.reserve(items.size());
+  for (const auto& [x, g, dtype, samples, positions, inputs, outputs, x_stride, g_stride, out, out_stride, sq_norms, partials,
+                    partials_size] : items) {
+    ConvWeightGradParams p;  // a 1×1 convolution
+    p.x = pointer<void>(x);
+    p.g = pointer<void>(g);
+    p.x_dtype = p.g_dtype = static_cast<DType>(dtype);
+    p.samples = samples;
+    p.multiplicity = multiplicity;
+    p.in_channels = inputs;
+    p.out_channels = outputs;
+    p.in_size[1] = p.out_size[1] = positions;
+    copy({x_stride[0], x_stride[2], 0, x_stride[1]}, p.x_stride);
+    copy({g_stride[0], g_stride[2], 0, g_stride[1]}, p.g_stride);
+    p.out = pointer<void>(out);
+    p.out_dtype = static_cast<DType>(out_dtype);
+    copy({out_stride[0], out_stride[1], out_stride[2], 0, 0}, p.out_stride);
+    p.sq_norms = pointer<double>(sq_norms);
+    p.partials = pointer<double>(partials);
+    p.partials_size = partials_size;
+    p.tf32 = tf32;
+    list.push_back(p);
+  }
+  ConvWeightGradsParams p;
+  p.items = list.data();
+  p.num_items = static_cast<int64_t>(list.size());
+  run_on<ConvWeightGradsParams>(backend, p, nullptr, emulated::conv_weight_grads, CUDA_OP(conv_weight_grads), stream);
+}
+
 void conv_gram(Address x, Address g, int x_dtype, int g_dtype, int64_t samples, int64_t multiplicity, int64_t groups,
                int64_t in_channels, int64_t out_channels, Pair in_size, Pair out_size, Pair kernel, Pair stride,
                Pair padding, Pair dilation, std::array<int64_t, 4> x_stride, std::array<int64_t, 4> g_stride,
@@ -346,6 +384,8 @@ PYBIND11_MODULE(_C, m) {
         "stride"_a, "padding"_a, "dilation"_a, "x_stride"_a, "g_stride"_a, "out"_a, "out_stride"_a, "accumulate"_a,
         "sq_norms"_a, "num_threads"_a, "device"_a = "cpu", "stream"_a = 0, "partials"_a = 0, "partials_size"_a = 0,
         "tf32"_a = false, "coef"_a = 0, "chunk"_a = 1, "algorithm"_a = 0, "out_dtype"_a = 0);
+  m.def("linear_weight_grads", &linear_weight_grads, py::kw_only(), "device"_a, "items"_a, "multiplicity"_a, "tf32"_a,
+        "out_dtype"_a, "stream"_a);
   m.def("conv_gram", &conv_gram, py::kw_only(), "x"_a, "g"_a, "x_dtype"_a, "g_dtype"_a, "samples"_a, "multiplicity"_a,
         "groups"_a, "in_channels"_a, "out_channels"_a, "in_size"_a, "out_size"_a, "kernel"_a, "stride"_a, "padding"_a,
         "dilation"_a, "x_stride"_a, "g_stride"_a, "sq_norms"_a, "num_threads"_a, "device"_a = "cpu", "stream"_a = 0,
@@ -376,6 +416,7 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.def("cuda_problem", [] { return std::string("this build has no CUDA kernels"); });
 #endif
+  m.def("emulated_launches", &emulation::launches);
   m.def("set_emulation_schedule", &emulation::set_schedule, "seed"_a);
   m.def("set_cpu_isa", [](const std::string& name) { return set_cpu_isa(name.c_str()); }, "name"_a);
 }

@@ -43,7 +43,14 @@ struct ConvWeightGradParams {
   int64_t chunk = 1;
 };
 
-// The squared norms of the above alone, from inner products of pairs of positions; W_b is never formed.
+// Several of these at once, without coefficients. On CUDA, those with one kind of tile share a launch, up to a dozen of
+// them, and the norms of all another.
+struct ConvWeightGradsParams {
+  const ConvWeightGradParams* items = nullptr;
+  int64_t num_items = 0;
+};
+
+// The squared norms of a ConvWeightGradParams alone, from inner products of pairs of positions; W_b is never formed.
 struct ConvGramParams {
   const void* x = nullptr;
   const void* g = nullptr;
@@ -196,6 +203,7 @@ void* scratch(size_t bytes);
 namespace cuda {
 std::string problem();  // why the kernels cannot run here; empty: they can
 void conv_weight_grad(const ConvWeightGradParams& params, void* stream);
+void conv_weight_grads(const ConvWeightGradsParams& params, void* stream);
 void conv_gram(const ConvGramParams& params, void* stream);
 void affine_grad(const AffineGradParams& params, void* stream);
 void embedding_grad(const EmbeddingGradParams& params, void* stream);
@@ -210,6 +218,7 @@ void summed_step(const SummedStepParams& params, void* stream);
 
 namespace emulated {  // the same .cu files compiled as C++ and run on the host, block by block
 void conv_weight_grad(const ConvWeightGradParams& params, void* stream);
+void conv_weight_grads(const ConvWeightGradsParams& params, void* stream);
 void conv_gram(const ConvGramParams& params, void* stream);
 void affine_grad(const AffineGradParams& params, void* stream);
 void embedding_grad(const EmbeddingGradParams& params, void* stream);
@@ -223,6 +232,7 @@ void summed_step(const SummedStepParams& params, void* stream);
 
 namespace emulation {
 void set_schedule(uint64_t seed);  // 0: the threads of a block run in order; otherwise shuffled, from this seed
+uint64_t launches();               // since the process began
 }  // namespace emulation
 
 }  // namespace privimage

@@ -8,6 +8,8 @@
 //
 // With coefficients, a block goes through several samples and adds up coef_b W_b: the clipped sum of gradients that were
 // not stored, as exact as the norms that were taken of them.
+#include <vector>
+
 #include "conv_geometry.cuh"
 #include "load.cuh"
 #include "mma.cuh"
@@ -299,18 +301,19 @@ static __device__ __forceinline__ double finish(const Problem& p, const Sums<T>&
   return squares;
 }
 
+// The tile of the problem's block number `block`.
 template <class T>
-__global__ void __launch_bounds__(T::kBlock, T::kBlocksPerSM) weight_grad_kernel(Problem p) {
+static __device__ __forceinline__ void make_tile(const Problem& p, unsigned block) {
   const ConvGeometry& q = p.shape;
   using Element = typename T::Element;
   static_assert((T::kMode == Mode::bf16) == (sizeof(Element) == 2));
   DYNAMIC_SHARED(shared);
   Element* const slots = reinterpret_cast<Element*>(shared);
 
-  const int tile_n = static_cast<int>(blockIdx.x) % p.tiles_n;
-  const int tile_m = static_cast<int>(blockIdx.x) / p.tiles_n % p.tiles_m;
-  const int group = static_cast<int>(blockIdx.x) / (p.tiles_n * p.tiles_m) % q.groups;
-  const int64_t out_index = blockIdx.x / (p.tiles_n * p.tiles_m * q.groups), sample = out_index * p.chunk;
+  const int tile_n = static_cast<int>(block) % p.tiles_n;
+  const int tile_m = static_cast<int>(block) / p.tiles_n % p.tiles_m;
+  const int group = static_cast<int>(block) / (p.tiles_n * p.tiles_m) % q.groups;
+  const int64_t out_index = block / (p.tiles_n * p.tiles_m * q.groups), sample = out_index * p.chunk;
   const Loader<T> loader{
       q, p.per_sample, q.inputs<Element>(sample, group), q.outputs<Element>(sample, group), tile_m * T::kM, tile_n * T::kN};
   const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -344,27 +347,28 @@ __global__ void __launch_bounds__(T::kBlock, T::kBlocksPerSM) weight_grad_kernel
   double squares = finish<T>(p, total, first, loader.m0 + warp_m, loader.n0 + warp_n);
   if (p.coef) return;
   squares = block_sum<T::kBlock>(squares);
-  if (threadIdx.x == 0) p.partials[blockIdx.x] = squares;
+  if (threadIdx.x == 0) p.partials[block] = squares;
 }
 
 template <class T>
-void run(const char* op, const ConvWeightGradParams& p, Problem q, void* stream) {
-  q.tiles_m = (q.shape.out_group + T::kM - 1) / T::kM;
-  q.tiles_n = (q.shape.columns + T::kN - 1) / T::kN;
-  q.stages = (q.shape.positions + T::kDepth - 1) / T::kDepth;
-  q.per_sample = FastDiv(q.stages);
-  narrow(op, q.stages * p.chunk + kStages);
-  const int64_t tiles = int64_t{q.shape.groups} * q.tiles_m * q.tiles_n;
-  if (p.coef) {
-    const int64_t chunks = (p.samples + p.chunk - 1) / p.chunk;
-    LAUNCH(op, weight_grad_kernel<T>, blocks_of(op, chunks * tiles), T::kBlock, T::kShared, stream, q);
-    return;
-  }
-  if (tiles > 1 && p.partials_size < p.samples * tiles)
-    throw std::runtime_error(std::string(op) + ": the buffer of partial norms is too small");
-  q.partials = tiles > 1 ? p.partials : p.sq_norms;
-  LAUNCH(op, weight_grad_kernel<T>, blocks_of(op, p.samples * tiles), T::kBlock, T::kShared, stream, q);
-  if (tiles > 1) LAUNCH(op, sum_partials_kernel<false>, blocks_of(op, p.samples), 32, 0, stream, q.partials, tiles, p.sq_norms);
+__global__ void __launch_bounds__(T::kBlock, T::kBlocksPerSM) weight_grad_kernel(Problem p) {
+  make_tile<T>(p, blockIdx.x);
+}
+
+constexpr int kProblems = 12;  // kernel arguments are limited to 4 KB
+
+struct Batch {
+  Problem problems[kProblems];
+  unsigned first_block[kProblems + 1];
+  int count;
+};
+static_assert(sizeof(Batch) <= 4096);
+
+template <class T>
+__global__ void __launch_bounds__(T::kBlock, T::kBlocksPerSM) weight_grads_kernel(const __grid_constant__ Batch batch) {
+  int which = 0;
+  while (blockIdx.x >= batch.first_block[which + 1]) ++which;
+  make_tile<T>(batch.problems[which], blockIdx.x - batch.first_block[which]);
 }
 
 bool chunked(const void* p, int chunk, int channels, const int64_t (&stride)[4]) {
@@ -372,13 +376,10 @@ bool chunked(const void* p, int chunk, int channels, const int64_t (&stride)[4])
          stride[2] % chunk == 0 && stride[3] % chunk == 0;
 }
 
-}  // namespace
-
-void conv_weight_grad(const ConvWeightGradParams& p, void* stream) {
-  const char* op = __func__;
+Problem problem_of(const char* op, const ConvWeightGradParams& p) {
   Problem q{};
   q.shape = conv_geometry(op, p);
-  const int in_group = q.shape.in_group, out_group = q.shape.out_group, columns = q.shape.columns;
+  const int in_group = q.shape.in_group, columns = q.shape.columns;
   q.out = p.out;
   for (int i = 0; i < 5; ++i) q.out_stride[i] = p.out_stride[i];
   q.accumulate = p.accumulate;
@@ -389,20 +390,105 @@ void conv_weight_grad(const ConvWeightGradParams& p, void* stream) {
   q.packed = p.out && columns % 2 == 0 && reinterpret_cast<uintptr_t>(p.out) % (q.rounded ? 4 : 8) == 0 && p.out_stride[0] % 2 == 0 &&
              p.out_stride[1] % 2 == 0 && p.out_stride[2] == 1 && (p.kernel[1] == 1 || p.out_stride[4] == in_group) &&
              (p.kernel[0] == 1 || p.out_stride[3] == p.kernel[1] * in_group);
+  return q;
+}
 
+constexpr int kKinds = 7;
+
+// Which of the tiles below a problem takes.
+int kind_of(const ConvWeightGradParams& p, const Problem& q) {
   const int chunk = p.x_dtype == DType::bf16 ? 8 : 4;
-  const bool vector = chunked(p.x, chunk, in_group, p.x_stride) && chunked(p.g, chunk, out_group, p.g_stride);
-  if (p.x_dtype == DType::bf16) {
-    if (!vector) return run<Tile<Mode::bf16, 64, 64, 32, 32, false>>(op, p, q, stream);
-    if (out_group <= 64 || columns <= 64) return run<Tile<Mode::bf16, 64, 64, 32, 32, true>>(op, p, q, stream);
-    return run<Tile<Mode::bf16, 128, 128, 64, 32, true>>(op, p, q, stream);
+  const bool vector = chunked(p.x, chunk, q.shape.in_group, p.x_stride) && chunked(p.g, chunk, q.shape.out_group, p.g_stride);
+  if (p.x_dtype == DType::bf16) return !vector ? 0 : q.shape.out_group <= 64 || q.shape.columns <= 64 ? 1 : 2;
+  return (p.tf32 ? 3 : 5) + vector;
+}
+
+template <class Use>
+void with_tile(int kind, Use use) {
+  switch (kind) {
+    case 0: return use(Tile<Mode::bf16, 64, 64, 32, 32, false>());
+    case 1: return use(Tile<Mode::bf16, 64, 64, 32, 32, true>());
+    case 2: return use(Tile<Mode::bf16, 128, 128, 64, 32, true>());
+    case 3: return use(Tile<Mode::tf32, 64, 64, 32, 32, false>());
+    case 4: return use(Tile<Mode::tf32, 64, 64, 32, 32, true>());
+    case 5: return use(Tile<Mode::tf32x3, 64, 64, 32, 32, false>());
+    case 6: return use(Tile<Mode::tf32x3, 64, 64, 32, 32, true>());
   }
-  if (p.tf32) {
-    if (!vector) return run<Tile<Mode::tf32, 64, 64, 32, 32, false>>(op, p, q, stream);
-    return run<Tile<Mode::tf32, 64, 64, 32, 32, true>>(op, p, q, stream);
+}
+
+std::string item_name(const char* op, int64_t i) { return std::string(op) + "[" + std::to_string(i) + "]"; }
+
+// Fills in what depends on the tile, and where norms go; returns the tiles of one sample.
+template <class T>
+int64_t cut(const char* op, const ConvWeightGradParams& p, Problem& q) {
+  q.tiles_m = (q.shape.out_group + T::kM - 1) / T::kM;
+  q.tiles_n = (q.shape.columns + T::kN - 1) / T::kN;
+  q.stages = (q.shape.positions + T::kDepth - 1) / T::kDepth;
+  q.per_sample = FastDiv(q.stages);
+  narrow(op, q.stages * p.chunk + kStages);
+  const int64_t tiles = int64_t{q.shape.groups} * q.tiles_m * q.tiles_n;
+  if (!p.coef && tiles > 1 && p.partials_size < p.samples * tiles)
+    throw std::runtime_error(std::string(op) + ": the buffer of partial norms is too small");
+  q.partials = tiles > 1 ? p.partials : p.sq_norms;
+  return tiles;
+}
+
+template <class T>
+void run(const char* op, const ConvWeightGradParams& p, Problem q, void* stream) {
+  const int64_t tiles = cut<T>(op, p, q);
+  if (p.coef) {
+    const int64_t chunks = (p.samples + p.chunk - 1) / p.chunk;
+    LAUNCH(op, weight_grad_kernel<T>, blocks_of(op, chunks * tiles), T::kBlock, T::kShared, stream, q);
+    return;
   }
-  if (!vector) return run<Tile<Mode::tf32x3, 64, 64, 32, 32, false>>(op, p, q, stream);
-  run<Tile<Mode::tf32x3, 64, 64, 32, 32, true>>(op, p, q, stream);
+  LAUNCH(op, weight_grad_kernel<T>, blocks_of(op, p.samples * tiles), T::kBlock, T::kShared, stream, q);
+  if (tiles > 1) LAUNCH(op, sum_partials_kernel<false>, blocks_of(op, p.samples), 32, 0, stream, q.partials, tiles, p.sq_norms);
+}
+
+// Those of `items` that take this tile, kProblems a launch; their partial norms join `norms`.
+template <class T>
+void run_kind(
+    const char* op, const ConvWeightGradsParams& p, const std::vector<Problem>& problems, const std::vector<int>& kinds, int kind,
+    std::vector<PartialNorms>& norms, void* stream) {
+  for (int64_t next = 0; next < p.num_items;) {
+    Batch batch{};
+    for (; next < p.num_items && batch.count < kProblems; ++next) {
+      if (kinds[next] != kind) continue;
+      const std::string name = item_name(op, next);
+      const ConvWeightGradParams& item = p.items[next];
+      Problem q = problems[next];
+      const int64_t tiles = cut<T>(name.c_str(), item, q);
+      if (tiles > 1) norms.push_back({q.partials, item.sq_norms, tiles, narrow(name.c_str(), item.samples)});
+      batch.problems[batch.count] = q;
+      batch.first_block[batch.count + 1] = blocks_of(name.c_str(), batch.first_block[batch.count] + item.samples * tiles);
+      ++batch.count;
+    }
+    if (batch.count)
+      LAUNCH(op, weight_grads_kernel<T>, batch.first_block[batch.count], T::kBlock, T::kShared, stream, batch);
+  }
+}
+
+}  // namespace
+
+void conv_weight_grad(const ConvWeightGradParams& p, void* stream) {
+  const Problem q = problem_of(__func__, p);
+  const char* op = __func__;
+  with_tile(kind_of(p, q), [&](auto tile) { run<decltype(tile)>(op, p, q, stream); });
+}
+
+void conv_weight_grads(const ConvWeightGradsParams& p, void* stream) {
+  const char* op = __func__;
+  std::vector<Problem> problems;
+  std::vector<int> kinds;
+  for (int64_t i = 0; i < p.num_items; ++i) {
+    if (p.items[i].coef) throw std::runtime_error(item_name(op, i) + ": coefficients are for one problem at a time");
+    problems.push_back(problem_of(item_name(op, i).c_str(), p.items[i]));
+    kinds.push_back(kind_of(p.items[i], problems.back()));
+  }
+  std::vector<PartialNorms> norms;
+  for (int kind = 0; kind < kKinds; ++kind)
+    with_tile(kind, [&](auto tile) { run_kind<decltype(tile)>(op, p, problems, kinds, kind, norms, stream); });
+  sum_partials<false>(op, norms, stream);
 }
 
 }  // namespace DEVICE_NAMESPACE

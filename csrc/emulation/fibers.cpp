@@ -150,7 +150,7 @@ struct Block {
 std::mutex one_launch;
 Stacks stacks;
 Block* block = nullptr;
-uint64_t schedule_seed = 0;
+uint64_t schedule_seed = 0, launch_count = 0;
 
 #if defined(__SANITIZE_ADDRESS__)
 const void* scheduler_bottom = nullptr;
@@ -254,6 +254,7 @@ void launch(const char* kernel, Index grid, Index dim, size_t shared_bytes, cons
   const size_t threads = size_t{dim.x} * dim.y * dim.z;
   if (threads == 0 || threads > 1024 || size_t{grid.x} * grid.y * grid.z == 0 || grid.y > 65535 || grid.z > 65535)
     throw std::runtime_error(std::string(kernel) + ": no GPU would launch this grid or block");
+  ++launch_count;
   std::mt19937_64 random(schedule_seed);
   grid_dim = grid;
   block_dim = dim;
@@ -271,6 +272,11 @@ void launch(const char* kernel, Index grid, Index dim, size_t shared_bytes, cons
 void set_schedule(uint64_t seed) {
   const std::lock_guard<std::mutex> lock(one_launch);
   schedule_seed = seed;
+}
+
+uint64_t launches() {
+  const std::lock_guard<std::mutex> lock(one_launch);
+  return launch_count;
 }
 
 int lane() { return static_cast<int>(block->current % kWarp); }

@@ -31,6 +31,9 @@ void launch(const char* kernel, Index grid, Index block, size_t shared_bytes, co
 // 0: threads in order; otherwise the order is shuffled, from this seed.
 void set_schedule(uint64_t seed);
 
+// Since the process began.
+uint64_t launches();
+
 // --- Called by device code -------------------------------------------------------------------------------------------
 
 void sync_block();

@@ -11,6 +11,7 @@
 #define __device__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 #define threadIdx ::privimage::emulation::thread_index
 #define blockIdx ::privimage::emulation::block_index

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from privimage_fast import ops
-from privimage_fast.dp.rules import LinearRule, MatrixRule, UncoveredParameterError, squared_norms
+from privimage_fast.dp.grouping import LinearQueue, at_end_of_pass
+from privimage_fast.dp.rules import LinearRule, MatrixRule, Term, UncoveredParameterError, squared_norms
 from privimage_fast.dp.tracker import Use
 
 # A deferred layer measures the norm in one computation and contributes through another; both round, and where the positions of a
@@ -104,9 +105,30 @@ class Collector:
     ) -> None:
         self.rows, self.multiplicity, self.samples = rows, multiplicity, rows // multiplicity
         self._calls, self._choose, self._store_dtype = calls, choose, store_dtype
-        self.stored: dict[str, Tensor] = {}
-        self.sq_norms: dict[str, Tensor] = {}
+        self._queue = LinearQueue(store_dtype)
+        self._stored: dict[str, Tensor] = {}
+        self._sq_norms: dict[str, Tensor] = {}
         self._deferred: dict[str, _Deferred] = {}
+
+    @property
+    def stored(self) -> dict[str, Tensor]:
+        """Parameter → (B, *parameter) per-sample gradients, of all that is not deferred."""
+        self._run_waiting()
+        return self._stored
+
+    @property
+    def sq_norms(self) -> dict[str, Tensor]:
+        """Parameter → (B,) float64."""
+        self._run_waiting()
+        return self._sq_norms
+
+    def _keep(self, terms: Iterable[Term]) -> None:
+        for term in terms:
+            # One entry a parameter: a parameter used twice has its gradients added before the norm is taken.
+            self._stored[term.name], self._sq_norms[term.name] = term.stored, term.sq_norms
+
+    def _run_waiting(self) -> None:
+        self._keep(self._queue.run())
 
     def __call__(self, use: Use) -> None:
         rows = use.x.shape[0]
@@ -117,11 +139,13 @@ class Collector:
 
     def _collect(self, use: Use, multiplicity: int) -> None:
         name = use.rule.names.get("weight")
+        if any(n in self._queue for n in use.rule.names.values()):
+            self._run_waiting()  # what follows adds to it
         if isinstance(use.rule, MatrixRule) and name is not None:
             if name in self._deferred:  # called once more: the norm of a sum needs the gradients
                 first = self._deferred.pop(name)
                 self._store(first.use, first.multiplicity)
-            elif name not in self.stored and self._calls[name] <= 1:
+            elif name not in self._stored and self._calls[name] <= 1:
                 how = self._choose(use.rule, use.x, use.g, multiplicity)
                 if how != "store":
                     self._defer(use, multiplicity, how)
@@ -131,27 +155,36 @@ class Collector:
     def _store(self, use: Use, multiplicity: int) -> None:
         if use.x.dtype == torch.float16 or use.g.dtype == torch.float16:
             use = _in_float(use)
+        name = use.rule.names.get("weight")
+        if name is not None and name not in self._stored and isinstance(use.rule, MatrixRule):
+            done = self._queue.add(use, multiplicity)
+            if done is not None:
+                self._keep(use.rule.bias_terms(use.g, multiplicity, self._stored))
+                if name in self._queue:
+                    # Its place among the norms: their sum has the same bits, whether or not it waits.
+                    self._stored[name] = self._sq_norms[name] = use.g.new_empty(0)
+                    if len(self._queue) == 1:
+                        at_end_of_pass(self._run_waiting)
+                self._keep(done)
+                return
         rounded = isinstance(use.rule, MatrixRule) and torch.float64 not in (use.x.dtype, use.g.dtype)
         options = {"store_dtype": self._store_dtype} if rounded else {}
-        for term in use.rule.per_sample(use.x, use.g, use.saved, multiplicity, self.stored, **options):
-            # One entry a parameter: a parameter used twice has its gradients added before the norm is taken.
-            self.stored[term.name], self.sq_norms[term.name] = term.stored, term.sq_norms
+        self._keep(use.rule.per_sample(use.x, use.g, use.saved, multiplicity, self._stored, **options))
 
     def _defer(self, use: Use, multiplicity: int, how: str) -> None:
         assert isinstance(use.rule, MatrixRule)
         if use.g.device.type == "cpu" or torch.float16 in (use.x.dtype, use.g.dtype):
             use = _in_float(use)  # on a GPU bfloat16 stays: half the memory, and its norm is one matrix product
         name = use.rule.names["weight"]
-        self.sq_norms[name] = use.rule.weight_norms(use.x, use.g, multiplicity, how)
+        self._sq_norms[name] = use.rule.weight_norms(use.x, use.g, multiplicity, how)
         positions = multiplicity * use.rule.positions(use.x, use.g)
         alone = positions > FEW_POSITIONS and use.g.device.type == "cpu"
         if not alone:
             # Infinite where x or g are beyond 1e19: factors times g would be denormal, and such a sample contributes zero.
             scale = use.rule.offsets() ** 0.5 * _norms(use.x, self.samples) * _norms(use.g, self.samples)
             rounding = SUM_ROUNDING * min(positions, FEW_POSITIONS) * scale
-            self.sq_norms[name] = (self.sq_norms[name].sqrt() * (1 + DEFERRED_SLACK) + rounding).square()
-        for term in use.rule.bias_terms(use.g, multiplicity, self.stored):
-            self.stored[term.name], self.sq_norms[term.name] = term.stored, term.sq_norms
+            self._sq_norms[name] = (self._sq_norms[name].sqrt() * (1 + DEFERRED_SLACK) + rounding).square()
+        self._keep(use.rule.bias_terms(use.g, multiplicity, self._stored))
         self._deferred[name] = _Deferred(Use(use.rule.without_bias(), use.x, use.g, ()), multiplicity, alone)
 
     def pull_back(self, derived: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:

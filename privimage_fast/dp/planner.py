@@ -6,16 +6,14 @@ A layer's weight W_b (d inputs × p outputs, T positions, K rows a sample) can b
 - gram: (KT)²(d'+p) operations for the norm (d' channels; half of it, by symmetry), and an ordinary weight gradient later;
 - norm-only: the operations of store, and an ordinary weight gradient later. Both keep x and g instead of W_b.
 
-Times come from rates measured once a process on this machine (:func:`machine_rates`). Bytes are counted, not modelled: a
+Times come from rates measured once a process on this machine's CPU or GPU (see :mod:`rates`). Bytes are counted, not modelled: a
 forward and backward pass on one and on two samples, with every tensor's storage watched, gives what one sample more costs at
 every point of the backward pass; what a way keeps is then added from the point on where it is kept.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -27,7 +25,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from privimage_fast.dp.collector import Choice, rank_one
+from privimage_fast.dp.grouping import QUEUE_BYTES
 from privimage_fast.dp.passes import backward, eagerly
+from privimage_fast.dp.rates import Rates, machine_rates, pairs
 from privimage_fast.dp.rules import ConvRule, LinearRule, MatrixRule, like
 from privimage_fast.dp.tracker import Sink, Tracker, Use, batch_tensors
 
@@ -36,6 +36,15 @@ WAYS = ("store", "gram", "norm-only")
 # Resident memory is more than live tensors: holes of the C library's allocator (a share), and packing buffers of the kernels,
 # of oneDNN's and its generated code (a constant). Both from runs like those of the test that measures a child process.
 _MARGIN, _SCRATCH = 1.45, 20 * 2**20
+# On a GPU: work space of cuDNN and cuBLAS, and what waits to share a launch. Not measured.
+_CUDA_SCRATCH = 256 * 2**20 + QUEUE_BYTES
+
+# Calls that a deferred layer makes for one of a stored layer: its norm, what rounding may add to it, and its clipped sum.
+_DEFERRED_CALLS = 6
+
+# What is left of a GPU's free memory for fragments and for whatever else runs there.
+_SHARE_OF_FREE = 0.9
+DEFAULT_BUDGET = 2**30  # on a CPU
 
 
 class MemoryBudgetError(ValueError):
@@ -43,63 +52,6 @@ class MemoryBudgetError(ValueError):
 
 
 # --- costs ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What this machine does a second: operations of per-sample, ordinary and Gram weight gradients, and bytes of memory."""
-
-    conv3: float  # 3×3 convolutions of stride 1, which have an algorithm of their own
-    conv3_sum: float
-    conv: float  # all other convolutions
-    conv_sum: float
-    linear: float
-    linear_sum: float
-    gram: float
-    bytes: float
-
-
-def _rate(work: float, call: Callable[[], object], device: torch.device) -> float:
-    """Work a second of the best of five calls, after one to warm up."""
-
-    def timed() -> float:
-        begin = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - begin
-
-    timed()
-    return work / max(min(timed() for _ in range(5)), 1e-7)
-
-
-@functools.lru_cache(maxsize=8)
-def machine_rates(device: torch.device, threads: int) -> Rates:
-    """Measured once a process, in some fifty milliseconds; ``threads`` keys the cache when torch's number changes."""
-    rows, channels, size = 4, 64, 16
-    rates: dict[str, float] = {}
-
-    def measure(kind: str, rule: MatrixRule, x: Tensor, g: Tensor) -> None:
-        operations = Shape.of(rule, x, g, 1).operations * rows
-        rates[kind] = _rate(operations, lambda: rule.per_sample(x, g, (), 1, {}), device)
-        rates[f"{kind}_sum"] = _rate(operations, lambda: rule.weighted_weight_grad(x, g), device)
-
-    x, weight = torch.ones(rows, channels, size, size, device=device), torch.ones(channels, channels, 3, 3, device=device)
-    for kind, stride in (("conv3", 1), ("conv", 2)):
-        options = {"stride": [stride] * 2, "padding": [1, 1], "dilation": [1, 1], "groups": 1, "channel_dim": 1}
-        g = torch.ones(rows, channels, size // stride, size // stride, device=device)
-        measure(kind, ConvRule("conv2d", {"weight": "w"}, weight, None, options), x, g)
-    x = torch.ones(rows, 128, 4 * channels, device=device)
-    linear = LinearRule(
-        "linear", {"weight": "w"}, torch.ones(4 * channels, 4 * channels, device=device), None, {"channel_dim": -1}
-    )
-    measure("linear", linear, x, x)
-    big = torch.ones(2**21, device=device)
-    return Rates(
-        **rates,
-        gram=_rate(2 * x.numel() * 128, lambda: linear.weight_norms(x, x, 1, "gram"), device),
-        bytes=_rate(8 * big.numel(), big.clone, device),
-    )
 
 
 @dataclass(frozen=True)
@@ -114,15 +66,17 @@ class Shape:
     weights: int
     kept_bytes: int  # x and g
     element_bytes: int = 4  # of what is stored
+    dtype: torch.dtype = torch.float32  # in which x and g are multiplied
 
     @classmethod
     def of(cls, rule: MatrixRule, x: Tensor, g: Tensor, multiplicity: int, store_dtype: torch.dtype = torch.float32) -> Shape:
         samples = x.shape[0] // multiplicity
         kept = (x.numel() * x.element_size() + g.numel() * g.element_size()) // samples
         weights, element = rule.weight_numel(), store_dtype.itemsize
+        dtype = torch.bfloat16 if x.dtype == g.dtype == torch.bfloat16 else torch.float32
         if isinstance(rule, LinearRule):
             positions = multiplicity * math.prod(x.shape[1:-1])
-            return cls("linear", positions, x.shape[-1], g.shape[-1], x.shape[-1], weights, kept, element)
+            return cls("linear", positions, x.shape[-1], g.shape[-1], x.shape[-1], weights, kept, element, dtype)
         assert isinstance(rule, ConvRule)
         groups = rule.options["groups"]
         inside, outside = rule.contraction(x, g)
@@ -130,23 +84,31 @@ class Shape:
         outputs = outside.shape[1]
         plain = rule.weight.shape[2:] == (3, 3) and not {*rule.options["stride"], *rule.options["dilation"]} - {1}
         kind = "conv3" if plain else "conv"
-        return cls(kind, positions, weights // outputs, outputs, inside.shape[1] // groups, weights, kept, element)
+        return cls(kind, positions, weights // outputs, outputs, inside.shape[1] // groups, weights, kept, element, dtype)
 
     @property
     def operations(self) -> float:
         return 2.0 * self.positions * self.weights
 
-    def seconds(self, rates: Rates) -> dict[str, float]:
-        """Way → seconds a sample."""
-        once, again = (self.operations / getattr(rates, kind) for kind in (self.kind, f"{self.kind}_sum"))
-        gram = self.positions * (self.positions + 1) / 2 * 2 * (self.channels + self.outputs)
-        if self.kind != "linear":  # the sums over kernel offsets
+    def seconds(self, rates: Rates, samples: int | None = None) -> dict[str, float]:
+        """Way → seconds a sample; with ``samples``, each with its share of what calls for so many cost however small they are."""
+
+        def filled(n: int, side: int) -> int:
+            return -(-n // side) * side
+
+        operations = (
+            2.0 * filled(self.positions, rates.depth) * filled(self.inputs, rates.tile) * filled(self.outputs, rates.tile)
+        )
+        once, again = (operations / getattr(rates, kind) for kind in (self.kind, f"{self.kind}_sum"))
+        gram = 2.0 * pairs(self.positions, rates.tile) * ((self.inputs if rates.unfolds else self.channels) + self.outputs)
+        if self.kind != "linear" and not rates.unfolds:  # the sums over kernel offsets
             gram += self.positions * self.positions * (self.inputs / self.channels)
+        alone = operations / rates.conv3_norm if self.kind == "conv3" else once
+        call = rates.call / samples if samples else 0.0
         return {
-            "store": once + 2 * self.element_bytes * self.weights / rates.bytes,
-            "gram": gram / rates.gram + again,
-            # A norm that another computation is to respect is not taken by the faster algorithm (see ``ops.conv_weight_grad``).
-            "norm-only": (self.operations / rates.conv if self.kind == "conv3" else once) + again,
+            "store": once + 2 * self.element_bytes * self.weights / rates.bytes + call,
+            "gram": gram / rates.gram + again + _DEFERRED_CALLS * call,
+            "norm-only": alone + again + _DEFERRED_CALLS * call,
         }
 
     @property
@@ -164,11 +126,13 @@ def cheapest(device: torch.device) -> Choice:
     """The fastest way for each call, whatever it keeps."""
 
     def choose(rule: MatrixRule, x: Tensor, g: Tensor, multiplicity: int) -> str:
-        if device.type != "cpu" or x.dtype == torch.float64:
+        if x.dtype == torch.float64:
             return "store"
-        if rank_one(rule, x, multiplicity):
+        if device.type == "cpu" and rank_one(rule, x, multiplicity):
             return "gram"
-        seconds = Shape.of(rule, x, g, multiplicity).seconds(machine_rates(device, torch.get_num_threads()))
+        shape = Shape.of(rule, x, g, multiplicity)
+        rates = machine_rates(device, torch.get_num_threads(), shape.dtype)
+        seconds = shape.seconds(rates, x.shape[0] // multiplicity)
         return min(WAYS, key=seconds.__getitem__)
 
     return choose
@@ -178,15 +142,18 @@ def cheapest(device: torch.device) -> Choice:
 
 
 class MemoryMeter(TorchDispatchMode):
-    """Counts the bytes of live tensor storages made while it is active; ``peak`` since it was last read by ``take``."""
+    """Counts the bytes of live tensor storages made on ``device`` (its kind) while it is active; ``take`` reads the peak since it
+    was last read.
+    """
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         """Wrapping the method for the compiler would import it: 70 MiB that a memory budget does not have."""
         return False
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         super().__init__()
+        self.device = device or torch.device("cpu")
         self.live = self._peak = 0
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -195,7 +162,7 @@ class MemoryMeter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for t in batch_tensors(out):
             storage = t.untyped_storage()
-            if id(storage) in before or storage in self._seen:
+            if t.device.type != self.device.type or id(storage) in before or storage in self._seen:
                 continue
             size = storage.nbytes()
             self._seen.add(storage)
@@ -232,6 +199,7 @@ class Profile:
     slope: tuple[float, ...]
     other_bytes: int  # per-sample gradients of everything that is no matrix, a sample
     parameter_bytes: int
+    on_gpu: bool = False
 
 
 def take_samples(args: Sequence[Any], rows: int, multiplicity: int, index: Sequence[int]) -> list[Any]:
@@ -271,12 +239,13 @@ def profile(
     points: list[list[int]] = []
     layers: list[Layer] = []
     other = 0
+    device = device_of(module)
     for samples in (1, 2):
-        if samples == 2 and at_most is not None and _MARGIN * 2 * max(points[0]) + _SCRATCH > at_most:
+        if samples == 2 and at_most is not None and _MARGIN * 2 * max(points[0]) + _scratch(device.type == "cuda") > at_most:
             points.append([2 * bytes_ for bytes_ in points[0]])
             break
         part = take_samples(args, rows, multiplicity, [0] * samples)
-        sink, meter, seen = Sink(), MemoryMeter(), []
+        sink, meter, seen = Sink(), MemoryMeter(device), []
         layers, other, own_rows = [], 0, samples * multiplicity
 
         def receive(use: Use) -> None:
@@ -289,7 +258,7 @@ def profile(
             other += sum(4 * w.numel() for w in (rule.weight, rule.bias) if w is not None and not isinstance(rule, MatrixRule))
             seen.append(meter.take())  # noqa: B023
 
-        with torch.random.fork_rng(devices=[]), meter:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), meter:
             tracker = Tracker(module, part, sink)
             with torch.enable_grad(), eagerly(module), tracker:
                 losses = loss_fn(module, *part)
@@ -308,7 +277,29 @@ def profile(
     slope = tuple(max(0.0, b - a) for a, b in zip(one, two, strict=True))
     fixed = tuple(max(0.0, a - s) for a, s in zip(one, slope, strict=True))
     parameter_bytes = sum(4 * p.numel() for p in module.parameters() if p.requires_grad)
-    return Profile(tuple(layers), fixed, slope, other, parameter_bytes)
+    return Profile(tuple(layers), fixed, slope, other, parameter_bytes, device.type == "cuda")
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the trainable parameters are; the CPU for a module without any."""
+    return next((p.device for p in module.parameters() if p.requires_grad), torch.device("cpu"))
+
+
+def default_memory_budget(device: torch.device, free_bytes: Callable[[torch.device], int] | None = None) -> int:
+    """Bytes for a micro-batch where the user names none: of a GPU most of what is free now, else 1 GiB."""
+    if device.type != "cuda":
+        return DEFAULT_BUDGET
+    return int(_SHARE_OF_FREE * (free_bytes or free_cuda_bytes)(device))
+
+
+def free_cuda_bytes(device: torch.device) -> int:
+    """What the driver has left, and what torch's allocator holds without using it."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def _scratch(on_gpu: bool) -> int:
+    return _CUDA_SCRATCH if on_gpu else _SCRATCH
 
 
 # --- plans ------------------------------------------------------------------------------------------------------------
@@ -386,12 +377,15 @@ def _peak(found: Profile, ways: Sequence[str], samples: int, parts: bool) -> int
     peak = max(peak, everything + again + sum(4 * s.weights for s in deferred))
     # The sums; and as they were, should a later part fail.
     sums = found.parameter_bytes * (2 if parts else 1)
-    scratch = torch.get_num_threads() * max((layer.shape.scratch_bytes for layer in found.layers), default=0)
-    return int(_MARGIN * (peak + samples * found.other_bytes + sums)) + scratch + _SCRATCH
+    if found.on_gpu:  # copies of x and g with channels innermost
+        scratch = samples * max((layer.shape.kept_bytes for layer in found.layers), default=0)
+    else:
+        scratch = torch.get_num_threads() * max((layer.shape.scratch_bytes for layer in found.layers), default=0)
+    return int(_MARGIN * (peak + samples * found.other_bytes + sums)) + scratch + _scratch(found.on_gpu)
 
 
 def _choose(
-    found: Profile, rates: Rates | None, strategy: str, samples: int, parts: bool, budget: int | None
+    found: Profile, rates: Callable[[Layer], Rates], strategy: str, samples: int, parts: bool, budget: int | None
 ) -> tuple[list[str], bool]:
     """The fastest ways that fit, and True; or those that keep least, and False."""
 
@@ -399,7 +393,7 @@ def _choose(
         return ("store",) if layer.shared else WAYS if strategy == "auto" else (strategy,)
 
     def seconds(layer: Layer, way: str) -> float:
-        return layer.shape.seconds(rates)[way] if rates else 0.0
+        return layer.shape.seconds(rates(layer), samples)[way]
 
     ways = [min(allowed(layer), key=lambda w, layer=layer: seconds(layer, w)) for layer in found.layers]  # type: ignore[misc]
 
@@ -437,10 +431,11 @@ def make_plan(
     """
     found = profile(module, loss_fn, args, multiplicity, memory_budget, store_dtype)
     most = batch_size or batch_rows(args) // multiplicity
-    device = next(p for p in module.parameters() if p.requires_grad).device
-    rates = machine_rates(device, torch.get_num_threads()) if device.type == "cpu" else None
-    if rates is None and strategy == "auto" and memory_budget is None:
-        strategy = "store"
+    device = device_of(module)
+
+    def rates(layer: Layer) -> Rates:
+        return machine_rates(device, torch.get_num_threads(), layer.shape.dtype)
+
     for samples in sorted({-(-most // n) for n in range(1, most + 1)}, reverse=True):  # equal parts, as few as may be
         parts = samples < most
         ways, fits = _choose(found, rates, strategy, samples, parts, memory_budget)
@@ -454,9 +449,7 @@ def make_plan(
             f"{peak / 2**20:.1f} MiB: raise it to {peak} bytes or more, lower the multiplicity, or train fewer parameters"
         )
     layers = tuple(
-        PlannedLayer(
-            layer, way, layer.shape.bytes_kept(way), layer.shape.seconds(rates) if rates else dict.fromkeys(WAYS, math.nan)
-        )
+        PlannedLayer(layer, way, layer.shape.bytes_kept(way), layer.shape.seconds(rates(layer), samples))
         for layer, way in zip(found.layers, ways, strict=True)
     )
     return Plan(layers, samples, multiplicity, peak, memory_budget)

@@ -165,6 +165,10 @@ class MatrixRule(Rule):
         """Σ_b factors_b · (weight gradient of b), with products as exact as in the norms; None where no kernel does that."""
         return None
 
+    def as_linear(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor] | None:
+        """x (R, T, d) and g (R, T, p) of the linear layer that has this weight gradient; None where there is none."""
+        return None
+
     def without_bias(self) -> MatrixRule:
         return replace(self, bias=None, names={k: v for k, v in self.names.items() if k == "weight"})
 
@@ -216,6 +220,9 @@ class LinearRule(MatrixRule):
 
     def weighted_weight_grad(self, x: Tensor, g: Tensor) -> Tensor:
         return g.flatten(0, -2).T @ x.flatten(0, -2)
+
+    def as_linear(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        return self._positions(x), self._positions(g)
 
     def positions(self, x: Tensor, g: Tensor) -> int:
         return math.prod(x.shape[1:-1])
@@ -274,6 +281,13 @@ class ConvRule(MatrixRule):
 
     def clipped_sum(self, x: Tensor, g: Tensor, factors: Tensor, multiplicity: int) -> Tensor | None:
         return ops.conv_clipped_sum(*self.contraction(x, g), factors, multiplicity=multiplicity, **self._kernel())
+
+    def as_linear(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor] | None:
+        a = self._arguments()
+        if self.offsets() > 1 or a["groups"] > 1 or any(a["padding"]) or {*a["stride"]} != {1}:
+            return None
+        x, g = (t.flatten(2).mT for t in self.contraction(x, g))
+        return x, g
 
     def weighted_weight_grad(self, x: Tensor, g: Tensor) -> Tensor:
         if ops.has_cpu_kernel("conv_weight_grad", x, g):

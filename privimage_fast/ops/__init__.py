@@ -21,20 +21,21 @@ from privimage_fast.ops.armed import ArmedStep
 __all__ = [
     "ArmedStep", "BuildInfo", "bias_grad", "build_info", "capturing", "chacha20_block", "clip_factors",
     "conv_clipped_sum", "conv_gram_norms", "conv_weight_grad", "embedding_grad", "gaussian_noise",
-    "group_norm_affine_grad", "has_cpu_kernel", "layer_norm_affine_grad", "linear_clipped_sum", "linear_gram_norms",
-    "linear_weight_grad", "private_step_", "step_sums_stored", "summed_private_step_", "weighted_sum_",
+    "group_norm_affine_grad", "has_cpu_kernel", "has_cuda_kernel", "layer_norm_affine_grad", "linear_clipped_sum",
+    "linear_gram_norms", "linear_weight_grad", "linear_weight_grads", "private_step_", "step_sums_stored",
+    "summed_private_step_", "tile_of", "weighted_sum_",
 ]  # fmt: skip
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _tensors(values: tuple[object, ...]) -> Iterator[Tensor]:
+def _tensors(values: Sequence[object]) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, list | tuple):
-            yield from (v for v in value if isinstance(v, Tensor))
+            yield from _tensors(value)
 
 
 def _dispatch(plain: Callable[P, R], otherwise: Callable[P, R] | None = None) -> Callable[P, R]:
@@ -60,6 +61,7 @@ def _dispatch(plain: Callable[P, R], otherwise: Callable[P, R] | None = None) ->
 
 conv_weight_grad = _dispatch(reference.conv_weight_grad)
 linear_weight_grad = _dispatch(reference.linear_weight_grad)
+linear_weight_grads = _dispatch(reference.linear_weight_grads)
 conv_gram_norms = _dispatch(reference.conv_gram_norms)
 linear_gram_norms = _dispatch(reference.linear_gram_norms)
 bias_grad = _dispatch(reference.bias_grad)
@@ -102,6 +104,20 @@ def step_sums_stored(grad_sum: Tensor) -> bool:
     return cuda.supports("summed_private_step_", [grad_sum]) and not capturing(grad_sum)
 
 
+def has_cuda_kernel(op: str, *tensors: Tensor) -> bool:
+    """Whether ``op`` runs in compiled code on these tensors' GPU."""
+    return cuda.supports(op, tensors)
+
+
+def tile_of(t: Tensor) -> tuple[int, int]:
+    """How weight gradients of such tensors are cut where a GPU's kernels run: outputs and inputs are filled up to multiples of
+    the first number, positions to the second; (1, 1) where others run.
+    """
+    if not cuda.supports("linear_weight_grad", [t]):
+        return 1, 1
+    return cuda._TILE, cuda._DEPTH[t.dtype]
+
+
 def conv_clipped_sum(x: Tensor, g: Tensor, coef: Tensor, *, multiplicity: int, **convolution: Any) -> Tensor | None:
     """Σ_b coef_b · W_b of gradients that were not stored, see :func:`cuda.conv_clipped_sum_`; None where no kernel does it."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -142,8 +158,8 @@ class BuildInfo:
 
 
 _NOT_OPS = (
-    "ArmedStep", "BuildInfo", "build_info", "capturing", "conv_clipped_sum", "has_cpu_kernel", "linear_clipped_sum",
-    "step_sums_stored",
+    "ArmedStep", "BuildInfo", "build_info", "capturing", "conv_clipped_sum", "has_cpu_kernel", "has_cuda_kernel",
+    "linear_clipped_sum", "step_sums_stored", "tile_of",
 )  # fmt: skip
 _OP_NAMES = tuple(name for name in __all__ if name not in _NOT_OPS)
 

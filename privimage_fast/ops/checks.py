@@ -130,6 +130,19 @@ def linear_shape(op: str, x: Tensor, g: Tensor, multiplicity: int) -> tuple[int,
     return samples_of(op, x.shape[0], multiplicity), g.shape[2], x.shape[2]
 
 
+def linear_shapes(op: str, problems: Sequence[tuple[Tensor, Tensor]], multiplicity: int) -> list[tuple[int, int, int]]:
+    """(B, p, d) of each pair (x, g); errors name the pair by its place. All must be on one device."""
+    shapes = []
+    for i, pair in enumerate(problems):
+        if not (isinstance(pair, tuple | list) and len(pair) == 2):
+            raise TypeError(f"{op}: problems[{i}] is {type(pair).__name__}, expected a pair (x, g)")
+        shapes.append(linear_shape(f"{op}: problems[{i}]", *pair, multiplicity))
+        device = problems[0][0].device
+        for name, t in zip(("x", "g"), pair, strict=True):
+            require(t.device == device, f"{op}: problems[{i}]", f"device of {name}", t.device, f"{device}, as the first")
+    return shapes
+
+
 def bias_shape(op: str, g: Tensor, channel_dim: int, multiplicity: int) -> tuple[int, int, int]:
     """(B, P, channel dimension counted from the front)."""
     require_tensor(op, g=g)

@@ -19,6 +19,7 @@ from privimage_fast.ops import affine, checks, native, reference
 from privimage_fast.ops.native import _DTYPES, _dense, _plane, _pointer, _undense
 
 _TILE = 64  # the smallest side of a kernel's tile; partial norms are counted by it
+_DEPTH = {torch.float32: 16, torch.bfloat16: 32}  # positions that a weight gradient takes at a time
 
 
 def supports(op: str, tensors: Sequence[Tensor]) -> bool:
@@ -116,6 +117,11 @@ def conv_weight_grad(
     return sq_norms, weights
 
 
+def _features_last(t: Tensor) -> Tensor:
+    """As :func:`_channels_last`, of (R, T, d)."""
+    return t if t.stride(2) == 1 or t.shape[2] % (16 // t.element_size()) else t.contiguous()
+
+
 def _as_conv(samples: int, inputs: int, outputs: int, positions: int) -> checks.ConvShape:
     """A linear layer is a 1×1 convolution over its positions, told by strides alone."""
     one = (1, 1)
@@ -135,12 +141,54 @@ def linear_weight_grad(
     checks.require(store or out is None, op, "out", "given", "None with store=False")
     if x.numel() == 0 or g.numel() == 0:
         return reference.linear_weight_grad(x, g, multiplicity=multiplicity, store=store, out=out, store_dtype=store_dtype)
-    x, g = _operands(x, g)
+    x, g = (_features_last(t) for t in _operands(x, g))
     weights = torch.empty(samples, outputs, inputs, dtype=store_dtype, device=x.device) if store and out is None else out
     weight_stride = (0,) * 5 if weights is None else (*weights.stride(), 0, 0)
     strides = [(t.stride(0), t.stride(2), 0, t.stride(1)) for t in (x, g)]
     shape = _as_conv(samples, inputs, outputs, x.shape[1])
     return _conv(op, x, g, shape, 1, multiplicity, *strides, weights, weight_stride, out is not None, _tf32), weights
+
+
+def _linear_item(
+    x: Tensor, g: Tensor, shape: tuple[int, int, int], weights: Tensor | None, sq_norms: Tensor, partials: Tensor | None
+) -> tuple[Any, ...]:
+    """The extension's view of one problem of :func:`linear_weight_grads`."""
+    samples, outputs, inputs = shape
+    return (
+        _pointer(x), _pointer(g), _DTYPES[x.dtype], samples, x.shape[1], inputs, outputs, x.stride(), g.stride(),
+        _pointer(weights), (0, 0, 0) if weights is None else weights.stride(), _pointer(sq_norms), _pointer(partials),
+        0 if partials is None else partials.numel(),
+    )  # fmt: skip
+
+
+def linear_weight_grads(
+    problems: Sequence[tuple[Tensor, Tensor]], *, multiplicity: int, store: bool = True,
+    store_dtype: torch.dtype = torch.float32, _tf32: bool = False,
+) -> list[tuple[Tensor, Tensor | None]]:  # fmt: skip
+    op = "linear_weight_grads"
+    shapes = checks.linear_shapes(op, problems, multiplicity)
+    checks.store_dtype(op, store_dtype)
+    found: list[Any] = [None] * len(problems)
+    items, operands, given = [], [], {}
+    for i, ((x, g), shape) in enumerate(zip(problems, shapes, strict=True)):
+        if x.numel() == 0 or g.numel() == 0:
+            found[i] = reference.linear_weight_grad(x, g, multiplicity=multiplicity, store=store, store_dtype=store_dtype)
+            continue
+        given |= {f"x[{i}]": x, f"g[{i}]": g}
+        x, g = (_features_last(t) for t in _operands(x, g))
+        samples, outputs, inputs = shape
+        weights = torch.empty(shape, dtype=store_dtype, device=x.device) if store else None
+        sq_norms = torch.empty(samples, dtype=torch.float64, device=x.device)
+        partials = torch.empty(samples * _tiles(outputs) * _tiles(inputs), dtype=torch.float64, device=x.device)
+        items.append(_linear_item(x, g, shape, weights, sq_norms, partials))
+        operands += [x, g, partials]  # alive until all are launched
+        found[i] = (sq_norms, weights)
+    if items:
+        with _launching(op, **given) as where:
+            native._C.linear_weight_grads(
+                items=items, multiplicity=multiplicity, tf32=_tf32, out_dtype=_DTYPES[store_dtype], **where
+            )
+    return found
 
 
 def _chunk(samples: int, tiles: int) -> int:

@@ -38,6 +38,7 @@ _STATS = frozenset({torch.float32, torch.bfloat16})
 _SUPPORTED: dict[str, frozenset[torch.dtype]] = {
     "conv_weight_grad": _FLOATS,
     "linear_weight_grad": _FLOATS,
+    "linear_weight_grads": _FLOATS,
     "conv_gram_norms": _FLOATS,
     "linear_gram_norms": _FLOATS,
     "bias_grad": _FLOATS,
@@ -186,6 +187,14 @@ def linear_weight_grad(
     weight_stride = (0,) * 5 if weights is None else (*weights.stride(), 0, 0)
     strides = [(t.stride(0), t.stride(2), 0, t.stride(1)) for t in (x, g)]
     return _conv(x, g, shape, 1, multiplicity, *strides, weights, weight_stride, out is not None), weights
+
+
+def linear_weight_grads(
+    problems: Sequence[tuple[Tensor, Tensor]], *, multiplicity: int, store: bool = True,
+    store_dtype: torch.dtype = torch.float32,
+) -> list[tuple[Tensor, Tensor | None]]:  # fmt: skip
+    checks.linear_shapes("linear_weight_grads", problems, multiplicity)
+    return [linear_weight_grad(x, g, multiplicity=multiplicity, store=store, store_dtype=store_dtype) for x, g in problems]
 
 
 def _gram(

@@ -123,6 +123,26 @@ def linear_weight_grad(
     return _sq_norms(weights), weights
 
 
+def linear_weight_grads(
+    problems: Sequence[tuple[Tensor, Tensor]], *, multiplicity: int, store: bool = True,
+    store_dtype: torch.dtype = torch.float32,
+) -> list[tuple[Tensor, Tensor | None]]:  # fmt: skip
+    """:func:`linear_weight_grad` of several layers at once, with the same bits; on a GPU in few launches.
+
+    Args:
+        problems: pairs (x, g), each (R, T, d) and (R, T, p) with sizes of its own.
+        multiplicity, store, store_dtype: as in :func:`linear_weight_grad`, the same for all.
+
+    Returns:
+        (sq_norms (B,), weights (B, p, d) or None) of each, in order.
+
+    Raises:
+        ValueError, TypeError: naming the problem by its place.
+    """
+    checks.linear_shapes("linear_weight_grads", problems, multiplicity)
+    return [linear_weight_grad(x, g, multiplicity=multiplicity, store=store, store_dtype=store_dtype) for x, g in problems]
+
+
 def conv_gram_norms(
     x: Tensor, g: Tensor, *, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], groups: int, multiplicity: int,

@@ -12,8 +12,14 @@ from torch import Tensor, nn
 
 import privimage_fast as pf
 from privimage_fast import ops
+from privimage_fast.dp import planner
 from privimage_fast.dp.noise import NoiseKey
+from privimage_fast.dp.rates import Rates
 from privimage_fast.ops import cuda, native
+
+RATES = Rates(
+    conv3=1e11, conv3_norm=1e11, conv3_sum=1e11, conv=1e11, conv_sum=1e11, linear=1e11, linear_sum=1e11, gram=5e10, bytes=1e10
+)  # fmt: skip
 
 pytestmark = pytest.mark.skipif(native._C is None, reason="the extension is not built")
 
@@ -31,6 +37,8 @@ def used(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     on_cpu = native.supports
     monkeypatch.setattr(cuda, "supports", supports)
     monkeypatch.setattr(native, "supports", lambda op, tensors: not hasattr(cuda, op) and on_cpu(op, tensors))
+    # Measured here, the emulation's own would be the whole process's rates.
+    monkeypatch.setattr(planner, "machine_rates", lambda *key: RATES)
     torch.manual_seed(0)
     return names
 

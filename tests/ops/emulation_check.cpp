@@ -198,6 +198,10 @@ static bool run_ops() {
           p.sq_norms = norms.get();
           emulated::conv_weight_grad(p, nullptr);
           good &= finite(norms.get(), c.samples);
+          const std::vector<double> alone(norms.get(), norms.get() + c.samples);
+          const ConvWeightGradParams several[] = {p, p};
+          emulated::conv_weight_grads({several, 2}, nullptr);
+          good &= std::equal(alone.begin(), alone.end(), norms.get());
 
           ConvGramParams q;
           describe(q, c, channels_last);

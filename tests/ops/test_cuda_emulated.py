@@ -171,6 +171,68 @@ def test_linear(index: int) -> None:
             torch.testing.assert_close(cuda.linear_gram_norms(x, g, multiplicity=k), exact, rtol=1e-9, atol=0)
 
 
+# (T, d, p) of problems that take one kind of tile, several, more than one launch holds, and norms in one and in two launches.
+SEVERAL = {
+    "attention": [(16, 64, 64)] * 3 + [(16, 64, 72)],
+    "one-tile": [(5, 8, 16), (3, 24, 40), (1, 64, 64)],
+    "ragged": [(1, 1, 1), (7, 33, 5), (9, 136, 72), (2, 3, 130), (70, 8, 8), (3, 72, 136)],
+    "empty": [(4, 8, 8), (0, 8, 8), (4, 0, 8), (4, 72, 8), (4, 8, 0)],
+    "many": [(2, 4 + i % 3, 70) for i in range(30)],
+}
+
+
+@pytest.mark.parametrize("multiplicity", [1, 3])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("sizes", SEVERAL)
+def test_several_linear_layers_have_the_bits_of_each_alone(sizes: str, mode: str, multiplicity: int) -> None:
+    dtype, options, epsilon = MODES[mode]
+    rows = 2 * multiplicity
+    problems = [(torch.randn(rows, t, d).to(dtype), torch.randn(rows, t, p).to(dtype)) for t, d, p in SEVERAL[sizes]]
+    problems[0] = (variant(problems[0][0], "sliced"), variant(problems[0][1], "transposed"))
+    problems[1] = (problems[1][0].repeat(2, 1, 1), problems[1][1].repeat(2, 1, 1))  # a batch of its own size
+    alone = [cuda.linear_weight_grad(x, g, multiplicity=multiplicity, **options) for x, g in problems]
+    for store in (True, False):
+        found = cuda.linear_weight_grads(problems, multiplicity=multiplicity, store=store, **options)
+        assert len(found) == len(problems)
+        for (sq_norms, weights), (expected_norms, expected) in zip(found, alone, strict=True):
+            assert torch.equal(sq_norms, expected_norms)
+            assert torch.equal(weights, expected) if store else weights is None
+    x, g = problems[-2]
+    expected = reference.linear_weight_grad(x.double(), g.double(), multiplicity=multiplicity)[1]
+    magnitude = reference.linear_weight_grad(x.double().abs(), g.double().abs(), multiplicity=multiplicity)[1]
+    assert_sums(alone[-2][1], expected, magnitude, epsilon)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the emulation counts launches")
+@pytest.mark.parametrize(
+    ("sizes", "launches"),
+    [("attention", 2), ("one-tile", 1), ("many", 3 + 1)],  # products of a dozen problems each, then the norms of all
+)
+def test_several_linear_layers_share_launches(sizes: str, launches: int) -> None:
+    problems = [(torch.randn(2, t, d), torch.randn(2, t, p)) for t, d, p in SEVERAL[sizes]]
+    before = native._C.emulated_launches()
+    cuda.linear_weight_grads(problems, multiplicity=1)
+    assert native._C.emulated_launches() - before == launches
+
+
+def test_no_problems_are_no_launch() -> None:
+    before = native._C.emulated_launches()
+    assert cuda.linear_weight_grads([], multiplicity=1) == [] == reference.linear_weight_grads([], multiplicity=1)
+    assert native._C.emulated_launches() == before
+
+
+def test_a_faulty_problem_among_several_is_named() -> None:
+    good = (torch.randn(2, 3, 4), torch.randn(2, 3, 5))
+    for op in (cuda.linear_weight_grads, reference.linear_weight_grads, native.linear_weight_grads):
+        with pytest.raises(ValueError, match=r"linear_weight_grads: problems\[1\]: positions of g is 7, expected 3"):
+            op([good, (torch.randn(2, 3, 4), torch.randn(2, 7, 5))], multiplicity=1)
+        with pytest.raises(TypeError, match=r"linear_weight_grads: problems\[2\] is Tensor, expected a pair \(x, g\)"):
+            op([good, good, torch.zeros(2, 3, 4)], multiplicity=1)
+    wide = torch.randn(8).as_strided((1, 1, 8), (8, 2**31, 1))  # a stride no kernel takes
+    with pytest.raises(RuntimeError, match=r"linear_weight_grads on .*g\[1\] \(1, 1, 4\) float32: .*\[1\]: a .*beyond 31 bits"):
+        cuda.linear_weight_grads([(torch.randn(1, 1, 8), torch.randn(1, 1, 4)), (wide, torch.randn(1, 1, 4))], multiplicity=1)
+
+
 def test_mixed_dtypes_are_multiplied_in_float32() -> None:
     x, g = torch.randn(4, 5, 16).bfloat16(), torch.randn(4, 5, 8)
     expected = reference.linear_weight_grad(x.double(), g.double(), multiplicity=2)[1]
@@ -338,6 +400,10 @@ def _everything() -> list[torch.Tensor]:
         for dtype, options, _ in MODES.values():
             x, g, arguments = _inputs(case, dtype, "channels_last")
             found += [*cuda.conv_weight_grad(x, g, **arguments, **options), cuda.conv_gram_norms(x, g, **arguments)]
+    pairs = [(torch.randn(4, 9, d), torch.randn(4, 9, p)) for d, p in ((8, 72), (72, 8), (4, 4))]
+    for mode in MODES.values():
+        several = [(x.to(mode[0]), g.to(mode[0])) for x, g in pairs]
+        found += itertools.chain(*cuda.linear_weight_grads(several, multiplicity=2, **mode[1]))
     g = torch.randn(4, 9, 11)
     for dim in (1, -1):
         found += cuda.bias_grad(g, channel_dim=dim, multiplicity=2)
