@@ -106,11 +106,15 @@ class CapturedStep:
         return self._run_accumulate()
 
     def step(self) -> None:
-        """:meth:`PrivateOptimizer.step`: noise, update, EMA."""
-        self._check_frozen()
-        if self._armed is not None:
-            self._armed.arm(**self.optimizer.next_step())
-        self._run_step()
+        """:meth:`PrivateOptimizer.step`: noise, update, EMA. An error drops what was accumulated."""
+        try:
+            self._check_frozen()
+            if self._armed is not None:
+                self._armed.arm(**self.optimizer.next_step())
+            self._run_step()
+        except BaseException:
+            self.optimizer.discard()  # a next step would add them to another batch, and count a sample twice
+            raise
 
     def _accumulate(self) -> tuple[Tensor, Tensor]:
         dtype = self._autocast
