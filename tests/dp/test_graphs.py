@@ -334,7 +334,7 @@ class Waiting(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("strategy", ["store", "gram", "norm-only"])
+@pytest.mark.parametrize("strategy", ["store", "gram", "norm-only", "auto"])
 def test_a_pass_neither_copies_from_the_host_nor_reads_a_value(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One sample, so that nothing is probed; on "meta" tensors, whose values cannot be read, the engine goes a GPU's way."""
     autocast, enabled = torch.autocast, torch.is_autocast_enabled
