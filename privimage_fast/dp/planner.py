@@ -126,7 +126,7 @@ def cheapest(device: torch.device) -> Choice:
     """The fastest way for each call, whatever it keeps."""
 
     def choose(rule: MatrixRule, x: Tensor, g: Tensor, multiplicity: int) -> str:
-        if x.dtype == torch.float64:
+        if x.dtype == torch.float64 or device.type not in ("cpu", "cuda"):
             return "store"
         if device.type == "cpu" and rank_one(rule, x, multiplicity):
             return "gram"
