@@ -12,9 +12,12 @@ the shares and ratios. Each part is a process of its own, with its own time: wha
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -73,16 +76,25 @@ def run_part(name: str, seconds: float, options: argparse.Namespace) -> list[Row
     """Rows of a part, printed as they come; what it had measured stays when it fails or its time is up."""
     command = [sys.executable, __file__, "--child", name, "--seconds", f"{seconds:.0f}", "--job-share", str(options.job_share)]
     rows: list[Row] = []
-    with subprocess.Popen(
-        [*command, *(["--rehearse"] if options.rehearse else [])], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:  # fmt: skip
-        late = threading.Event()
-        timer = threading.Timer(seconds, lambda: (late.set(), process.kill()))
-        timer.start()
-        errors: list[str] = []
-        reader = threading.Thread(target=lambda: errors.extend(process.stderr or ()))
-        reader.start()
-        assert process.stdout is not None
+    errors: list[str] = []
+    late = threading.Event()
+    process = subprocess.Popen(
+        [*command, *(["--rehearse"] if options.rehearse else [])], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stderr is not None
+
+    def stop() -> None:
+        """The part and what it has started: a left-over test run would disturb the parts to come."""
+        late.set()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    timer = threading.Timer(seconds, stop)
+    reader = threading.Thread(target=lambda: errors.extend(process.stderr), daemon=True)
+    timer.start()
+    reader.start()
+    try:
         for text in process.stdout:
             if text.startswith(ROW):
                 row = json.loads(text.removeprefix(ROW))
@@ -90,8 +102,12 @@ def run_part(name: str, seconds: float, options: argparse.Namespace) -> list[Row
                 rows.append(row | ({"goals": reached} if reached else {}))
                 print(line(row, reached), flush=True)
         process.wait()
+    except BaseException:
+        stop()
+        raise
+    finally:
         timer.cancel()
-        reader.join()
+    reader.join(5)
     if process.returncode:
         why = f"not finished in {seconds:.0f} s" if late.is_set() else "".join(errors)[-800:].strip()
         rows.append({"what": name, "failed": why or f"exit status {process.returncode}"})

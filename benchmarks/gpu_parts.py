@@ -374,10 +374,7 @@ JOB: dict[str, Any] = {
     "query": {"classifier": {"epochs": 2}},
     "model": {"preset": "large"},
     "pretrain": {"steps": 3000, "batch_size": 512},
-    "finetune": {
-        "steps": 366, "batch_size": 4096, "multiplicity": 8, "physical_batch_size": 512, "memory_budget_mib": 40_000,
-        "checkpoint_steps": 100,
-    },
+    "finetune": {"steps": 366, "batch_size": 4096, "multiplicity": 8, "checkpoint_steps": 100},
     "sample": {"per_class": 6000, "batch_size": 2000},
 }  # fmt: skip
 TOY_JOB: dict[str, Any] = {

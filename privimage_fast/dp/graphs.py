@@ -53,7 +53,7 @@ class CapturedStep:
     ) -> None:  # fmt: skip
         self.optimizer, self._loss_fn, self._autocast = optimizer, loss_fn, autocast
         self._device = optimizer.flat.data.device
-        self._inputs = [torch.empty_like(t, device=self._device).copy_(t) for t in stand_in]
+        self._inputs = [torch.empty_like(t, device=self._device).copy_(t) for t in stand_in]  # laid out as the stand-in
         rows = self._inputs[0].shape[0] if self._inputs and self._inputs[0].dim() else 0
         if rows == 0 or rows % optimizer.multiplicity:
             raise ValueError(f"stand_in has {rows} rows; expected at least one sample of {optimizer.multiplicity} adjacent rows")
@@ -106,11 +106,15 @@ class CapturedStep:
         return self._run_accumulate()
 
     def step(self) -> None:
-        """:meth:`PrivateOptimizer.step`: noise, update, EMA."""
-        self._check_frozen()
-        if self._armed is not None:
-            self._armed.arm(**self.optimizer.next_step())
-        self._run_step()
+        """:meth:`PrivateOptimizer.step`: noise, update, EMA. An error drops what was accumulated."""
+        try:
+            self._check_frozen()
+            if self._armed is not None:
+                self._armed.arm(**self.optimizer.next_step())
+            self._run_step()
+        except BaseException:
+            self.optimizer.discard()  # a next step would add them to another batch, and count a sample twice
+            raise
 
     def _accumulate(self) -> tuple[Tensor, Tensor]:
         dtype = self._autocast

@@ -31,12 +31,15 @@ class Replayed:
         assert module is not None
         # What a graph has frozen: shapes, whether autocast was on, and where the weights lie.
         key = (
-            [(t.shape, t.dtype, t.stride()) for t in tensors], torch.is_autocast_enabled(device.type),
+            [(t.shape, t.dtype) for t in tensors], torch.is_autocast_enabled(device.type),
             torch.get_autocast_dtype(device.type), module.training, [p.data_ptr() for p in module.parameters()],
         )  # fmt: skip
         if self._key is None:
             self._key = key
-            self._inputs = [t.clone() for t in tensors]
+            # Whatever layouts the caller comes with, images lie as tensor cores want them.
+            self._inputs = [
+                t.clone(memory_format=torch.channels_last if t.dim() == 4 else torch.preserve_format) for t in tensors
+            ]
             try:
                 self._run = record(self._forward, device, warm_up=self._warm_up)
             except RuntimeError as error:

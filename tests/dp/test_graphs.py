@@ -147,8 +147,10 @@ def test_a_step_number_is_armed_once(replayed: list[str]) -> None:
     captured = CapturedStep(o, losses, batch(2), capture=True)
     captured.step()
     o.steps -= 1
+    captured.accumulate(batch(2))
     with pytest.raises(NoiseReuseError, match="step 1"):
         captured.step()
+    assert not o.grad_sum.any()
 
 
 def test_without_a_gpu_the_same_calls_run_eagerly() -> None:
@@ -227,6 +229,7 @@ def test_what_a_graph_has_frozen_may_not_change(replayed: list[str], message: st
         with pytest.raises((RuntimeError, ValueError), match=message):
             call()
     assert torch.equal(o.flat.data, before) and o.steps == 0 and replayed == ["accumulate"]
+    assert not o.grad_sum.any()  # or the sums of this batch would be in the next one's step as well
 
 
 @native_only

