@@ -56,10 +56,10 @@ class LinearQueue:
         full now.
         """
         name, rule = use.rule.names.get("weight"), use.rule
-        if name is None or not isinstance(rule, MatrixRule):
+        if name is None or not isinstance(rule, MatrixRule) or not ops.has_cuda_kernel("linear_weight_grads", use.x, use.g):
             return None
         linear = rule.as_linear(use.x, use.g)
-        if linear is None or not ops.has_cuda_kernel("linear_weight_grads", *linear):
+        if linear is None:
             return None
         storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in linear)}
         if sum(storages.values()) > USE_BYTES:

@@ -13,6 +13,7 @@ every point of the backward pass; what a way keeps is then added from the point 
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from collections import Counter
@@ -122,6 +123,12 @@ class Shape:
         return self.element_bytes * self.weights if way == "store" else self.kept_bytes
 
 
+@functools.lru_cache(maxsize=4096)  # every layer asks in every micro-batch
+def _fastest(shape: Shape, rates: Rates, samples: int) -> str:
+    seconds = shape.seconds(rates, samples)
+    return min(WAYS, key=seconds.__getitem__)
+
+
 def cheapest(device: torch.device) -> Choice:
     """The fastest way for each call, whatever it keeps."""
 
@@ -131,9 +138,7 @@ def cheapest(device: torch.device) -> Choice:
         if device.type == "cpu" and rank_one(rule, x, multiplicity):
             return "gram"
         shape = Shape.of(rule, x, g, multiplicity)
-        rates = machine_rates(device, torch.get_num_threads(), shape.dtype)
-        seconds = shape.seconds(rates, x.shape[0] // multiplicity)
-        return min(WAYS, key=seconds.__getitem__)
+        return _fastest(shape, machine_rates(device, torch.get_num_threads(), shape.dtype), x.shape[0] // multiplicity)
 
     return choose
 

@@ -70,8 +70,9 @@ def clock_seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def event_seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Between two events on the device's current stream."""
+    """Between two events on the device's current stream, with nothing before them: a call's time on the host shows too."""
     with torch.cuda.device(device):
+        torch.cuda.synchronize()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         call()
@@ -157,5 +158,5 @@ def machine_rates(device: torch.device, threads: int, dtype: torch.dtype = torch
 @functools.lru_cache(maxsize=16)
 def _measured(device: torch.device, threads: int, dtype: torch.dtype) -> Rates:  # ``threads`` is a key only
     on_gpu = device.type == "cuda"
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
         return measure_rates(device, dtype, CUDA_TRIAL if on_gpu else CPU_TRIAL, event_seconds if on_gpu else clock_seconds)

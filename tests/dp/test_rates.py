@@ -100,10 +100,11 @@ def test_a_gpu_is_timed_between_events(monkeypatch: pytest.MonkeyPatch) -> None:
         def __enter__(self) -> None: ...
         def __exit__(self, *_: object) -> None: ...
 
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("idle"))
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "device", Device)
     assert event_seconds(lambda: log.append("call"), GPU) == 0.25
-    assert log == ["record", "call", "record", "wait"]
+    assert log == ["idle", "record", "call", "record", "wait"]
 
 
 def test_a_device_is_measured_once_for_each_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
