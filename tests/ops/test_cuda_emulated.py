@@ -191,12 +191,14 @@ def test_several_linear_layers_have_the_bits_of_each_alone(sizes: str, mode: str
     problems[0] = (variant(problems[0][0], "sliced"), variant(problems[0][1], "transposed"))
     problems[1] = (problems[1][0].repeat(2, 1, 1), problems[1][1].repeat(2, 1, 1))  # a batch of its own size
     alone = [cuda.linear_weight_grad(x, g, multiplicity=multiplicity, **options) for x, g in problems]
-    for store in (True, False):
-        found = cuda.linear_weight_grads(problems, multiplicity=multiplicity, store=store, **options)
+    rounded = {"store_dtype": torch.bfloat16}
+    in_bfloat16 = [cuda.linear_weight_grad(x, g, multiplicity=multiplicity, **rounded, **options) for x, g in problems]
+    for stored, like in (({}, alone), ({"store": False}, alone), (rounded, in_bfloat16)):
+        found = cuda.linear_weight_grads(problems, multiplicity=multiplicity, **stored, **options)
         assert len(found) == len(problems)
-        for (sq_norms, weights), (expected_norms, expected) in zip(found, alone, strict=True):
+        for (sq_norms, weights), (expected_norms, expected) in zip(found, like, strict=True):
             assert torch.equal(sq_norms, expected_norms)
-            assert torch.equal(weights, expected) if store else weights is None
+            assert weights is None if "store" in stored else weights.dtype == expected.dtype and torch.equal(weights, expected)
     x, g = problems[-2]
     expected = reference.linear_weight_grad(x.double(), g.double(), multiplicity=multiplicity)[1]
     magnitude = reference.linear_weight_grad(x.double().abs(), g.double().abs(), multiplicity=multiplicity)[1]
