@@ -14,7 +14,14 @@ from privimage_fast.dp.engine import check_per_sample
 from privimage_fast.dp.noise import NoiseKey
 from privimage_fast.dp.optimizer import PrivateOptimizer, UpdateRule
 from privimage_fast.dp.rules import UncoveredParameterError
-from privimage_fast.models.adversarial import GAN, AdversarialConfig, DiscriminatorLoss, PrivateAdversarial, real_and_fake
+from privimage_fast.models.adversarial import (
+    GAN,
+    AdversarialConfig,
+    DiscriminatorLoss,
+    PrivateAdversarial,
+    generator_loss,
+    real_and_fake,
+)
 from privimage_fast.models.gan import PRESETS, GANConfig, level_sizes
 from privimage_fast.stages.finetune import FinetuneConfig, check_rows, plan_finetune
 
@@ -24,7 +31,7 @@ SIZES = {"resolution": 9, "channels": 1, "num_classes": 3}
 
 def gan(config: GANConfig = TINY, **options: Any) -> GAN:
     torch.manual_seed(0)
-    return GAN(config, AdversarialConfig(**{"gradient_penalty": 0.0, **options}), **SIZES)
+    return GAN(config, AdversarialConfig(**{"spectral_norm": False, **options}), **SIZES)
 
 
 def private(model: GAN, pairs: int = 1, label_dropout: float = 0.0) -> PrivateAdversarial:
@@ -123,6 +130,34 @@ def test_real_and_fake_of_a_sample_are_adjacent_and_share_a_label() -> None:
     assert torch.equal(kinds[:, :, 0][~dropped], labels[:, None].expand(40, 3)[~dropped])
     fakes = grouped[:, :, 1].flatten(0, 1)
     assert torch.unique(fakes.flatten(1), dim=0).shape[0] == 120 and not rows.requires_grad
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_diversity_compares_two_images_of_each_label(rows: int) -> None:
+    model, labels = gan(diversity=0.3), torch.arange(rows) % 3
+    found = generator_loss(model, labels, secret())
+    if rows > 1:
+        labels = torch.cat([labels[: rows // 2]] * 2)
+    z = model.generator.latents(len(labels), secret())
+    drawn = model.generator(z, labels)
+    expected = -model.discriminator(drawn, labels).mean()
+    if rows > 1:
+        (z1, z2), (x1, x2) = (t.flatten(1).chunk(2) for t in (z, drawn))
+        ratio = (z1 - z2).abs().mean(1) / ((x1 - x2).abs().mean(1) + 0.05)
+        expected = expected + 0.3 * ratio.mean()
+    torch.testing.assert_close(found, expected)
+
+
+def test_diversity_keeps_a_class_from_looking_all_alike() -> None:
+    def spread(diversity: float) -> float:
+        model = gan(diversity=diversity)
+        training = model.public_training(lr=2e-3, ema_decay=0.9, label_dropout=0.0)
+        x, labels = images(32)
+        for step in range(60):
+            training.step(x, labels, secret(step), 2e-3)
+        return float(model.drawable.draw(torch.zeros(64, dtype=torch.int64), None, secret()).std(0).mean())
+
+    assert spread(0.3) > 1.5 * spread(0.0)
 
 
 def test_training_on_two_shades_draws_them_by_class() -> None:
@@ -273,6 +308,7 @@ def test_the_plan_is_of_the_discriminator(tmp_path: Path) -> None:
         ({"generator_lr": 0.0}, "generator_lr must be positive"),
         ({"beta1": 1.0}, "beta1 must be in"),
         ({"gradient_penalty": -1.0}, "gradient_penalty must be ≥ 0"),
+        ({"diversity": -0.1}, "diversity must be ≥ 0"),
     ],
 )
 def test_bad_training_options_are_named(values: dict[str, Any], message: str) -> None:

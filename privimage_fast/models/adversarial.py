@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from privimage_fast.models.gan import Discriminator, GANConfig, Generator
 from privimage_fast.models.training import AveragedAdam, below, prefixed
 
+_ALIKE = 0.05  # of images in [−1, 1]: the slope stays finite where two are the same
+
 
 @dataclass(frozen=True)
 class AdversarialConfig:
@@ -27,7 +29,9 @@ class AdversarialConfig:
         generator_lr: the generator's learning rate as a multiple of the stage's.
         beta1: of Adam, for both networks.
         spectral_norm: divide each weight of the discriminator by its largest singular value.
-        gradient_penalty: weight of ‖∇ₓD‖² at real and fake images (R1 + R2); 0 is none.
+        gradient_penalty: weight of ‖∇ₓD‖² at real and fake images (R1 + R2); 0 is none. It doubles the discriminator's work.
+        diversity: weight of ‖z − z'‖₁ / ‖G(z) − G(z')‖₁ in the generator's loss (mode seeking, Mao et al. 2019); 0 is none.
+            Without it a class of a short training looks all alike.
         pretrain_discriminator_steps: discriminator steps for each generator step on public images.
     """
 
@@ -36,8 +40,9 @@ class AdversarialConfig:
     generator_batch: int = 128
     generator_lr: float = 1.0
     beta1: float = 0.5
-    spectral_norm: bool = False
-    gradient_penalty: float = 1.0
+    spectral_norm: bool = True
+    gradient_penalty: float = 0.0
+    diversity: float = 0.1
     pretrain_discriminator_steps: int = 1
 
     def __post_init__(self) -> None:
@@ -48,8 +53,9 @@ class AdversarialConfig:
             raise ValueError(f"model.adversarial.generator_lr must be positive, found {self.generator_lr}")
         if not 0 <= self.beta1 < 1:
             raise ValueError(f"model.adversarial.beta1 must be in [0, 1), found {self.beta1}")
-        if not 0 <= self.gradient_penalty < float("inf"):
-            raise ValueError(f"model.adversarial.gradient_penalty must be ≥ 0, found {self.gradient_penalty}")
+        for name in ("gradient_penalty", "diversity"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"model.adversarial.{name} must be ≥ 0, found {getattr(self, name)}")
 
 
 class GAN(nn.Module):
@@ -118,10 +124,26 @@ def real_and_fake(
 
 
 def generator_loss(model: GAN, labels: Tensor, random: torch.Generator) -> Tensor:
-    """−D(G(z, label), label) on average. Reads no image."""
+    """−D(G(z, label), label) on average, and what keeps images of a label apart. Reads no image.
+
+    With ``diversity`` the second half of the labels is replaced by the first, so that each has two images.
+    """
     labels = labels.to(model.generator.device)
-    fakes = model.generator(model.generator.latents(len(labels), random), labels)
-    return -model.discriminator(fakes, labels).mean()
+    pairs, weight = len(labels) // 2, model.adversarial.diversity
+    if weight and pairs:
+        labels = labels[:pairs].repeat(2)
+    latents = model.generator.latents(len(labels), random)
+    fakes = model.generator(latents, labels)
+    loss = -model.discriminator(fakes, labels).mean()
+    if weight and pairs:
+        apart = _difference(latents, pairs) / (_difference(fakes, pairs) + _ALIKE)
+        loss = loss + weight * apart.mean()
+    return loss
+
+
+def _difference(t: Tensor, pairs: int) -> Tensor:
+    """Mean absolute difference of row i and row i + pairs: (pairs,)."""
+    return (t[:pairs] - t[pairs:]).abs().flatten(1).mean(1)
 
 
 class PublicAdversarial:
