@@ -169,6 +169,7 @@ from privimage_fast.models.edm import Denoiser, DenoisingLoss, EDMConfig, denois
 from privimage_fast.models.unet import PRESETS
 torch.manual_seed(0)
 budget, samples, k = (None if sys.argv[1] == "none" else int(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3])
+strategy, store_dtype = sys.argv[4], getattr(torch, sys.argv[5])
 model = Denoiser(PRESETS["base"], EDMConfig(), resolution=32, channels=3, num_classes=10)
 make = lambda n: denoising_batch(torch.rand(n, 3, 32, 32) * 2 - 1, torch.arange(n) % 10, edm=model.edm, num_classes=10,
                                  multiplicity=k, label_dropout=0.1, generator=None).args()
@@ -180,13 +181,15 @@ pf.clipped_grad(small, DenoisingLoss(1), batch.args(), max_grad_norm=1.0)  # cod
 peak = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 before = peak()
 for _ in range(2):
-    pf.clipped_grad(model, DenoisingLoss(k), args, max_grad_norm=1.0, multiplicity=k, memory_budget=budget)
+    pf.clipped_grad(model, DenoisingLoss(k), args, max_grad_norm=1.0, multiplicity=k, memory_budget=budget, strategy=strategy,
+                    store_dtype=store_dtype)
 print((peak() - before) * 1024)
 """
 
 
-def peak_growth(budget: int | None, samples: int, multiplicity: int) -> int:
-    command = [sys.executable, "-P", "-c", CHILD, "none" if budget is None else str(budget), str(samples), str(multiplicity)]
+def peak_growth(budget: int | None, samples: int, multiplicity: int, strategy: str = "auto", store_dtype: str = "float32") -> int:
+    given = ["none" if budget is None else str(budget), str(samples), str(multiplicity), strategy, store_dtype]
+    command = [sys.executable, "-P", "-c", CHILD, *given]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -198,6 +201,12 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 def test_measured_peak_memory_stays_under_the_budget(budget_mib: int, samples: int, multiplicity: int) -> None:
     """Resident memory of a process of its own, not the planner's figure; without a budget it would be far over."""
     assert peak_growth(budget_mib * 2**20, samples, multiplicity) <= budget_mib * 2**20
+
+
+@needs_proc
+def test_measured_peak_memory_of_a_bfloat16_store_stays_under_the_budget() -> None:
+    """What is rounded is made in float32 first, a few samples at a time."""
+    assert peak_growth(192 * 2**20, 16, 1, "store", "bfloat16") <= 192 * 2**20
 
 
 @needs_proc

@@ -202,6 +202,19 @@ static bool run_ops() {
           const ConvWeightGradParams several[] = {p, p};
           emulated::conv_weight_grads({several, 2}, nullptr);
           good &= std::equal(alone.begin(), alone.end(), norms.get());
+          if (store) {  // rounded, then once more on top of it
+            Exact<uint16_t> halves(c.samples * c.outputs * columns);
+            Exact<double> rounded(c.samples);
+            p.out = halves.get();
+            p.out_dtype = DType::bf16;
+            p.sq_norms = rounded.get();
+            for (double factor : {1.0, 4.0}) {
+              emulated::conv_weight_grad(p, nullptr);
+              for (int64_t b = 0; b < c.samples; ++b)
+                good &= std::fabs(rounded.get()[b] / (factor * norms.get()[b]) - 1) <= 0x1p-6;
+              p.accumulate = true;
+            }
+          }
 
           ConvGramParams q;
           describe(q, c, channels_last);

@@ -110,6 +110,10 @@ def test_conv(index: int) -> None:
             assert same is out
             assert_sums(out, expected + 1, magnitude + 1, epsilon)
             assert_norms(sq_norms, out)
+        if index % 4 == 1:
+            sq_norms, rounded = cuda.conv_weight_grad(x, g, store_dtype=torch.bfloat16, **arguments, **options)
+            assert torch.equal(rounded, weights.bfloat16())
+            assert_norms(sq_norms, rounded)
         if not options:
             exact = expected.flatten(1).square().sum(1)
             torch.testing.assert_close(cuda.conv_gram_norms(x, g, **arguments), exact, rtol=1e-9, atol=0)
@@ -166,6 +170,9 @@ def test_linear(index: int) -> None:
         sq_norms, weights = cuda.linear_weight_grad(x, g, multiplicity=k, **options)
         assert_sums(weights, expected, magnitude, epsilon)
         assert_norms(sq_norms, weights)
+        sq_norms, rounded = cuda.linear_weight_grad(x, g, multiplicity=k, store_dtype=torch.bfloat16, **options)
+        assert torch.equal(rounded, weights.bfloat16())
+        assert_norms(sq_norms, rounded)
         if not options:
             exact = expected.flatten(1).square().sum(1)
             torch.testing.assert_close(cuda.linear_gram_norms(x, g, multiplicity=k), exact, rtol=1e-9, atol=0)
