@@ -175,14 +175,31 @@ def every_kernel(machine: Machine) -> None:
             assert stored is not None
             ops.weighted_sum_(torch.zeros(stored.shape[1:], device=device), stored, ops.clip_factors(norms, 1.0))
             ops.bias_grad(g, channel_dim=1, multiplicity=k)
+            rounded_norms, rounded = ops.conv_weight_grad(x, g, multiplicity=k, store_dtype=torch.bfloat16, **shape)
+            assert rounded is not None
+            ops.weighted_sum_(torch.zeros(stored.shape[1:], device=device), rounded, ops.clip_factors(rounded_norms, 1.0))
+            ops.conv_clipped_sum(x, g, torch.ones(samples, device=device), multiplicity=k, **shape)
+            if c % 4 == 0:
+                mean = torch.rand(samples * k, 4, device=device)
+                ops.group_norm_affine_grad(x, x, mean, mean, num_groups=4, multiplicity=k)
         t = torch.randn(4, 9, 11, device=device, dtype=dtype)
         statistics_ = torch.rand(4, 9, device=device)
         ops.layer_norm_affine_grad(t, t, statistics_, statistics_, multiplicity=2)
+        wide = torch.randn(4, 9, 136, device=device, dtype=dtype)
+        norms, _ = ops.linear_weight_grad(t, wide, multiplicity=2)
+        ops.linear_weight_grads([(t, wide), (wide, t), (wide, wide)] * 5, multiplicity=2)
+        ops.linear_gram_norms(t, wide, multiplicity=2)
+        ops.linear_clipped_sum(t, wide, ops.clip_factors(norms, 1.0), multiplicity=2)
         ids = torch.arange(36, device=device).view(4, 9) % 5
         ops.embedding_grad(ids, t, num_embeddings=5, padding_idx=0, multiplicity=2)
     state = [torch.zeros(1003, device=device) for _ in range(5)]
     constants = {"noise_std": 1.0, "denominator": 1.0, "key": bytes(32), "rank": 0, "stream": 1, "lr": 0.1, "ema_decay": 0.9}
     ops.private_step_(*state, step=1, optimizer="adam", **constants)
+    # More items than a launch takes, one of kernel offsets by channels and rounded, beginning within a block of the cipher.
+    sums = [state[1][3:75].view(4, 2, 3, 3), *state[1][75:275].split(2)]
+    stored = [torch.randn(5, 4, 3, 3, 2, device=device).movedim(-1, 2).bfloat16(), *torch.randn(100, 5, 2, device=device)]
+    constants_of_step = {"step": 3, "optimizer": "adam", **constants}
+    ops.summed_private_step_(*state, sums=sums, stored=stored, coef=torch.rand(5, device=device), **constants_of_step)
     if ops.build_info().native:
         armed = ops.ArmedStep(*state, optimizer="adam")
         armed.arm(step=2, **constants)

@@ -39,6 +39,7 @@ from privimage_fast.dp.planner import Plan as StepPlan
 from privimage_fast.dp.sampling import OSRandom, SeededRandom
 from privimage_fast.models.edm import Denoiser, EDMConfig
 from privimage_fast.models.gan import GANConfig, Generator
+from privimage_fast.models.replay import forget
 from privimage_fast.models.training import Drawable, ImageModel
 from privimage_fast.models.unet import UNetConfig
 from privimage_fast.stages.agreement import check_text, question, stand_in_tables
@@ -374,6 +375,7 @@ class Run:
         before = draw(
             model, wanted, self.config.sample.sampler, seed=self.config.seed, device=self.device, autocast=self.autocast
         )
+        forget(model.drawable)  # fine-tuning moves the weights, and needs the memory
         save_sheet(self.folder, "before", ImageSet(before, wanted, names, name="before"))
         if len(indices) and labels.max() < len(names):
             order = np.random.default_rng(self.config.seed).permutation(len(indices))

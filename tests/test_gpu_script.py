@@ -52,6 +52,23 @@ def test_a_part_measures_something(gpu: Any, part: str, row: str, key: str, caps
     assert isinstance(found, str) or (math.isfinite(found) and found > 0)
 
 
+def test_every_kernel_is_sanitized(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ops, called = importlib.import_module("privimage_fast.ops"), set()
+    names = {*ops._OP_NAMES, "conv_clipped_sum", "linear_clipped_sum"} - {"chacha20_block", "gaussian_noise"}
+
+    def counted(name: str, op: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            called.add(name)
+            return op(*args, **options)
+
+        return call
+
+    for name in names:
+        monkeypatch.setattr(ops, name, counted(name, getattr(ops, name)))
+    importlib.import_module("gpu_parts").every_kernel(gpu.Machine(torch.device("cpu"), True))
+    assert called == names
+
+
 def test_steps_compare_every_kind(gpu: Any, capsys: pytest.CaptureFixture[str]) -> None:
     rows = rows_of(gpu, "steps", capsys)
     kinds = ("plain", "DP", "DP captured", "DP captured, compiled model")

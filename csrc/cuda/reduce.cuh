@@ -59,6 +59,8 @@ __global__ void sum_many_partials_kernel(const __grid_constant__ NormBatch batch
   sum_partials_of<kNotNegative>(item.partials, item.tiles, item.sq_norms, blockIdx.x - batch.first_block[which]);
 }
 
+static_assert(sizeof(NormBatch) <= 4096);
+
 template <bool kNotNegative>
 void sum_partials(const char* op, const std::vector<PartialNorms>& norms, void* stream) {
   for (size_t next = 0; next < norms.size();) {

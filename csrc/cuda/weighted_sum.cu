@@ -24,6 +24,8 @@ static __device__ __forceinline__ float4 load_four(const uint16_t* p) {
 }
 
 // T: float, or uint16_t for bfloat16.
+static_assert(sizeof(Batch) + 16 <= 4096, "kernel arguments are limited to 4 KB");
+
 template <int kWidth, class T>
 static __device__ __forceinline__ void add_up(const WeightedSumParams::Item& item, const float* coef, int64_t samples, int64_t i) {
   float sum[kWidth] = {};

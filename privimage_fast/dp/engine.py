@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from privimage_fast import ops
 from privimage_fast.dp.collector import Choice, Collector, Pending, fixed, full_precision, misplaced
 from privimage_fast.dp.passes import backward, eagerly
-from privimage_fast.dp.planner import Plan, batch_rows, cheapest, make_plan, take_samples
+from privimage_fast.dp.planner import Plan, batch_rows, cheapest, device_of, make_plan, take_samples
 from privimage_fast.dp.rules import UncoveredParameterError
 from privimage_fast.dp.tracker import Sink, Tracker, Use, batch_tensors, trainable_parameters
 
@@ -105,8 +105,7 @@ def _accumulate_in_parts(
     rows = batch_rows(args)
     options: dict[str, Any] = {"max_grad_norm": max_grad_norm, "multiplicity": multiplicity, "store_dtype": store_dtype}
     if memory_budget is None or rows < multiplicity:
-        device = next((p.device for p in module.parameters() if p.requires_grad), torch.device("cpu"))
-        choose = cheapest(device) if strategy == "auto" else fixed(strategy)
+        choose = cheapest(device_of(module), store_dtype) if strategy == "auto" else fixed(strategy)
         return _accumulate(module, loss_fn, args, sums, choose=choose, sample_weight=sample_weight, keep=keep, **options)
     _check_rows(rows, multiplicity)
     samples = rows // multiplicity
@@ -143,7 +142,9 @@ def plan_for(
 ) -> Plan:  # fmt: skip
     """:func:`planner.make_plan`, made once for each module, budget and shape of a batch."""
     shapes = tuple(tuple(t.shape) for t in batch_tensors(list(args)))
-    key = (multiplicity, strategy, memory_budget, store_dtype, module.training, shapes, torch.get_num_threads())
+    kind = device_of(module).type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    key = (multiplicity, strategy, memory_budget, store_dtype, module.training, shapes, torch.get_num_threads(), kind, autocast)
     plans = _plans.setdefault(module, {})
     if key not in plans:
         plans[key] = make_plan(

@@ -102,7 +102,9 @@ class CapturedStep:
                 )
         weight = torch.ones(self.samples) if sample_weight is None else checked_weight(sample_weight, self.samples)
         for to, given in zip((*self._inputs, self._weight), (*args, weight), strict=True):
-            to.copy_(given, non_blocking=True)
+            to.copy_(given, non_blocking=not given.is_pinned())  # the caller may write over a pinned batch
+        if self._armed is not None:
+            self.optimizer.sum_pending()  # an eager micro-batch before this one; a replay does not look
         return self._run_accumulate()
 
     def step(self) -> None:
@@ -110,6 +112,7 @@ class CapturedStep:
         try:
             self._check_frozen()
             if self._armed is not None:
+                self.optimizer.sum_pending()  # or the graph would leave it to the next step, and another batch's charge
                 self._armed.arm(**self.optimizer.next_step())
             self._run_step()
         except BaseException:
@@ -138,6 +141,7 @@ class CapturedStep:
         """
         flat = self.optimizer.flat.data
         weights, before, states = flat.clone(), self.optimizer.grad_sum.clone(), _random_states(self._device)
+        buffers = {b: b.clone() for b in self.optimizer.module.buffers()}
         try:
             flat += 0.01 * torch.randn(flat.shape, generator=torch.Generator().manual_seed(0)).to(flat)
             for _ in range(_WARM_UPS):
@@ -145,6 +149,8 @@ class CapturedStep:
         finally:
             flat.copy_(weights)
             self.optimizer.grad_sum.copy_(before)
+            for buffer, content in buffers.items():
+                buffer.copy_(content)
         if any(not torch.equal(a, b) for a, b in zip(states, _random_states(self._device), strict=True)):
             raise RuntimeError(
                 "the loss draws random numbers of its own (dropout in training mode?), which a graph would take from torch's "

@@ -85,6 +85,8 @@ class LinearQueue:
         now = _stream(device)
         if now != stream:
             now.wait_stream(stream)  # whoever reads the terms does so on this one
+            for t in (t for pair in found for t in pair if t is not None):
+                t.record_stream(now)
         terms = []
         for (name, w), (sq_norms, stored) in zip(self._waiting.items(), found, strict=True):
             assert w.rule.weight is not None and stored is not None

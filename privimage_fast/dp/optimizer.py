@@ -118,6 +118,7 @@ class PrivateOptimizer:
         self._grad_sum = torch.zeros_like(self.flat.data)
         self._sums = self.flat.views(self._grad_sum)
         self._pending: Pending | None = None  # the last micro-batch, where the step is to sum it
+        self._clipped_to = 0.0  # the largest bound of what is accumulated
         self.exp_avg = torch.zeros_like(self.flat.data)
         self.exp_avg_sq = torch.zeros_like(self.flat.data) if self.update.name != "sgd" else None
         self.ema = self.flat.data.clone() if ema_decay else None
@@ -128,7 +129,8 @@ class PrivateOptimizer:
     ) -> tuple[Tensor, Tensor]:
         """Adds one micro-batch's clipped gradients; returns (norms, losses), which are not private."""
         self.flat.check(self.module)
-        self._sum_pending()  # now: this pass needs its memory
+        self.sum_pending()  # now: this pass needs its memory
+        self._clipped_to = max(self._clipped_to, self.max_grad_norm)
         options: dict[str, Any] = {
             "max_grad_norm": self.max_grad_norm, "multiplicity": self.multiplicity, "strategy": self.strategy,
             "memory_budget": self.memory_budget, "sample_weight": sample_weight, "store_dtype": self.store_dtype,
@@ -141,10 +143,11 @@ class PrivateOptimizer:
     @property
     def grad_sum(self) -> Tensor:
         """(n,) the clipped gradients accumulated since the last step, summed and not noised: not private."""
-        self._sum_pending()
+        self.sum_pending()
         return self._grad_sum
 
-    def _sum_pending(self) -> None:
+    def sum_pending(self) -> None:
+        """Adds the last micro-batch to ``grad_sum``, where :meth:`step` would have done it in its own pass."""
         if self._pending is None:
             return
         if ops.capturing(self._grad_sum):
@@ -175,8 +178,9 @@ class PrivateOptimizer:
         """Counts one step up and takes its place in the noise: what an op needs for it, and for no other step."""
         self.steps += 1
         update = self.update
+        bound, self._clipped_to = max(self._clipped_to, self.max_grad_norm), 0.0  # a bound lowered meanwhile does not count
         return {
-            "noise_std": self.noise_multiplier * self.max_grad_norm, "denominator": self.expected_batch_size,
+            "noise_std": self.noise_multiplier * bound, "denominator": self.expected_batch_size,
             "key": self.noise_key.use_bytes(step=self.steps, stream=Stream.STEP), "step": self.steps, "rank": 0,
             "stream": int(Stream.STEP), "lr": update.lr, "betas": update.betas, "eps": update.eps,
             "weight_decay": update.weight_decay, "momentum": update.momentum, "optimizer_step": self.steps,
@@ -192,7 +196,7 @@ class PrivateOptimizer:
 
     def discard(self) -> None:
         """Forgets the micro-batches accumulated since the last step (after an interruption)."""
-        self._pending = None
+        self._pending, self._clipped_to = None, 0.0
         self._grad_sum.zero_()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -205,7 +209,7 @@ class PrivateOptimizer:
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores what :meth:`state_dict` gave; shapes must match."""
+        """Restores what :meth:`state_dict` gave; shapes must match. What was accumulated is dropped: it is of other weights."""
         own = self.state_dict()
         if state.keys() != own.keys():
             raise ValueError(f"optimizer state holds {sorted(state)}, expected {sorted(own)}")
@@ -213,6 +217,7 @@ class PrivateOptimizer:
             if state[name].shape != tensor.shape:
                 raise ValueError(f"optimizer state {name!r} has shape {tuple(state[name].shape)}, expected {tuple(tensor.shape)}")
             tensor.copy_(state[name])
+        self.discard()
         self.steps = int(state["steps"])
 
     def ema_state(self) -> dict[str, Tensor]:

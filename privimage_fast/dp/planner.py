@@ -129,7 +129,7 @@ def _fastest(shape: Shape, rates: Rates, samples: int) -> str:
     return min(WAYS, key=seconds.__getitem__)
 
 
-def cheapest(device: torch.device) -> Choice:
+def cheapest(device: torch.device, store_dtype: torch.dtype = torch.float32) -> Choice:
     """The fastest way for each call, whatever it keeps."""
 
     def choose(rule: MatrixRule, x: Tensor, g: Tensor, multiplicity: int) -> str:
@@ -137,7 +137,7 @@ def cheapest(device: torch.device) -> Choice:
             return "store"
         if device.type == "cpu" and rank_one(rule, x, multiplicity):
             return "gram"
-        shape = Shape.of(rule, x, g, multiplicity)
+        shape = Shape.of(rule, x, g, multiplicity, store_dtype)
         return _fastest(shape, machine_rates(device, torch.get_num_threads(), shape.dtype), x.shape[0] // multiplicity)
 
     return choose

@@ -29,7 +29,7 @@ from privimage_fast.dp.engine import STRATEGIES, check_store_dtype
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.dp.loader import DPDataLoader, DrawnBatch
 from privimage_fast.dp.noise import NoiseKey
-from privimage_fast.dp.planner import cheapest
+from privimage_fast.dp.planner import cheapest, device_of
 from privimage_fast.dp.recorder import Recorder, recorder_of
 from privimage_fast.dp.sampling import SeededRandom
 from privimage_fast.dp.tracker import trainable_parameters
@@ -142,8 +142,7 @@ class PrivacyEngine:
         existing = recorder_of(module)
         if existing is not None:
             existing.detach()
-        device = next(p.device for p in module.parameters() if p.requires_grad)
-        choose = cheapest(device) if strategy == "auto" else fixed(strategy)
+        choose = cheapest(device_of(module), store_dtype) if strategy == "auto" else fixed(strategy)
         recorder = Recorder(module, multiplicity=int(multiplicity), choose=choose, store_dtype=store_dtype)
         noise = self._noise_source(noise_generator)
         private = DPOptimizer(

@@ -13,16 +13,19 @@ from privimage_fast.dp.graphs import record
 
 logger = logging.getLogger(__name__)
 
+_PATIENCE = 64  # calls: more than the smaller last batch of a set makes
+
 
 class Replayed:
-    """``module(*tensors)`` without gradients, recorded for the first shape it is called with; other shapes run eagerly.
+    """``module(*tensors)`` without gradients, recorded for the first shape it is called with, and anew for another that stays.
 
-    A recording holds as much memory as a forward pass takes, until the module is gone.
+    A recording holds as much memory as a forward pass takes, until the module is gone or :func:`forget` is called.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = ref(module)
         self._key: Any = None
+        self._other, self._others = None, 0  # another shape, and how often it came in a row
         self._inputs: list[Tensor] = []
         self._run: Any = None
 
@@ -34,8 +37,13 @@ class Replayed:
             [(t.shape, t.dtype) for t in tensors], torch.is_autocast_enabled(device.type),
             torch.get_autocast_dtype(device.type), module.training, [p.data_ptr() for p in module.parameters()],
         )  # fmt: skip
-        if self._key is None:
-            self._key = key
+        if key != self._key:
+            self._others = self._others + 1 if key == self._other else 1
+            self._other = key
+        else:
+            self._other, self._others = None, 0
+        if self._key is None or self._others > _PATIENCE:
+            self._key, self._run, self._other, self._others = key, None, None, 0
             # Whatever layouts the caller comes with, images lie as tensor cores want them.
             self._inputs = [
                 t.clone(memory_format=torch.channels_last if t.dim() == 4 else torch.preserve_format) for t in tensors
@@ -73,6 +81,11 @@ def replayed(module: nn.Module) -> Any:
     if module not in _recordings:
         _recordings[module] = Replayed(module)
     return _recordings[module]
+
+
+def forget(module: nn.Module) -> None:
+    """Drops the module's recording and frees its memory, before the weights move or something else needs it."""
+    _recordings.pop(module, None)
 
 
 def _on_gpu(device: torch.device) -> bool:

@@ -19,7 +19,7 @@ class ArmedStep:
     """:func:`private_step_` on fixed tensors: :meth:`arm`, then :meth:`launch`, both asynchronous on the current stream.
 
     Formal guarantee: a launch, or a replay of a captured one, adds noise of the key and place that was armed last, or, if a step
-    has been taken since, leaves NaN in every tensor it writes. Not even the key remains on the device after a step.
+    has been taken since, leaves NaN in parameters, state and gradient, and drops the sums. A step wipes where it was armed.
 
     Args:
         param, grad_sum, exp_avg, exp_avg_sq, ema, optimizer, grad_out, offset: as in :func:`private_step_`; flat (n,) float32 on
@@ -65,7 +65,7 @@ class ArmedStep:
         has = self.optimizer == "sgd" and self.momentum
         if self.optimizer == "sgd" and bool(momentum) != has:
             raise ValueError(f"{op}: momentum is {momentum}, expected {'more than 0' if has else '0'}, as when it was made")
-        native.refuse_capture(op)
+        native.refuse_capture(op, self._tensors["param"])
         self._call(
             "arm", key=key, step=step, rank=rank, stream=stream, noise_std=noise_std, denominator=denominator, lr=lr,
             beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay, momentum=momentum, ema_decay=ema_decay,

@@ -358,9 +358,13 @@ def weighted_sum_(
         _undense(o, d)
 
 
-def refuse_capture(op: str) -> None:
+def refuse_capture(op: str, t: Tensor) -> None:
     """A captured launch keeps its step number: every replay would add the same noise, and two results would cancel it."""
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+    if not torch.cuda.is_initialized():
+        return
+    with torch.cuda.device(t.device if t.is_cuda else -1):  # streams belong to a device; -1 is the current one
+        captured = torch.cuda.is_current_stream_capturing()
+    if captured:
         raise RuntimeError(
             f"{op} is being captured in a CUDA graph, whose replays would repeat its noise; call it outside of the graph (a step "
             "that may be captured is ArmedStep.launch)"
@@ -413,7 +417,7 @@ def private_step_(
         )  # fmt: skip
         return
     if device == "cuda" and noise_std:
-        refuse_capture("private_step_")
+        refuse_capture("private_step_", param)
     if optimizer == "sgd":
         exp_avg, exp_avg_sq = (exp_avg if momentum else None), None
     with torch.cuda.device(param.device) if device == "cuda" else _Nothing():

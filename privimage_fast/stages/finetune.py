@@ -134,7 +134,8 @@ def run_finetune(
             ema_decay=config.ema_decay if training.averages else 0.0, multiplicity=training.rows,
             noise_key=noise_key,
         )  # fmt: skip
-        optimizer.memory_budget = config.memory_budget(torch.device(device))  # of what parameters and optimizer state leave
+        pixels, labels = (torch.from_numpy(a).to(device) for a in (private.images, private.labels))
+        optimizer.memory_budget = config.memory_budget(torch.device(device))  # of what the set, weights and their state leave
         if progress_path.exists():
             _restore(folder, optimizer, training, stamp)
         event = DPSGDEvent(noise_multiplier, sample_rate, 1)
@@ -148,7 +149,7 @@ def run_finetune(
             physical = plan_finetune(model, config, optimizer.memory_budget).physical_batch_size
         stand_in = _stand_in(model, training, physical)  # made-up images: none of the set is read for the capture
         captured = CapturedStep(optimizer, training.loss, stand_in, autocast=autocast)
-        _train(folder, config, captured, training, private, steps, event, ledger, randomness, stamp, seed)
+        _train(folder, config, captured, training, pixels, labels, steps, event, ledger, randomness, stamp, seed)
         training.finish(optimizer.ema_state())
         folder.save_tensors(path, model.state_dict(), {"fingerprint": stamp, "steps": optimizer.steps})
     progress_path.unlink(missing_ok=True)
@@ -228,13 +229,12 @@ def check_rows(model: ImageModel, training: PrivateTraining) -> None:
 
 
 def _train(
-    folder: RunFolder, config: FinetuneConfig, captured: CapturedStep, training: PrivateTraining, private: ImageSet, steps: int,
-    event: DPSGDEvent, ledger: Ledger, randomness: SecretRandom, stamp: str, seed: int,
+    folder: RunFolder, config: FinetuneConfig, captured: CapturedStep, training: PrivateTraining, pixels: Tensor, labels: Tensor,
+    steps: int, event: DPSGDEvent, ledger: Ledger, randomness: SecretRandom, stamp: str, seed: int,
 ) -> None:  # fmt: skip
     optimizer = captured.optimizer
     device = optimizer.flat.data.device
-    sampler = PoissonSampler(len(private), event.sample_rate, randomness)
-    pixels, labels = (torch.from_numpy(a).to(device) for a in (private.images, private.labels))
+    sampler = PoissonSampler(len(pixels), event.sample_rate, randomness)
     path = folder.checkpoint("finetune-progress")
     progress = tqdm(range(optimizer.steps, steps), desc=STAGE, unit="step", initial=optimizer.steps, total=steps, leave=False)
     for step in progress:

@@ -54,7 +54,8 @@ def run_sample(
 
     ``weights`` names the state of the model (its fingerprint), so that samples of other weights are not taken for its own.
     """
-    stamp = fingerprint(config, tuple(class_names), weights, seed)
+    # Latents are of the second kind: of (seed, number), no longer of a batch.
+    stamp = fingerprint(config, tuple(class_names), weights, seed, str(autocast), "latents 2")
     if folder.synthetic.exists() and folder.finished("sample", stamp):
         return _load(folder, class_names)
     with timed(folder, "sample", stamp):

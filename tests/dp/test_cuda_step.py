@@ -54,6 +54,24 @@ def test_clipped_gradients_are_the_cpus(strategy: str) -> None:
         torch.testing.assert_close(found.grads[name].cpu(), grad, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("strategy", ["store", "gram", "norm-only"])
+def test_one_sample_contributes_c_and_no_more(strategy: str, dtype: torch.dtype) -> None:
+    """Thousands of positions that nearly cancel: the norm of the deferred ways is another computation than their sum's."""
+    model = nn.Conv2d(16, 16, 3, padding=1, bias=False).cuda()
+    x = torch.randn(4, 16, 32, 32, device="cuda") + 3
+    sign = torch.ones(32, 32, device="cuda")
+    sign[:, 1::2] = -1 + 2**-10
+
+    def signed(module: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return (module(x).float() * sign).sum((1, 2, 3))
+
+    found = pf.clipped_grad(model, signed, (x,), max_grad_norm=0.1, multiplicity=4, strategy=strategy)
+    assert float(found.norms) > 0.1
+    assert float(found.grads["weight"].double().norm()) <= 0.1 * (1 + 1e-6)
+
+
 def test_noise_on_the_gpu_has_the_cpus_bits() -> None:
     states = []
     for device in ("cpu", "cuda"):

@@ -39,6 +39,7 @@ class Network(nn.Module):
         self.first, self.norm, self.last = nn.Conv2d(2, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.Linear(8, 3)
         nn.init.zeros_(self.last.weight)
         self.dropout = nn.Dropout(0.0)
+        self.register_buffer("counter", torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.dropout(torch.relu(self.norm(self.first(x)))).mean((2, 3)))
@@ -112,6 +113,41 @@ def test_captured_steps_have_the_bits_of_ordinary_ones(replayed: list[str], upda
         captured.step()
         assert states_equal(ordinary, other)
     assert replayed == ["accumulate", "accumulate", "launch"] * 2 + ["launch", "accumulate", "launch"]
+
+
+@native_only
+@pytest.mark.parametrize("then", ["step", "accumulate"])
+def test_an_eager_micro_batch_is_in_the_captured_step_after_it(
+    replayed: list[str], then: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left to a later step, it would be released with another batch: 2C for a sample of both."""
+    ordinary, other = optimizer(), optimizer()
+    captured = CapturedStep(other, losses, batch(2), capture=True)
+    ordinary.accumulate(losses, batch(2, seed=1))
+    with monkeypatch.context() as eager:
+        eager.setattr(ops, "step_sums_stored", lambda grad_sum: True)
+        other.accumulate(losses, batch(2, seed=1))
+    assert other._pending is not None
+    if then == "accumulate":
+        monkeypatch.setattr(other, "accumulate", lambda *args: (torch.zeros(2), torch.zeros(2)))  # a replay runs no Python
+        captured.accumulate(batch(2))
+        assert other._pending is None
+    captured.step()
+    ordinary.step()
+    assert other._pending is None and states_equal(ordinary, other)
+
+
+@native_only
+def test_warming_up_leaves_buffers_as_they_were(replayed: list[str]) -> None:
+    class Counting(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            self.counter += 1
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    o = optimizer(Counting())
+    CapturedStep(o, losses, batch(2), capture=True)
+    assert float(o.module.counter) == 0
 
 
 @native_only
@@ -212,6 +248,10 @@ CHANGES: dict[str, Callable[[PrivateOptimizer], Any]] = {
     "the update rule was changed": lambda o: setattr(o, "update", UpdateRule("sgd")),
     "the optimizer's state was changed": lambda o: setattr(o, "ema", None),
     "parameter 'first.weight' was moved": lambda o: o.module.double().float(),
+    "strategy was changed from 'auto' to 'store'": lambda o: setattr(o, "strategy", "store"),
+    "memory_budget was changed": lambda o: setattr(o, "memory_budget", 2**30),
+    "store_dtype was changed": lambda o: setattr(o, "store_dtype", torch.bfloat16),
+    "the place of a buffer was changed": lambda o: setattr(o.module, "counter", torch.zeros(1)),
     "'last.bias' was frozen or unfrozen": lambda o: o.module.last.bias.requires_grad_(False),
 }
 

@@ -184,6 +184,36 @@ def test_discarding_forgets_what_is_not_summed_yet(one_pass: None) -> None:
 
 
 @pytest.mark.parametrize("fused", [True, False])
+def test_restored_state_steps_without_what_was_accumulated(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of other weights, which the next step would release with another batch: 2C for a sample of both."""
+    monkeypatch.setattr(ops, "step_sums_stored", lambda grad_sum: fused)
+    one, two = _optimizers()
+    state = {name: t.clone() for name, t in one.state_dict().items()}
+    one.accumulate(loss, _mixed_batch(4))
+    one.accumulate(loss, _mixed_batch(4))
+    one.load_state_dict(state)
+    for optimizer in (one, two):
+        optimizer.step()
+    assert torch.equal(one.flat.data, two.flat.data)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_noise_is_that_of_the_largest_bound_of_the_batch(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "step_sums_stored", lambda grad_sum: fused)
+    one, _ = _optimizers()
+    one.max_grad_norm = 2.0
+    one.accumulate(loss, _mixed_batch(4))
+    one.max_grad_norm = 0.1
+    one.accumulate(loss, _mixed_batch(4))
+    found = []
+    for name in ("private_step_", "summed_private_step_"):
+        monkeypatch.setattr(ops, name, lambda *a, noise_std, **k: found.append(noise_std))
+    one.step()
+    one.step()  # nothing is left of the larger one
+    assert found == [2.0, 0.1]
+
+
+@pytest.mark.parametrize("fused", [True, False])
 def test_a_failed_micro_batch_adds_nothing_and_takes_nothing(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "step_sums_stored", lambda grad_sum: fused)
     one, two = _optimizers()

@@ -122,6 +122,18 @@ def test_weights_that_lie_elsewhere_are_not_read_from_an_old_recording(graph: Gr
         assert torch.equal(run(x[:2]), module(x[:2])) and graph.replays == 3  # of another shape
         module.weight.data = torch.ones(2, 3)
         assert torch.equal(run(x), module(x)) and graph.replays == 3
+    replay.forget(module)
+    assert module not in replay._recordings
+
+
+def test_another_shape_that_stays_is_recorded_in_place_of_the_first(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "_PATIENCE", 2)
+    module = nn.Linear(3, 2)
+    run = replay.replayed(module)
+    with torch.no_grad():
+        for rows, replays in ((4, 1), (7, 1), (7, 1), (4, 2), (7, 2), (7, 2), (7, 3), (7, 4), (4, 4)):
+            x = torch.randn(rows, 3)
+            assert torch.equal(run(x), module(x)) and graph.replays == replays, (rows, replays)
 
 
 def test_a_recording_goes_with_its_module(graph: Graph) -> None:
