@@ -241,6 +241,18 @@ def test_which_convolutions_are_linear_layers(kernel: int, options: dict[str, ob
         assert torch.equal(stored.view_as(alone.stored), alone.stored) and torch.equal(sq_norms, alone.sq_norms)
 
 
+def test_norms_keep_their_order_whoever_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their sum then has the bits of a pass in which nothing waits."""
+    monkeypatch.setattr("privimage_fast.dp.collector.at_end_of_pass", lambda call: None)
+    collector = Collector(4, 1, Sink().calls, fixed("store"))
+    names = ["a", "too large to wait", "b"]
+    for name in names:
+        monkeypatch.setattr(grouping, "USE_BYTES", 0 if name == names[1] else 2**20)
+        collector(linear_use(name))
+        assert len(collector._queue) == (2 if name == "b" else 1)
+    assert list(collector.sq_norms) == list(collector.stored) == names
+
+
 def test_a_failed_launch_is_told_again_to_whoever_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody sees the place that was kept for a gradient which never came."""
     collector = Collector(4, 1, Sink().calls, fixed("store"))
