@@ -124,7 +124,7 @@ def child(name: str, machine: Machine, share: float) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS), help=f"comma-separated: {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json", help="where the JSON goes")
+    parser.add_argument("--out", type=Path, help="where the JSON goes (default: benchmarks/results/gpu.json, or build/)")
     parser.add_argument("--minutes", type=float, default=10, help="for all parts together (default: 10)")
     parser.add_argument("--job-share", type=float, default=0.1, help="share of the job's steps and samples (default: 0.1)")
     parser.add_argument("--rehearse", action="store_true", help="toy sizes on the CPU; its figures mean nothing")
@@ -155,6 +155,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.child:
         child(options.child, machine, options.job_share)
         return 0
+    # What means nothing is not left among the results.
+    out = options.out or (ROOT / "build" / "gpu.json" if options.rehearse else ROOT / "benchmarks" / "results" / "gpu.json")
     end = time.perf_counter() + 60 * options.minutes
     results: dict[str, Any] = {
         "rehearsal": options.rehearse, "device": info.cuda_device, "torch": torch.__version__, "cuda": torch.version.cuda,
@@ -169,8 +171,8 @@ def main(argv: list[str] | None = None) -> int:
             print(line(results["parts"][name][0], {}), flush=True)
         else:
             results["parts"][name] = run_part(name, min(left, max(SECONDS[name], left - later)), options)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     failed = [f"{name}: {row['what']}" for name, rows in results["parts"].items() for row in rows if "failed" in row]
     if failed:
         print("\nFailed: " + "; ".join(failed))

@@ -222,6 +222,13 @@ def ceilings(machine: Machine) -> Iterator[Row]:
     yield {"what": "copy", "GB/s": 2 * size / took["median"] / 1e9, **took}
 
 
+STORES: dict[str, dict[str, Any]] = {
+    "stored": {},
+    "stored in bfloat16": {"store_dtype": torch.bfloat16},
+    "norm only": {"store": False},
+}
+
+
 def kernels(machine: Machine) -> Iterator[Row]:
     """The kernels as shares of those ceilings."""
     gemm, copy = (row[unit] for row, unit in zip(ceilings(machine), ("TFLOP/s", "GB/s"), strict=True))
@@ -229,21 +236,27 @@ def kernels(machine: Machine) -> Iterator[Row]:
         (64, 32, 8, torch.bfloat16), (128, 32, 8, torch.bfloat16), (256, 32, 8, torch.bfloat16), (256, 8, 8, torch.bfloat16),
         (128, 32, 1, torch.bfloat16), (128, 32, 8, torch.float32),
     ]:  # fmt: skip
-        for store in (True, False):
-            name = f"conv 3×3 {channels}→{channels} {size}×{size} K={k} {str(dtype)[6:]} {'stored' if store else 'norm only'}"
+        for how, store in (
+            ("stored", {}),
+            ("stored in bfloat16", {"store_dtype": torch.bfloat16}),
+            ("norm only", {"store": False}),
+        ):
+            name = f"conv 3×3 {channels}→{channels} {size}×{size} K={k} {str(dtype)[6:]} {how}"
             yield attempt(lambda: _conv(machine, channels, size, k, dtype, store, gemm), name)  # noqa: B023
     yield attempt(lambda: _private_step(machine, copy), "noise + Adam + EMA")
-    yield attempt(lambda: _weighted_sum(machine, copy), "weighted sum")
+    yield attempt(lambda: _weighted_sum(machine, copy, torch.float32), "weighted sum")
+    yield attempt(lambda: _weighted_sum(machine, copy, torch.bfloat16), "weighted sum of bfloat16")
+    yield attempt(lambda: _summed_step(machine, copy), "weighted sum + noise + Adam + EMA in one pass")
 
 
-def _conv(machine: Machine, channels: int, size: int, k: int, dtype: torch.dtype, store: bool, gemm: float) -> Row:
+def _conv(machine: Machine, channels: int, size: int, k: int, dtype: torch.dtype, store: dict[str, Any], gemm: float) -> Row:
     c, side, samples = machine.scale(channels, 8), machine.scale(size, 4), machine.scale(32, 2)
     x, g = (
         torch.randn(samples * k, c, side, side, device=machine.device, dtype=dtype).to(memory_format=torch.channels_last)
         for _ in range(2)
     )
     shape = dict(kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1, multiplicity=k)
-    took = machine.seconds(lambda: ops.conv_weight_grad(x, g, store=store, **shape), repeat=3)
+    took = machine.seconds(lambda: ops.conv_weight_grad(x, g, **store, **shape), repeat=3)
     rate = 2 * samples * k * side * side * c * c * 9 / took["median"] / 1e12
     return {"TFLOP/s": rate, "share of GEMM": rate / gemm, **took}
 
@@ -262,12 +275,30 @@ def _private_step(machine: Machine, copy: float) -> Row:
     return {"GB/s": rate, "share of copy": rate / copy, **took}
 
 
-def _weighted_sum(machine: Machine, copy: float) -> Row:
-    n = machine.scale(10_000_000, 125)
-    stored, out = torch.zeros(machine.scale(64, 2), n, device=machine.device), torch.zeros(n, device=machine.device)
-    coef = torch.ones(stored.shape[0], device=machine.device)
+def _stored(machine: Machine, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    stored = torch.zeros(machine.scale(64, 2), machine.scale(10_000_000, 125), device=machine.device, dtype=dtype)
+    return stored, torch.ones(stored.shape[0], device=machine.device)
+
+
+def _weighted_sum(machine: Machine, copy: float, dtype: torch.dtype) -> Row:
+    stored, coef = _stored(machine, dtype)
+    out = torch.zeros(stored.shape[1], device=machine.device)
     took = machine.seconds(lambda: ops.weighted_sum_(out, stored, coef), repeat=3)
-    rate = 4 * stored.numel() / took["median"] / 1e9
+    rate = stored.element_size() * stored.numel() / took["median"] / 1e9
+    return {"GB/s": rate, "share of copy": rate / copy, **took}
+
+
+def _summed_step(machine: Machine, copy: float) -> Row:
+    stored, coef = _stored(machine, torch.float32)
+    state = [torch.zeros(stored.shape[1], device=machine.device) for _ in range(5)]
+    count = iter(range(1, 1 << 20))
+    took = machine.seconds(
+        lambda: ops.summed_private_step_(
+            *state, sums=[state[1]], stored=[stored], coef=coef, noise_std=1.0, denominator=1.0, key=bytes(32), step=next(count),
+            rank=0, stream=1, optimizer="adam", lr=1e-3, ema_decay=0.9,
+        ), repeat=3,
+    )  # fmt: skip
+    rate = 4 * (stored.numel() + 10 * stored.shape[1]) / took["median"] / 1e9
     return {"GB/s": rate, "share of copy": rate / copy, **took}
 
 
