@@ -59,6 +59,24 @@ class _Deferred:
     multiplicity: int
     alone: bool  # sample by sample
 
+    def __post_init__(self) -> None:
+        self._versions = self._now()
+
+    def _now(self) -> tuple[int, int]:
+        return self.use.x._version, self.use.g._version
+
+    def check_unchanged(self) -> None:
+        """What was measured is what is summed.
+
+        Raises:
+            RuntimeError: x or g was written over since: a gradient of other values may be longer than its clip factor knows.
+        """
+        if self._now() != self._versions:
+            raise RuntimeError(
+                f"the input of {self.use.rule.describe()} was changed in place between backward pass and step, which sums "
+                "gradients of it: write the next batch into a tensor of its own, or give strategy='store'"
+            )
+
     def sum_alone(self, factors: Tensor, sq_norms: Tensor) -> Tensor:
         """Σ_b factors_b · W_b; no W_b is longer than ``sq_norms`` says."""
         use, k = self.use, self.multiplicity
@@ -246,6 +264,7 @@ class Collector:
         deferred = {}
         for name, entry in self._deferred.items():
             assert isinstance(entry.use.rule, MatrixRule)
+            entry.check_unchanged()
             if entry.alone:
                 with full_precision(entry.use.g.device):
                     deferred[name] = entry.sum_alone(of(name), self.sq_norms[name])

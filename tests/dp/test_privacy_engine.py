@@ -499,6 +499,22 @@ def test_weights_changed_between_call_and_backward_are_refused() -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize("strategy", ["gram", "norm-only", "store"])
+def test_a_batch_written_over_before_the_step_is_noticed(strategy: str) -> None:
+    """Deferred layers are summed in the step: of inputs other than those measured, one sample could weigh more than C."""
+    module, optimizer, _, _ = private(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)), strategy=strategy)
+    x, y = torch.randn(8, 6), torch.arange(8) % 4
+    before = [p.detach().clone() for p in module.parameters()]
+    F.cross_entropy(module(x), y).backward()
+    x.mul_(100)
+    if strategy == "store":
+        optimizer.step()
+        return
+    with pytest.raises(RuntimeError, match=r"the input of linear\(0\.bias, 0\.weight\)|the input of linear\(0\.weight\)"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
 def test_a_weight_deferred_in_one_backward_pass_and_derived_from_in_another() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
