@@ -375,7 +375,7 @@ class Run:
         before = draw(
             model, wanted, self.config.sample.sampler, seed=self.config.seed, device=self.device, autocast=self.autocast
         )
-        forget(model.drawable)  # fine-tuning moves the weights, and needs the memory
+        forget(model)  # fine-tuning moves the weights, and needs the memory
         save_sheet(self.folder, "before", ImageSet(before, wanted, names, name="before"))
         if len(indices) and labels.max() < len(names):
             order = np.random.default_rng(self.config.seed).permutation(len(indices))

@@ -33,6 +33,11 @@ from privimage_fast.stages.folder import RunError
 STEPS = SECTIONS["finetune"]["steps"]
 
 
+def slow(value: Any) -> Any:
+    """A case that the ordinary suite has a like of."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def run_all(out: Path, *, resume: bool = False, test: Any = TEST, **sections: Any) -> Run:
     run = Run(tiny_config(out, **sections), public=PUBLIC, private=PRIVATE, test=test)
     with run.opened(resume=resume):
@@ -312,7 +317,9 @@ def test_what_would_stop_a_later_stage_is_found_before_anything_is_spent(tmp_pat
 # ----------------------------------------------------------------------------------------------- stop and go on
 
 
-@pytest.mark.parametrize("stage", ["query", "select", "pretrain", "finetune", "sample", "evaluate", "report"])
+@pytest.mark.parametrize(
+    "stage", ["query", slow("select"), slow("pretrain"), "finetune", slow("sample"), "evaluate", slow("report")]
+)
 def test_an_error_after_any_stage_loses_nothing(tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stages = ["query", "select", "pretrain", "finetune", "sample", "evaluate", "report"]
     following = dict(pairwise(stages)).get(stage)
@@ -325,7 +332,7 @@ def test_an_error_after_any_stage_loses_nothing(tmp_path: Path, stage: str, monk
     assert [r.stage for r in Ledger.read(run.folder.ledger).records()] == ["query"] + ["finetune"] * STEPS
 
 
-@pytest.mark.parametrize("at", [1, 3, 5, 8])
+@pytest.mark.parametrize("at", [1, slow(3), slow(5), 8])
 def test_interrupted_fine_tuning_charges_replays_and_keeps_the_budget(
     tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -364,7 +371,7 @@ def test_a_query_killed_before_it_was_kept_is_paid_twice(tmp_path: Path, monkeyp
     assert ledger.epsilon() <= 5.0 and ledger.steps_charged("finetune") == STEPS  # σ was solved for two queries
 
 
-@pytest.mark.parametrize("following", ["select", "sample", "report", None])
+@pytest.mark.parametrize("following", [slow("select"), "sample", slow("report"), None])
 def test_a_run_without_its_ledger_is_refused(tmp_path: Path, following: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the query, after fine-tuning and at the end: a lost or replaced ledger must not read as ε = 0."""
     with monkeypatch.context() as patch:

@@ -204,12 +204,15 @@ def test_another_multiplicity_or_stream_waits_apart(monkeypatch: pytest.MonkeyPa
     queue.run()
     first, second = Stream(), Stream()
     used: list[Stream] = []
+    kept: list[Stream] = []
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda t, s: kept.append(s))
     monkeypatch.setattr(torch.cuda, "stream", lambda s: used.append(s) or grouping.nullcontext())
     monkeypatch.setattr(grouping, "_stream", lambda device: first)
     assert queue.add(linear_use("c"), 1) == []
     monkeypatch.setattr(grouping, "_stream", lambda device: second)
     assert [t.name for t in queue.add(linear_use("d"), 1)] == ["c"]
     assert used == [first] and second.waited == [first]
+    assert kept == [second] * 2  # norm and gradient: their memory is not given to others while this stream reads it
 
 
 def test_what_has_no_kernel_or_is_no_linear_layer_does_not_wait() -> None:

@@ -497,7 +497,7 @@ def test_a_step_in_a_cuda_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(
         RuntimeError, match="private_step_ is being captured in a CUDA graph, whose replays would repeat its noise"
     ):
-        native.refuse_capture("private_step_")
+        native.refuse_capture("private_step_", torch.zeros(1))
 
 
 @pytest.mark.parametrize("name", [n for n in ops._OP_NAMES if hasattr(cuda, n)])
