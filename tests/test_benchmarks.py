@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,3 +70,25 @@ def test_tables_are_written_between_the_markers_of_the_readme(results: Path) -> 
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0
     assert "no '<!-- table: ops -->'" in done.stderr
+
+
+def test_comparisons_are_means_over_seeds_at_the_ratio_of_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    table = importlib.import_module("table")
+
+    def run(variant: str, accuracy: float, epsilon: float | str = 10.0, ratio: float | None = 0.1) -> dict[str, Any]:
+        settings = {"privacy.epsilon": epsilon, "select.max_image_ratio": ratio}
+        metrics = {"accuracy, trained on synthetic, tested on real": accuracy, "Fréchet distance FD-x": 3.0}
+        return {"variant": variant, "settings": settings, "metrics": metrics}
+
+    runs = [run("privimage", 0.5), run("privimage", 0.6), run("privimage", 0.99, ratio=0.01), run("privimage", 0.3, epsilon=1.0)]
+    runs += [run("pdp-diffusion", 0.2, ratio=None), run("non-private", 0.7, epsilon="inf")]
+    (tmp_path / "mnist-cpu").mkdir()
+    (tmp_path / "mnist-cpu" / "results.json").write_text(json.dumps({"runs": runs}))
+    assert table.grids(tmp_path).splitlines() == [
+        "| public images used | MNIST +D, ε = 10 | MNIST +D, ε = 1 |",
+        "| --- | --- | --- |",
+        "| the selected subset (PrivImage) | 55.0 ± 7.1 | 30.0 |",
+        "| all public images (PDP-Diffusion) | 20.0 | – |",
+        "| the subset, no noise: *not private* | 70.0 | – |",
+    ]
