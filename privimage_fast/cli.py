@@ -225,15 +225,21 @@ def _compare(argv: list[str]) -> None:
     parser.add_argument("--dry-run", action="store_true", help="list the runs and their rough time, and stop")
     parser.add_argument("--table", action="store_true", help="write table, plots and sheet from what is there, and stop")
     a = parser.parse_args(argv)
-    from privimage_fast.compare import load_comparison, run_comparison, write_results
+    from privimage_fast.compare import Cell, GridError, load_comparison, run_comparison, write_results
     from privimage_fast.compare.estimate import describe
     from privimage_fast.stages.folder import RunError
 
     comparison = load_comparison(a.config, out=a.out)
+
+    def wanted(cell: Cell) -> bool:
+        return fnmatch.fnmatch(cell.name, a.only)
+
+    if not any(map(wanted, comparison.cells)):
+        raise GridError(f"--only {a.only!r} fits no run; there are {', '.join(c.name for c in comparison.cells[:6])}, …")
     if a.dry_run:
-        print(describe(comparison))
+        print(describe(comparison, wanted))
         return
-    outcomes = [] if a.table else run_comparison(comparison, wanted=lambda cell: fnmatch.fnmatch(cell.name, a.only))
+    outcomes = [] if a.table else run_comparison(comparison, wanted=wanted)
     table = write_results(comparison, outcomes)
     print(table.read_text(encoding="utf-8"))
     print(f"written to {table.parent}")

@@ -311,7 +311,7 @@ def _argument_notes(config: type) -> dict[str, str]:
     names: list[str] = []
     section = (config.__doc__ or "").partition("Args:\n")[2]
     for line in section.splitlines():
-        head = re.match(r" {8}([a-z_]+(?:, [a-z_]+)*): (.*)", line)
+        head = re.match(r" {8}([a-z_][a-z_0-9]*(?:, [a-z_][a-z_0-9]*)*): (.*)", line)
         if head:
             names = head[1].split(", ")
             notes |= dict.fromkeys(names, head[2])

@@ -276,6 +276,11 @@ def test_only_and_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     assert main(["compare", "--config", str(path), "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "dpdm_epsilon=5_seed=0" in out and "no DP-SGD" in out and "2 runs in" in out
+    assert main(["compare", "--config", str(path), "--dry-run", "--only", "public*"]) == 0
+    out = capsys.readouterr().out
+    assert "dpdm" not in out and "1 runs in" in out
+    assert main(["compare", "--config", str(path), "--only", "pubic*"]) == 2
+    assert "--only 'pubic*' fits no run; there are dpdm_epsilon=5_seed=0" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(runner_module, "run_cell", lambda run, shared: ran.append(run.config.select.mode) or 1 / 0)
     assert main(["compare", "--config", str(path), "--only", "dpdm*"]) == 2

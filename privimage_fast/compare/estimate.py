@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from privimage_fast.compare.grid import Cell, Comparison
@@ -10,7 +11,7 @@ from privimage_fast.pipeline import Plan, Run
 from privimage_fast.stages.folder import fingerprint
 
 
-def describe(comparison: Comparison) -> str:
+def describe(comparison: Comparison, wanted: Callable[[Cell], bool] = lambda cell: True) -> str:
     """The runs, one a line, with σ and rough minutes, then the sum; pre-training that is shared counts once.
 
     Classifiers are left out of the times, and a semantic subset is taken to be the same at every ε: the noise decides that.
@@ -18,8 +19,9 @@ def describe(comparison: Comparison) -> str:
     plans: dict[str, Plan] = {}
     read = read_sets()
     lines, total, pretrained = [], 0.0, set()
-    width = max(len(cell.name) for cell in comparison.cells)
-    for cell in comparison.cells:
+    cells = [cell for cell in comparison.cells if wanted(cell)]
+    width = max(len(cell.name) for cell in cells)
+    for cell in cells:
         if is_finished(cell):
             lines.append(f"{cell.name:<{width}}  finished")
             continue
@@ -33,7 +35,7 @@ def describe(comparison: Comparison) -> str:
         total += seconds
         noise = f"σ {plan.noise_multiplier:.3f}, {plan.steps} steps" if plan.steps else "no DP-SGD"
         lines.append(f"{cell.name:<{width}}  {noise:<22} {seconds / 60:6.1f} min")
-    lines.append(f"{len(comparison.cells)} runs in {comparison.out}, about {total / 60:.0f} minutes (classifiers apart)")
+    lines.append(f"{len(cells)} runs in {comparison.out}, about {total / 60:.0f} minutes (classifiers apart)")
     return "\n".join(lines)
 
 
