@@ -28,16 +28,19 @@ def _expand(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
     return (value,) * dims if isinstance(value, int) else tuple(value) * (dims if len(value) == 1 else 1)
 
 
+def _check_dims(function: str, names: dict[str, str], input: Tensor, dims: int) -> None:
+    if input.dim() != dims:
+        raise UncoveredParameterError(
+            f"{function} ({', '.join(names.values())}) of shape {tuple(input.shape)}; expected rows first and {dims} dimensions"
+        )
+
+
 def _conv_call(dims: int) -> Callable[..., tuple[Tensor, Rule]]:
     def parse(
         names: dict[str, str], input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
         padding: Any = 0, dilation: Any = 1, groups: int = 1,
     ) -> tuple[Tensor, Rule]:  # fmt: skip
-        if input.dim() != dims + 2:
-            raise UncoveredParameterError(
-                f"conv{dims}d ({', '.join(names.values())}) of shape {tuple(input.shape)}; expected rows first and "
-                f"{dims + 2} dimensions"
-            )
+        _check_dims(f"conv{dims}d", names, input, dims + 2)
         dilation = _expand(dilation, dims)
         if padding == "valid":
             padding = 0
@@ -62,11 +65,7 @@ def _conv_transpose_call(dims: int) -> Callable[..., tuple[Tensor, Rule]]:
         names: dict[str, str], input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
         output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
     ) -> tuple[Tensor, Rule]:  # fmt: skip
-        if input.dim() != dims + 2:
-            raise UncoveredParameterError(
-                f"conv_transpose{dims}d ({', '.join(names.values())}) of shape {tuple(input.shape)}; expected rows first and "
-                f"{dims + 2} dimensions"
-            )
+        _check_dims(f"conv_transpose{dims}d", names, input, dims + 2)
         options = {
             "stride": _expand(stride, dims), "padding": _expand(padding, dims), "dilation": _expand(dilation, dims),
             "groups": groups, "output_padding": _expand(output_padding, dims), "channel_dim": 1,
