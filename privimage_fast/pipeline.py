@@ -667,6 +667,8 @@ class PrivImage:
     def sample(self, n: int, labels: np.ndarray | None = None, *, seed: int | None = None) -> ImageSet:
         """n synthetic images, as many of each class as n allows, or of the given labels (n,)."""
         model = self._fitted()
+        if n < 1:
+            raise ValueError(f"n must be at least 1, found {n}")
         if labels is None:
             labels = np.arange(n) % len(self._class_names)
         elif len(labels) != n or labels.min() < 0 or labels.max() >= len(self._class_names):

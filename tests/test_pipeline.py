@@ -542,6 +542,8 @@ def test_python_api_end_to_end(tmp_path: Path) -> None:
     assert (tmp_path / "saved" / "README.md").read_text()
     with pytest.raises(ValueError, match="labels must be"):
         model.sample(2, np.array([0, 9]))
+    with pytest.raises(ValueError, match="n must be at least 1, found -1"):
+        model.sample(-1)
 
 
 def test_the_neighbour_sheet_is_written_only_when_asked_for(tmp_path: Path) -> None:
