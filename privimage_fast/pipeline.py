@@ -43,6 +43,7 @@ from privimage_fast.models.replay import forget
 from privimage_fast.models.training import Drawable, ImageModel
 from privimage_fast.models.unet import UNetConfig
 from privimage_fast.stages.agreement import check_text, question, stand_in_tables
+from privimage_fast.stages.clusters import public_clusters
 from privimage_fast.stages.evaluate import run_evaluate
 from privimage_fast.stages.finetune import budget_record, plan_finetune, run_finetune
 from privimage_fast.stages.folder import RunError, RunFolder, fingerprint, timed
@@ -151,6 +152,29 @@ class Run:
         return self._open("public")
 
     @cached_property
+    def asked(self) -> ImageSet:
+        """The public set by the labels that the query asks for: its own, or clusters."""
+        return self._label_space(self.folder)[0]
+
+    def _label_space(self, folder: RunFolder) -> tuple[ImageSet, SemanticFunction | None]:
+        """That set, and the function that scores its labels where it is not the classifier of the public set's own.
+
+        Raises:
+            ConfigError: both clusters and a function of the user's.
+            RunError: fewer labels than the classes are to have.
+        """
+        c = self.config
+        if c.query.clusters is None or c.select.mode != "semantic":
+            return self.public, self._semantic_function
+        if self._semantic_function is not None:
+            raise ConfigError(
+                "query.clusters is set and a semantic function given; leave it null (pf.cluster_labels clusters any embedding)"
+            )
+        found = public_clusters(folder, c.query, self.public, seed=self._public_seed, device=self.device)
+        labels_per_class(c.select, n_labels=found[0].n_classes, n_classes=self.private.n_classes)
+        return found
+
+    @cached_property
     def _private_and_test(self) -> tuple[ImageSet, ImageSet | None]:
         data = self.config.data
         private = self._open("private")
@@ -254,7 +278,7 @@ class Run:
         delta = c.privacy.delta or filled.privacy.delta or default_delta(population)
         each = c.select.labels_per_class or filled.select.labels_per_class
         if each is None:
-            each = labels_per_class(c.select, n_labels=self.public.n_classes, n_classes=self.private.n_classes)
+            each = labels_per_class(c.select, n_labels=self._n_labels, n_classes=self.private.n_classes)
         query_noise = filled.query.noise_multiplier if c.query.noise_multiplier is None else c.query.noise_multiplier
         if query_noise is None:
             query_noise = query_noise_multiplier(c.privacy.epsilon, delta, c.query.share)
@@ -267,6 +291,11 @@ class Run:
             select=replace(c.select, labels_per_class=each),
             finetune=replace(c.finetune, steps=steps, multiplicity=multiplicity),
         )
+
+    @property
+    def _n_labels(self) -> int:
+        """As asked for; a few clusters may turn out empty."""
+        return self.config.query.clusters or self.public.n_classes
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -307,10 +336,11 @@ class Run:
         if c.select.mode != "semantic":
             return None
         assert c.query.votes_per_image is not None and c.query.noise_multiplier is not None
+        asked, function = self._label_space(self.folder)
         query = run_query(
-            self.folder, c.query, public=self.public, private=self.private, votes_per_image=c.query.votes_per_image,
+            self.folder, c.query, public=asked, private=self.private, votes_per_image=c.query.votes_per_image,
             noise_multiplier=c.query.noise_multiplier, ledger=self.ledger, noise_key=self.noise_key, seed=self._public_seed,
-            device=self.device, semantic_function=self._semantic_function,
+            device=self.device, semantic_function=function,
         )  # fmt: skip
         if math.isfinite(c.privacy.epsilon) and not self.folder.query_check.exists():
             self.folder.write_json(self.folder.query_check, self._question(self.folder, query))
@@ -334,11 +364,10 @@ class Run:
         each, votes, population = c.select.labels_per_class, c.query.votes_per_image, c.privacy.population
         assert each and votes and population and c.privacy.delta
         epsilon, delta = c.privacy.epsilon, c.privacy.delta
-        function, _ = semantic_function_of(
-            folder, c.query, public=self.public, seed=self._public_seed, device=self.device, given=self._semantic_function
-        )
+        asked, given = self._label_space(folder)
+        function, _ = semantic_function_of(folder, c.query, public=asked, seed=self._public_seed, device=self.device, given=given)
         stand_ins = stand_in_tables(
-            function, self.public, n_classes=self.private.n_classes, population=population, votes_per_image=votes,
+            function, self.public, asked, n_classes=self.private.n_classes, population=population, votes_per_image=votes,
             seed=self._public_seed, device=self.device,
         )  # fmt: skip
         by_share = math.isclose(c.query.noise_multiplier or 0.0, query_noise_multiplier(epsilon, delta, c.query.share))
@@ -352,14 +381,14 @@ class Run:
         assert c.select.labels_per_class is not None
         query = self.folder.read_json(self.folder.query, "query") if c.select.mode == "semantic" else None
         return run_select(
-            self.folder, c.select, public=self.public, class_names=self.private.label_names, query=query,
-            labels_each=c.select.labels_per_class, seed=c.seed,
+            self.folder, c.select, public=self.asked, class_names=self.private.label_names, query=query,
+            labels_each=c.select.labels_per_class, seed=c.seed, n_labels=self._n_labels,
         )  # fmt: skip
 
     def pretrain(self) -> ImageModel:
         c, model = self.config, self.model()
         selection = self.folder.read_json(self.folder.selection, "select")
-        indices, labels = selected_subset(selection, self.public, self.private.label_names)
+        indices, labels = selected_subset(selection, self.asked, self.private.label_names)
         run_pretrain(
             self.folder, c.pretrain, model=model, public=self.public, indices=indices, labels=labels, seed=self._public_seed,
             device=self.device, autocast=self.autocast,
