@@ -25,6 +25,7 @@ def check_sources(comparison: Comparison, file: str | Path, wanted: Callable[[Ce
     missing = [s for s in sources if s and not s.startswith(PREFIX) and not Path(s).exists()]
     if not missing:
         return
-    explained = Path(file).read_text(encoding="utf-8").lstrip().startswith("#")
-    hint = f"the comment at the top of {file} says what is needed before it" if explained else "paths are as seen from this folder"
+    hint = "paths are as seen from the current folder"
+    if Path(file).read_text(encoding="utf-8").lstrip().startswith("#"):
+        hint = f"the comment at the top of {file} says what is needed before it"
     raise GridError(f"no such file or folder: {', '.join(missing)}; {hint}")
