@@ -43,13 +43,14 @@ from privimage_fast.models.replay import forget
 from privimage_fast.models.training import Drawable, ImageModel
 from privimage_fast.models.unet import UNetConfig
 from privimage_fast.stages.agreement import check_text, question, stand_in_tables
+from privimage_fast.stages.clusters import public_clusters
 from privimage_fast.stages.evaluate import run_evaluate
 from privimage_fast.stages.finetune import budget_record, plan_finetune, run_finetune
 from privimage_fast.stages.folder import RunError, RunFolder, fingerprint, timed
 from privimage_fast.stages.pretrain import run_pretrain
 from privimage_fast.stages.query import SemanticFunction, public_classifier, run_query, semantic_function_of
 from privimage_fast.stages.sample import draw, run_sample, save_sheet
-from privimage_fast.stages.select import SelectConfig, labels_per_class, run_select, selected_subset
+from privimage_fast.stages.select import labels_per_class, run_select, selected_subset
 
 logger = logging.getLogger(__name__)
 
@@ -150,6 +151,29 @@ class Run:
     @cached_property
     def public(self) -> ImageSet:
         return self._open("public")
+
+    @cached_property
+    def asked(self) -> ImageSet:
+        """The public set by the labels that the query asks for: its own, or clusters."""
+        return self._label_space(self.folder)[0]
+
+    def _label_space(self, folder: RunFolder) -> tuple[ImageSet, SemanticFunction | None]:
+        """That set, and the function that scores its labels where it is not the classifier of the public set's own.
+
+        Raises:
+            ConfigError: both clusters and a function of the user's.
+            RunError: fewer labels than the classes are to have.
+        """
+        c = self.config
+        if c.query.clusters is None or c.select.mode != "semantic":
+            return self.public, self._semantic_function
+        if self._semantic_function is not None:
+            raise ConfigError(
+                "query.clusters is set and a semantic function given; leave it null (pf.cluster_labels clusters any embedding)"
+            )
+        found = public_clusters(folder, c.query, self.public, seed=self._public_seed, device=self.device)
+        labels_per_class(c.select, n_labels=found[0].n_classes, n_classes=self.private.n_classes)
+        return found
 
     @cached_property
     def _private_and_test(self) -> tuple[ImageSet, ImageSet | None]:
@@ -257,7 +281,7 @@ class Run:
         delta = c.privacy.delta or filled.privacy.delta or default_delta(population)
         each = c.select.labels_per_class or filled.select.labels_per_class
         if each is None or (saved is None and c.select.mode in ("semantic", "random")):
-            each = labels_per_class(c.select, n_labels=self.public.n_classes, n_classes=self.private.n_classes)
+            each = labels_per_class(c.select, n_labels=self._n_labels, n_classes=self.private.n_classes)
         query_noise = filled.query.noise_multiplier if c.query.noise_multiplier is None else c.query.noise_multiplier
         if query_noise is None:
             query_noise = query_noise_multiplier(c.privacy.epsilon, delta, c.query.share)
@@ -270,6 +294,11 @@ class Run:
             select=replace(c.select, labels_per_class=each),
             finetune=replace(c.finetune, steps=steps, multiplicity=multiplicity),
         )
+
+    @property
+    def _n_labels(self) -> int:
+        """As asked for; a few clusters may turn out empty."""
+        return self.config.query.clusters or self.public.n_classes
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -310,10 +339,11 @@ class Run:
         if c.select.mode != "semantic":
             return None
         assert c.query.votes_per_image is not None and c.query.noise_multiplier is not None
+        asked, function = self._label_space(self.folder)
         query = run_query(
-            self.folder, c.query, public=self.public, private=self.private, votes_per_image=c.query.votes_per_image,
+            self.folder, c.query, public=asked, private=self.private, votes_per_image=c.query.votes_per_image,
             noise_multiplier=c.query.noise_multiplier, ledger=self.ledger, noise_key=self.noise_key, seed=self._public_seed,
-            device=self.device, semantic_function=self._semantic_function,
+            device=self.device, semantic_function=function,
         )  # fmt: skip
         if math.isfinite(c.privacy.epsilon) and not self.folder.query_check.exists():
             self.folder.write_json(self.folder.query_check, self._question(self.folder, query))
@@ -337,11 +367,10 @@ class Run:
         each, votes, population = c.select.labels_per_class, c.query.votes_per_image, c.privacy.population
         assert each and votes and population and c.privacy.delta
         epsilon, delta = c.privacy.epsilon, c.privacy.delta
-        function, _ = semantic_function_of(
-            folder, c.query, public=self.public, seed=self._public_seed, device=self.device, given=self._semantic_function
-        )
+        asked, given = self._label_space(folder)
+        function, _ = semantic_function_of(folder, c.query, public=asked, seed=self._public_seed, device=self.device, given=given)
         stand_ins = stand_in_tables(
-            function, self.public, n_classes=self.private.n_classes, population=population, votes_per_image=votes,
+            function, self.public, asked, n_classes=self.private.n_classes, population=population, votes_per_image=votes,
             seed=self._public_seed, device=self.device,
         )  # fmt: skip
         by_share = math.isclose(c.query.noise_multiplier or 0.0, query_noise_multiplier(epsilon, delta, c.query.share))
@@ -355,14 +384,14 @@ class Run:
         assert c.select.labels_per_class is not None
         query = self.folder.read_json(self.folder.query, "query") if c.select.mode == "semantic" else None
         return run_select(
-            self.folder, c.select, public=self.public, class_names=self.private.label_names, query=query,
-            labels_each=c.select.labels_per_class, seed=c.seed,
+            self.folder, c.select, public=self.asked, class_names=self.private.label_names, query=query,
+            labels_each=c.select.labels_per_class, seed=c.seed, n_labels=self._n_labels,
         )  # fmt: skip
 
     def pretrain(self) -> ImageModel:
         c, model = self.config, self.model()
         selection = self.folder.read_json(self.folder.selection, "select")
-        indices, labels = selected_subset(selection, self.public, self.private.label_names)
+        indices, labels = selected_subset(selection, self.asked, self.private.label_names)
         run_pretrain(
             self.folder, c.pretrain, model=model, public=self.public, indices=indices, labels=labels, seed=self._public_seed,
             device=self.device, autocast=self.autocast,
@@ -472,9 +501,7 @@ class Run:
             query_noise_multiplier=c.query.noise_multiplier if queried else None,
             epsilon_without_query=epsilon([DPSGDEvent(sigma, rate, steps)] if steps else [], c.privacy.delta),
             labels_per_class=c.select.labels_per_class,
-            selection=_selection_text(
-                c.select, c.select.labels_per_class, n_labels=self.public.n_classes, n_classes=self.private.n_classes
-            ),
+            selection=_selection_text(c, n_labels=self._n_labels, n_classes=self.private.n_classes),
             parameters=parameters, private_parameters=private_parameters, step=step,
             pretrain_seconds=0.0 if c.select.mode == "none" else seconds.public * c.pretrain.batch_size * c.pretrain.steps,
             finetune_seconds=(seconds.private * images_a_step + seconds.after_step) * steps,
@@ -547,22 +574,25 @@ def _best_of_two(work: Callable[[], None]) -> float:
     return min(times[1:])
 
 
-def _selection_text(config: SelectConfig, each: int, *, n_labels: int, n_classes: int) -> str:
+def _selection_text(c: RunConfig, *, n_labels: int, n_classes: int) -> str:
     """What the plan says of the selection; above all where it has nothing to leave out."""
-    if config.mode == "none":
+    mode, each, ratio = c.select.mode, c.select.labels_per_class, c.select.max_image_ratio
+    assert each is not None
+    if mode == "none":
         return "none: nothing is pre-trained on public images"
-    capped = "" if config.max_image_ratio is None else f", at most {100 * config.max_image_ratio:g} % of the images"
-    if config.mode == "all":
+    capped = "" if ratio is None else f", at most {100 * ratio:g} % of the images"
+    if mode == "all":
         return f"none: all public images{capped}, without their labels"
-    labels = f"{each} public label{'s' if each > 1 else ''} a class"
-    if config.mode == "random":
+    what = "cluster" if c.query.clusters else "public label"
+    labels = f"{each} {what}{'s' if each > 1 else ''} a class"
+    if mode == "random":
         return f"as many public images as {labels} would bring{capped}, drawn blindly"
     if each * n_classes < n_labels:
         return f"{labels}, {each * n_classes} of {n_labels}{capped}"
-    advice = "lower select.labels_per_class, or bring" if each > 1 else "bring"
+    advice = "more clusters" if c.query.clusters else "query.clusters, or a public set with more labels"
     return (
-        f"{labels}, which is all {n_labels} of them{capped}: no label is left out, and the query only buys which class takes "
-        f"which; to select, {advice} a public set with more labels"
+        f"{labels}, which is all {n_labels} of them{capped}: no {what} is left out, and the query only buys which class takes "
+        f"which; to select, take {'fewer labels_per_class, ' if each > 1 else ''}{advice}"
     )
 
 

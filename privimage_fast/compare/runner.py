@@ -87,9 +87,9 @@ def run_cell(run: Run, shared: SharedTraining) -> None:
     with run.opened(resume=True):
         if run.test is None:
             raise RunError("there is nothing to compare by: set data.test or data.holdout in `base`")
-        shared.offer_classifier(run)
+        shared.offer_labels(run)
         run.query()
-        shared.keep_classifier(run)
+        shared.keep_labels(run)
         run.select()
         if shared.offer_pretrain(run):
             logger.info("pre-training: shared with an earlier run")
@@ -97,7 +97,7 @@ def run_cell(run: Run, shared: SharedTraining) -> None:
         shared.keep_pretrain(run)
         for stage in (run.finetune, run.sample, run.evaluate, run.report):
             stage()
-        shared.keep_classifier(run)
+        shared.keep_labels(run)
 
 
 def read_sets() -> Callable[[DataConfig], dict[str, ImageSet]]:

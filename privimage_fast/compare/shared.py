@@ -26,11 +26,14 @@ class SharedTraining:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def offer_classifier(self, run: Run) -> bool:
-        return self._offer(run, self._classifier_key(run))
+    def offer_labels(self, run: Run) -> None:
+        """The classifier of the public labels, and their clusters."""
+        for name in ("classifier", "clusters"):
+            self._offer(run, self._labels_key(run, name))
 
-    def keep_classifier(self, run: Run) -> None:
-        self._keep(run, self._classifier_key(run), [run.folder.checkpoint("classifier")], None)
+    def keep_labels(self, run: Run) -> None:
+        for name in ("classifier", "clusters"):
+            self._keep(run, self._labels_key(run, name), [run.folder.checkpoint(name)], None)
 
     def offer_pretrain(self, run: Run) -> bool:
         return self._offer(run, self._pretrain_key(run), "pretrain")
@@ -44,12 +47,14 @@ class SharedTraining:
         data, seed = run.config.data, run.config.public_seed
         return data.public, data.resolution, data.channels, data.format, run.config.seed if seed is None else seed
 
-    def _classifier_key(self, run: Run) -> str:
-        return "classifier-" + fingerprint(run.config.query.classifier, self._public_key(run))
+    def _labels_key(self, run: Run, name: str) -> str:
+        query = run.config.query
+        clusters = (query.clusters, query.embedding, query.onnx) if name == "clusters" else ()
+        return f"{name}-" + fingerprint(query.classifier, *clusters, self._public_key(run))
 
     def _pretrain_key(self, run: Run) -> str:
         selection = run.folder.read_json(run.folder.selection, "select")
-        indices, labels = selected_subset(selection, run.public, run.private.label_names)
+        indices, labels = selected_subset(selection, run.asked, run.private.label_names)
         subset = (indices.tobytes(), labels.tobytes())
         return "pretrain-" + fingerprint(run.config.pretrain, run.config.model, self._public_key(run), subset)
 

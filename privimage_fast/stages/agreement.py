@@ -16,6 +16,7 @@ import numpy as np
 
 from privimage_fast.data import ImageSet, train_test_split
 from privimage_fast.models.classifier import batched
+from privimage_fast.stages.clusters import majority_labels
 from privimage_fast.stages.query import SemanticFunction
 from privimage_fast.stages.select import assign_labels
 
@@ -48,24 +49,27 @@ def agreement(
 
 
 def stand_in_tables(
-    semantic_function: SemanticFunction, public: ImageSet, *, n_classes: int, population: int, votes_per_image: int, seed: int,
-    device: str = "cpu",
+    semantic_function: SemanticFunction, public: ImageSet, asked: ImageSet, *, n_classes: int, population: int,
+    votes_per_image: int, seed: int, device: str = "cpu",
 ) -> list[np.ndarray]:  # fmt: skip
     """Noiseless tables (classes, labels) of public labels that play sensitive classes, each scaled to ``population`` images.
 
-    Of the tenth of the public set that the package's own classifier is not trained on. An image's own label gets no vote: a
-    sensitive image has no label of its own among the public ones either. Empty where there are too few labels to play classes.
+    ``asked``: the public set by the labels that the function scores, which may be clusters. Of the tenth of the public set that
+    the package's own classifier is not trained on. An image's own label gets no vote, nor does a cluster that most images of
+    that label make up: a sensitive image has no label of its own among the public ones either. Empty where there are too few
+    labels to play classes.
     """
-    if public.n_classes < max(n_classes, votes_per_image + 1):
+    home = np.arange(public.n_classes) if asked is public else majority_labels(asked, public)
+    if public.n_classes < n_classes or len(home) - np.bincount(home).max() < votes_per_image:
         return []
     held_out = train_test_split(public, 0.1, seed)[1]
     random = np.random.default_rng(seed)
     if len(held_out) > _MOST_IMAGES:
         held_out = held_out.subset(np.sort(random.choice(len(held_out), _MOST_IMAGES, replace=False)))
     scores = batched(semantic_function, held_out.images, device=device)
-    scores[np.arange(len(scores)), held_out.labels] = -np.inf
+    scores[held_out.labels[:, None] == home] = -np.inf
     best = np.argpartition(-scores, votes_per_image - 1, axis=1)[:, :votes_per_image]
-    votes = np.zeros((public.n_classes, public.n_classes))
+    votes = np.zeros((public.n_classes, asked.n_classes))
     np.add.at(votes, (held_out.labels[:, None], best), 1)
     present = np.flatnonzero(votes.sum(1))
     if len(present) < n_classes:

@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 # each image scored by itself. A classifier's logits, similarities of an embedding with texts, nearness to clusters (clusters.py).
 SemanticFunction = Callable[[Tensor], Tensor]
 
+EMBEDDINGS = ("pixels", "network")
+_EMBEDDED = {"pixels": "pixels", "network": "features of a network"}
+
 
 @dataclass(frozen=True)
 class QueryConfig:
@@ -44,6 +47,10 @@ class QueryConfig:
         noise_multiplier: σ₁; null lets `share` decide; 0, no noise, is for non-private bounds only.
         share: part of the budget the query takes, as its share of the squared Gaussian-DP parameter μ² of the target.
         votes_per_image: labels each sensitive image votes for; null takes as many as `select` gives each class.
+        clusters: ask for so many clusters of the public images (k-means) in place of their labels: finer, and no labels needed.
+            With few sensitive images or a small ε take fewer, or their votes drown in the noise. null asks for the labels.
+        embedding: where clusters are found: "pixels" (averaged to at most 8×8) or "network" (features of the classifier, or
+            the output of `onnx`).
         onnx: path of an ONNX classifier of public labels (input float NCHW in [−1, 1]); null trains one on the public set.
         classifier: the one that is trained.
     """
@@ -51,6 +58,8 @@ class QueryConfig:
     noise_multiplier: float | None = None
     share: float = 0.02
     votes_per_image: int | None = None
+    clusters: int | None = None
+    embedding: str = "pixels"
     onnx: str | None = None
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
 
@@ -61,6 +70,10 @@ class QueryConfig:
             raise ValueError(f"query.share must be between 0 and 1, found {self.share}")
         if self.votes_per_image is not None and self.votes_per_image < 1:
             raise ValueError(f"query.votes_per_image must be ≥ 1 or null, found {self.votes_per_image}")
+        if self.clusters is not None and self.clusters < 2:
+            raise ValueError(f"query.clusters must be ≥ 2 or null, found {self.clusters}")
+        if self.embedding not in EMBEDDINGS:
+            raise ValueError(f"query.embedding must be {' or '.join(EMBEDDINGS)}, found {self.embedding!r}")
 
 
 def run_query(
@@ -69,6 +82,8 @@ def run_query(
     semantic_function: SemanticFunction | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Draws the noisy class × label table once, or returns the one that was drawn; the content of query.json.
+
+    ``public`` has the labels that are asked for, which are clusters where ``config`` says so.
 
     Raises:
         RunError: an earlier query of this folder was made with other settings (its cost is spent).
@@ -128,10 +143,13 @@ def semantic_function_of(
     Raises:
         RunError: its scores have another shape, or depend on the other images of a batch.
     """
-    if given is not None:
+    if given is not None and config.clusters is not None:
+        function = given
+        described = f"the nearest of {public.n_classes} clusters of the public images, by {_EMBEDDED[config.embedding]}"
+    elif given is not None:
         function, described = given, "given by the user"
     elif config.onnx is not None:
-        function, described = load_onnx(Path(config.onnx)), f"ONNX model {Path(config.onnx).name}"
+        function, described = load_onnx(config.onnx), f"ONNX model {Path(config.onnx).name}"
     else:
         function = public_classifier(folder, config.classifier, public, seed=seed, device=device)
         described = f"{config.classifier.name} trained on the public set's {public.n_classes} labels"
@@ -180,8 +198,9 @@ def near_chance(accuracy: float, chance: float, images: int) -> bool:
     return accuracy < min(2 * chance, chance + 0.1 * (1 - chance)) or bool(luck > 0.01)
 
 
-def load_onnx(path: Path) -> SemanticFunction:
+def load_onnx(path: str | Path) -> SemanticFunction:
     """A user's classifier from an ONNX file: one input float NCHW in [−1, 1], first output scores (R, labels)."""
+    path = Path(path)
     try:
         import onnxruntime
     except ImportError as error:

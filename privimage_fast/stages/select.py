@@ -24,7 +24,7 @@ class SelectConfig:
     Args:
         mode: "semantic" (the query's labels), "random" (as many images drawn blindly), "all", or "none" (no pre-training).
         labels_per_class: public labels for each sensitive class; null derives it from `ratio`.
-        ratio: share of the public labels to take in all; at least one a class.
+        ratio: share of the public labels (or clusters) to take in all; at least one a class.
         max_image_ratio: at most this share of the public images, drawn blindly from those that the mode gives; null takes all.
             Where the labels are few, this is how 1 % is had.
         assignment: "optimal" maximises the votes of all classes together; "ordered" is the published rule, in which each
@@ -79,9 +79,12 @@ def assign_labels(counts: np.ndarray, k: int, assignment: str) -> list[list[int]
 
 def run_select(
     folder: RunFolder, config: SelectConfig, *, public: ImageSet, class_names: tuple[str, ...], query: dict[str, Any] | None,
-    labels_each: int, seed: int,
+    labels_each: int, seed: int, n_labels: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Writes selection.json and returns it. ``query`` is the content of query.json, for mode "semantic" only."""
+    """Writes selection.json and returns it. ``query`` is the content of query.json, for mode "semantic" only.
+
+    ``n_labels``: of the label space that a query would ask, where those are not the labels of ``public``.
+    """
     stamp = fingerprint(config, labels_each, seed, None if query is None else query["counts"])
     if folder.selection.exists() and folder.finished("select", stamp):
         return folder.read_json(folder.selection, "select")
@@ -105,7 +108,7 @@ def run_select(
             result["selected_images"] = sum(entry["images"] for entry in result["classes"])
         else:
             # As many as the semantic choice would take on average, so that the two can be compared.
-            share = labels_each * len(class_names) / public.n_classes
+            share = labels_each * len(class_names) / (n_labels or public.n_classes)
             sizes = {"all": len(public), "none": 0, "random": round(share * len(public))}
             result["selected_images"] = sizes[config.mode]
         if config.max_image_ratio is not None:

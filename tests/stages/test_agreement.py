@@ -1,4 +1,4 @@
-"""The query questioned: what noise does to its choice, on stand-ins and on the drawn table; and label spaces of one's own."""
+"""The query questioned: what noise does to its choice, on stand-ins and on the drawn table."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
-from tiny import PRIVATE, PUBLIC, TEST, bars, tiny_config
+from tiny import PRIVATE, PUBLIC, TEST, tiny_config
 
 from privimage_fast.cli import main
 from privimage_fast.config import ConfigError
-from privimage_fast.data import DataError, ImageSet, save_npz
+from privimage_fast.data import save_npz
 from privimage_fast.dp.ledger import Ledger
-from privimage_fast.pipeline import PrivImage, Run
+from privimage_fast.pipeline import Run
 from privimage_fast.report import build_report
 from privimage_fast.stages.agreement import agreement, check_text, concentration, likely_table, question, stand_in_tables
-from privimage_fast.stages.clusters import cluster_labels
 from privimage_fast.stages.select import assign_labels
 
 # Ten classes that each have two clear labels of forty.
@@ -66,7 +65,7 @@ def test_stand_ins_strike_out_the_own_label_and_see_held_out_images_only() -> No
         seen.append(len(x))
         return -(torch.arange(6.0)[None] - x.mean(2).flatten(1).argmax(1)[:, None].float()).abs()
 
-    tables = stand_in_tables(nearest_bars, PUBLIC, n_classes=3, population=120, votes_per_image=2, seed=0)
+    tables = stand_in_tables(nearest_bars, PUBLIC, PUBLIC, n_classes=3, population=120, votes_per_image=2, seed=0)
     assert sum(seen) == len(PUBLIC) // 10
     for table in tables:
         assert table.shape == (3, 6)
@@ -77,8 +76,8 @@ def test_stand_ins_strike_out_the_own_label_and_see_held_out_images_only() -> No
 
 
 def test_too_few_public_labels_make_no_stand_in() -> None:
-    assert stand_in_tables(lambda x: x, PUBLIC, n_classes=7, population=9, votes_per_image=1, seed=0) == []
-    assert stand_in_tables(lambda x: x, PUBLIC, n_classes=3, population=9, votes_per_image=6, seed=0) == []
+    assert stand_in_tables(lambda x: x, PUBLIC, PUBLIC, n_classes=7, population=9, votes_per_image=1, seed=0) == []
+    assert stand_in_tables(lambda x: x, PUBLIC, PUBLIC, n_classes=3, population=9, votes_per_image=6, seed=0) == []
     check = question(lambda share: 1 / share, k=2, votes_per_image=2, population=9, assignment="optimal", share=0.02)
     assert "Nothing can be said" in check["verdict"]
 
@@ -154,47 +153,3 @@ def test_no_noise_has_no_question(tmp_path: Path) -> None:
     assert not run.folder.query_check.exists()
     with pytest.raises(ConfigError, match="finite ε"):
         run.question()
-
-
-# ---------------------------------------------------------------------------------------------------------- clusters
-
-
-def column_brightness(x: torch.Tensor) -> torch.Tensor:
-    """An embedding that knows nothing of labels."""
-    return x.mean((1, 2))
-
-
-def test_clusters_find_the_bars_without_labels() -> None:
-    unlabelled = ImageSet(PUBLIC.images, np.zeros(len(PUBLIC), int), ("anything",))
-    found, function = cluster_labels(column_brightness, unlabelled, 6)
-    assert found.n_classes == 6
-    for c in range(6):  # each cluster is one bar
-        assert len(set(PUBLIC.labels[found.labels == c].tolist())) == 1
-    scores = function(torch.from_numpy(PUBLIC.images[:7]).permute(0, 3, 1, 2) / 127.5 - 1)
-    assert scores.shape == (7, 6) and scores.argmax(1).tolist() == found.labels[:7].tolist()
-
-
-def test_a_cluster_function_runs_the_method(tmp_path: Path) -> None:
-    """Another label space plugs in: each class of bars chooses the cluster of its own bar."""
-    public, function = cluster_labels(column_brightness, bars(240, 6, 0, prefix="letter"), 6)
-    model = PrivImage(tiny_config(tmp_path, select={"labels_per_class": 1}, privacy={"epsilon": 50.0}, query={"share": 0.3}))
-    model.fit(public, PRIVATE, out=tmp_path / "run", semantic_function=function)
-    selection = json.loads((tmp_path / "run" / "selection.json").read_text())
-    bar = [int(PUBLIC.labels[public.labels == public.label_names.index(e["labels"][0])][0]) for e in selection["classes"]]
-    assert bar == [0, 1, 2]
-    assert json.loads((tmp_path / "run" / "query.json").read_text())["semantic_function"] == "given by the user"
-
-
-@pytest.mark.parametrize(
-    ("embedding", "count", "message"),
-    [(lambda x: x, 3, "expected"), (lambda x: x.mean((1, 2)) * float("nan"), 3, "finite"), (column_brightness, 1, "n_labels")],
-)
-def test_bad_embeddings_are_refused(embedding: Any, count: int, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        cluster_labels(embedding, PUBLIC, count)
-
-
-def test_clusters_that_end_empty_are_left_out() -> None:
-    same = ImageSet(np.repeat(PUBLIC.images[:2], 20, axis=0), np.zeros(40, int), ("x",))
-    found, function = cluster_labels(column_brightness, same, 5)
-    assert found.n_classes == 2 and function(torch.zeros(1, 1, 8, 8)).shape == (1, 2)

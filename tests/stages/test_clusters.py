@@ -1,0 +1,240 @@
+"""Clusters in the place of public labels: what they find, what is kept of them, and that the query's guarantee stands."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import PRIVATE, PUBLIC, TEST, bars, tiny_config
+
+from privimage_fast.compare.grid import Comparison, Grid
+from privimage_fast.compare.runner import run_comparison
+from privimage_fast.config import ConfigError
+from privimage_fast.data import DataError, ImageSet
+from privimage_fast.dp.accounting import GaussianEvent
+from privimage_fast.dp.ledger import Ledger
+from privimage_fast.models.edm import to_float
+from privimage_fast.pipeline import PrivImage, Run
+from privimage_fast.stages import clusters
+from privimage_fast.stages.agreement import stand_in_tables
+from privimage_fast.stages.clusters import cluster_labels, majority_labels, pixels, public_clusters
+from privimage_fast.stages.folder import RunError, RunFolder
+from privimage_fast.stages.query import QueryConfig, vote
+
+UNLABELLED = ImageSet(PUBLIC.images, np.zeros(len(PUBLIC), int), ("anything",), name="unlabelled")
+
+
+def column_brightness(x: torch.Tensor) -> torch.Tensor:
+    """An embedding that knows nothing of labels."""
+    return x.mean((1, 2))
+
+
+def test_clusters_find_the_bars_without_labels() -> None:
+    unlabelled = ImageSet(PUBLIC.images, np.zeros(len(PUBLIC), int), ("anything",))
+    found, function = cluster_labels(column_brightness, unlabelled, 6)
+    assert found.n_classes == 6
+    for c in range(6):  # each cluster is one bar
+        assert len(set(PUBLIC.labels[found.labels == c].tolist())) == 1
+    scores = function(torch.from_numpy(PUBLIC.images[:7]).permute(0, 3, 1, 2) / 127.5 - 1)
+    assert scores.shape == (7, 6) and scores.argmax(1).tolist() == found.labels[:7].tolist()
+
+
+def test_a_cluster_function_runs_the_method(tmp_path: Path) -> None:
+    """Another label space plugs in: each class of bars chooses the cluster of its own bar."""
+    public, function = cluster_labels(column_brightness, bars(240, 6, 0, prefix="letter"), 6)
+    model = PrivImage(tiny_config(tmp_path, select={"labels_per_class": 1}, privacy={"epsilon": 50.0}, query={"share": 0.3}))
+    model.fit(public, PRIVATE, out=tmp_path / "run", semantic_function=function)
+    selection = json.loads((tmp_path / "run" / "selection.json").read_text())
+    bar = [int(PUBLIC.labels[public.labels == public.label_names.index(e["labels"][0])][0]) for e in selection["classes"]]
+    assert bar == [0, 1, 2]
+    assert json.loads((tmp_path / "run" / "query.json").read_text())["semantic_function"] == "given by the user"
+
+
+@pytest.mark.parametrize(
+    ("embedding", "count", "message"),
+    [(lambda x: x, 3, "expected"), (lambda x: x.mean((1, 2)) * float("nan"), 3, "finite"), (column_brightness, 1, "n_labels")],
+)
+def test_bad_embeddings_are_refused(embedding: Any, count: int, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        cluster_labels(embedding, PUBLIC, count)
+
+
+def test_clusters_that_end_empty_are_left_out() -> None:
+    same = ImageSet(np.repeat(PUBLIC.images[:2], 20, axis=0), np.zeros(40, int), ("x",))
+    found, function = cluster_labels(column_brightness, same, 5)
+    assert found.n_classes == 2 and function(torch.zeros(1, 1, 8, 8)).shape == (1, 2)
+
+
+# ------------------------------------------------------------------------------------------------------- query.clusters
+
+
+def folder(path: Path) -> RunFolder:
+    found = RunFolder(path)
+    found.create()
+    return found
+
+
+def floats(images: ImageSet) -> torch.Tensor:
+    return to_float(torch.from_numpy(images.images))
+
+
+def test_pixels_are_at_most_eight_by_eight() -> None:
+    for size, side in ((8, 8), (14, 7), (16, 8), (20, 7), (28, 7), (32, 8), (64, 8)):
+        assert pixels(torch.rand(2, 3, size, size)).shape == (2, 3 * side * side)
+    assert torch.equal(pixels(torch.full((1, 1, 20, 20), 0.5)), torch.full((1, 49), 0.5))  # the last cell holds fewer
+
+
+def test_clusters_are_named_after_most_of_their_images() -> None:
+    asked = PUBLIC.relabel(np.arange(len(PUBLIC)) % 6 // 3, ["0", "1"])
+    assert majority_labels(PUBLIC, PUBLIC).tolist() == list(range(6))
+    assert set(majority_labels(asked, PUBLIC).tolist()) <= set(range(6))
+    mostly = PUBLIC.labels.copy()
+    mostly[:3] = 5  # three strays move no name
+    assert majority_labels(PUBLIC.relabel(mostly, list(PUBLIC.label_names)), PUBLIC).tolist() == list(range(6))
+
+
+@pytest.mark.parametrize("embedding", ["pixels", "network"])
+def test_clusters_of_a_run_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedding: str) -> None:
+    config = tiny_config(tmp_path, query={"clusters": 6, "embedding": embedding}).query
+    asked, function = public_clusters(folder(tmp_path), config, PUBLIC, seed=0)
+    assert [name.split(" #")[0] for name in asked.label_names] == [
+        PUBLIC.label_names[label] for label in majority_labels(asked, PUBLIC)
+    ]
+    assert function(floats(asked)).argmax(1).tolist() == asked.labels.tolist()
+    with monkeypatch.context() as m:
+        m.setattr(clusters, "_seeded", lambda *a: pytest.fail("found again"))
+        kept, same = public_clusters(folder(tmp_path), config, PUBLIC, seed=0)
+        assert np.array_equal(kept.labels, asked.labels) and kept.label_names == asked.label_names
+        assert torch.equal(same(floats(PRIVATE)), function(floats(PRIVATE)))
+        for other, seed, public in ((4, 0, PUBLIC), (6, 1, PUBLIC), (6, 0, PUBLIC.subset(np.arange(200)))):
+            changed = tiny_config(tmp_path, query={"clusters": other, "embedding": embedding}).query
+            with pytest.raises(pytest.fail.Exception, match="found again"):
+                public_clusters(folder(tmp_path), changed, public, seed=seed)
+
+
+def test_an_onnx_embedding_is_clustered_by_its_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clusters, "load_onnx", lambda path: column_brightness if path == "mine.onnx" else None)
+    config = QueryConfig(clusters=6, embedding="network", onnx="mine.onnx")
+    asked, _ = public_clusters(folder(tmp_path), config, UNLABELLED, seed=0)
+    assert all(len(set(PUBLIC.labels[asked.labels == c].tolist())) == 1 for c in range(6))
+    assert not RunFolder(tmp_path).checkpoint("classifier").exists()
+
+
+def test_an_image_more_changes_the_votes_for_clusters_by_exactly_root_k(tmp_path: Path) -> None:
+    """Fails if an image's scores depend on its neighbours in the batch by so much as a rounding."""
+    config = tiny_config(tmp_path, query={"clusters": 20}).query
+    asked, function = public_clusters(folder(tmp_path), config, PUBLIC, seed=0)
+    x = floats(PRIVATE)
+    together = function(x)
+    for rows in (1, 2, 7, 33):
+        assert torch.equal(torch.cat([function(part) for part in x.split(rows)]), together)
+    for gone in (0, 57, len(PRIVATE) - 1):
+        without = PRIVATE.subset(np.delete(np.arange(len(PRIVATE)), gone))
+        tables = [vote(function, images, n_labels=asked.n_classes, votes_per_image=4) for images in (PRIVATE, without)]
+        assert np.linalg.norm(tables[0] - tables[1]) == pytest.approx(math.sqrt(4), abs=0)
+
+
+def test_a_run_asks_for_clusters(tmp_path: Path) -> None:
+    """Labels that tell nothing apart (all images have the same two by turns), and the query finds the bars all the same."""
+    shuffled = PUBLIC.relabel(np.arange(len(PUBLIC)) // 6 % 3, ["a", "b", "c"])
+    config = tiny_config(
+        tmp_path / "run", query={"clusters": 6, "share": 0.3}, select={"labels_per_class": 1}, privacy={"epsilon": 50.0}
+    )
+    run = Run(config, public=shuffled, private=PRIVATE, test=TEST)
+    with run.opened(resume=False):
+        report = run.all()
+    query = json.loads(run.folder.query.read_text())
+    assert len(query["labels"]) == run.asked.n_classes == 6 and query["votes_per_image"] == 1
+    assert query["semantic_function"] == "the nearest of 6 clusters of the public images, by pixels"
+    chosen = [entry["labels"] for entry in json.loads(run.folder.selection.read_text())["classes"]]
+    bar = [set(PUBLIC.labels[run.asked.labels == run.asked.label_names.index(label)].tolist()) for (label,) in chosen]
+    assert bar == [{0}, {1}, {2}]
+    events = Ledger.read(run.folder.ledger).events()
+    assert [e for e in events if isinstance(e, GaussianEvent)] == [GaussianEvent(query["noise_multiplier"])]
+    assert "the nearest of 6 clusters" in report.read_text()
+    again = Run(config, public=shuffled, private=PRIVATE, test=TEST)
+    with again.opened(resume=True):
+        again.all()
+    assert Ledger.read(run.folder.ledger).events() == events
+
+
+@pytest.mark.parametrize(
+    ("sections", "error", "message"),
+    [
+        ({"query": {"clusters": 300}}, DataError, "query.clusters is 300, but there are 240 public images"),
+        (
+            {"query": {"clusters": 20}, "select": {"labels_per_class": 6}},
+            RunError,
+            "need 18 public labels, but the public set has",
+        ),
+    ],
+)
+def test_too_many_clusters_are_refused_before_anything_is_charged(
+    tmp_path: Path, sections: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    # Eight different images make eight clusters at most.
+    few = ImageSet(np.resize(PUBLIC.images[:8], PUBLIC.images.shape), PUBLIC.labels, PUBLIC.label_names, name="few")
+    run = Run(tiny_config(tmp_path / "run", **sections), public=few, private=PRIVATE, test=TEST)
+    with run.opened(resume=False), pytest.raises(error, match=message):
+        run.query()
+    assert not run.folder.ledger.exists() or Ledger.read(run.folder.ledger).records() == []
+
+
+def test_clusters_and_a_function_exclude_each_other(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, query={"clusters": 6})
+    with pytest.raises(ConfigError, match="is set and a semantic function given"):
+        PrivImage(config).fit(PUBLIC, PRIVATE, out=tmp_path / "run", semantic_function=lambda x: torch.zeros(len(x), 6))
+
+
+@pytest.mark.parametrize(("section", "message"), [({"clusters": 1}, "clusters must be"), ({"embedding": "x"}, "embedding must")])
+def test_bad_keys(section: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        QueryConfig(**section)
+
+
+def test_other_selections_take_as_many_images_and_make_no_clusters(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run", query={"clusters": 12}, select={"mode": "random", "labels_per_class": 2})
+    run = Run(config, public=PUBLIC, private=PRIVATE, test=TEST)
+    with run.opened(resume=False):
+        run.query()
+        assert run.select()["selected_images"] == round(2 * 3 / 12 * len(PUBLIC))
+    assert not run.folder.checkpoint("clusters").exists()
+
+
+def test_a_comparison_makes_clusters_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[int] = []
+    whole = clusters._clusters
+    monkeypatch.setattr(clusters, "_clusters", lambda *a, **k: found.append(a[2]) or whole(*a, **k))
+    base = tiny_config(
+        tmp_path, data={"public": "public", "private": "private", "test": "test", "resolution": 8, "channels": 1},
+        query={"clusters": 12},
+    )  # fmt: skip
+    sets = {"public": PUBLIC, "private": PRIVATE, "test": TEST}
+    monkeypatch.setattr(Run, "open_source", staticmethod(lambda data, name, source=None: sets[name]))
+    comparison = Comparison(
+        out=tmp_path / "all", base=base, variants={"privimage": {}, "finer": {"query": {"clusters": 20}}}, seeds=(0, 1),
+        grids=(Grid(("privimage", "finer"), {}, (0, 1)),),
+    )  # fmt: skip
+    assert [o.state for o in run_comparison(comparison)] == ["done"] * 4
+    assert found == [12, 20]
+
+
+def test_stand_ins_strike_out_the_clusters_of_their_own_label(tmp_path: Path) -> None:
+    """An image of a label that plays a class votes for no cluster that this label mostly makes up."""
+    asked, function = public_clusters(folder(tmp_path), QueryConfig(clusters=12), PUBLIC, seed=0)
+    home = majority_labels(asked, PUBLIC)
+    everyone = {"n_classes": 6, "population": 120, "votes_per_image": 2, "seed": 0}
+    tables = stand_in_tables(function, PUBLIC, asked, **everyone)
+    assert [t.shape for t in tables] == [(6, asked.n_classes)] * 3
+    for table in tables:
+        assert table.sum() == pytest.approx(2 * 120)
+        for row in table:  # of six labels that play, each leaves its own clusters empty
+            empty = set(np.flatnonzero(row == 0).tolist())
+            assert any(set(np.flatnonzero(home == label).tolist()) <= empty for label in range(6))
+    assert stand_in_tables(function, PUBLIC, asked, **everyone | {"votes_per_image": 12}) == []
+    assert stand_in_tables(function, UNLABELLED, asked, **everyone) == []
