@@ -101,7 +101,7 @@ def test_dry_run_says_when_selection_selects_nothing(config: Path, capsys: pytes
 
     # 3 classes, 6 public labels.
     everything = selection()
-    assert "2 public labels a class, which is all 6 of them: no label is left out" in everything
+    assert "2 public labels a class, which is all 6 of them: no public label is left out" in everything
     assert "only buys which class takes which" in everything and "take fewer labels_per_class, query.clusters" in everything
     assert selection("--query.clusters", "12") == "2 clusters a class, 6 of 12"
     assert selection("--select.labels_per_class", "1") == "1 public label a class, 3 of 6"
