@@ -85,4 +85,9 @@ class CMakeBuild(build_ext):
         subprocess.run([cmake, "--build", str(build), "--parallel", jobs], check=True, env=environment)
 
 
-setup(version=version(), ext_modules=[Extension("privimage_fast._C", [])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    version=version(),
+    license="Apache-2.0",
+    ext_modules=[Extension("privimage_fast._C", [])],
+    cmdclass={"build_ext": CMakeBuild},
+)

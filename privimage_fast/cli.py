@@ -185,6 +185,7 @@ def _demo(argv: list[str]) -> None:
 def _stage(stage: str, argv: list[str]) -> None:
     config, flags = _parse_run(stage, argv, f"The stage `{stage}` of a run.")
     from privimage_fast.pipeline import Run
+    from privimage_fast.report import outdated_figures
     from privimage_fast.stages.folder import RunError
 
     run = Run(config)
@@ -200,6 +201,8 @@ def _stage(stage: str, argv: list[str]) -> None:
         return
     with run.opened(resume=True):
         result = getattr(run, stage)()
+        if stage in ("sample", "evaluate") and (run.folder.path / "report.html").exists():
+            run.report()  # an earlier page would show other images or figures than the folder holds
     if stage == "evaluate":
         if result is None:
             raise RunError("there is nothing to evaluate against: set data.test, or data.holdout before the run")
@@ -209,6 +212,8 @@ def _stage(stage: str, argv: list[str]) -> None:
             print(f"{metric['name']:<48} {value:>10}  {'private' if metric['private'] else 'NOT private'}")
     if stage == "sample":
         print(f"{len(result)} images in {run.folder.synthetic}")
+        if note := outdated_figures(run.folder.path):
+            print(f"note: {note}")
     print(f"{stage}: done in {run.folder.path}")
 
 
@@ -227,6 +232,7 @@ def _compare(argv: list[str]) -> None:
     a = parser.parse_args(argv)
     from privimage_fast.compare import Cell, GridError, load_comparison, run_comparison, write_results
     from privimage_fast.compare.estimate import describe
+    from privimage_fast.compare.sources import check_sources
     from privimage_fast.stages.folder import RunError
 
     comparison = load_comparison(a.config, out=a.out)
@@ -236,6 +242,8 @@ def _compare(argv: list[str]) -> None:
 
     if not any(map(wanted, comparison.cells)):
         raise GridError(f"--only {a.only!r} fits no run; there are {', '.join(c.name for c in comparison.cells[:6])}, …")
+    if not a.table:
+        check_sources(comparison, a.config, wanted)
     if a.dry_run:
         print(describe(comparison, wanted))
         return

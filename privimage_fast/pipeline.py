@@ -71,6 +71,7 @@ class Plan:
     query_noise_multiplier: float | None
     epsilon_without_query: float
     labels_per_class: int
+    selection: str  # what is chosen of the public set, in words
     parameters: int
     private_parameters: int  # trained on sensitive images
     step: StepPlan
@@ -85,7 +86,7 @@ class Plan:
         rows = [
             ("budget", f"ε = {self.epsilon:g}, δ = {self.delta:.3g}, N = {self.population} (public)"),
             ("query", f"{query}; without the query the same σ would cost ε = {self.epsilon_without_query:.3f}"),
-            ("selection", f"{self.labels_per_class} public labels a class"),
+            ("selection", self.selection),
             ("DP-SGD", f"σ = {self.noise_multiplier:.4f}, q = {self.sample_rate:.4g}, {self.steps} steps" if self.steps
              else "none: trained on public images only"),
             ("network", f"{self.parameters:,} parameters" + ("" if self.private_parameters == self.parameters else
@@ -218,7 +219,9 @@ class Run:
         if self.folder.path.exists() and not self.folder.path.is_dir():
             raise RunError(f"{self.folder.path} is a file, but a run needs a folder; choose another --out")
         if self.folder.config.exists() and not resume:
-            raise RunError(f"{self.folder.path} already holds a run; go on with --resume, or choose another --out")
+            raise RunError(
+                f"{self.folder.path} already holds a run; go on with --resume (in Python resume=True), or choose another --out"
+            )
 
     @contextmanager
     def opened(self, *, resume: bool) -> Iterator[Run]:
@@ -277,7 +280,7 @@ class Run:
         population = c.privacy.population or filled.privacy.population or len(self.private)
         delta = c.privacy.delta or filled.privacy.delta or default_delta(population)
         each = c.select.labels_per_class or filled.select.labels_per_class
-        if each is None:
+        if each is None or (saved is None and c.select.mode in ("semantic", "random")):
             each = labels_per_class(c.select, n_labels=self._n_labels, n_classes=self.private.n_classes)
         query_noise = filled.query.noise_multiplier if c.query.noise_multiplier is None else c.query.noise_multiplier
         if query_noise is None:
@@ -497,8 +500,9 @@ class Run:
             steps=steps, noise_multiplier=sigma,
             query_noise_multiplier=c.query.noise_multiplier if queried else None,
             epsilon_without_query=epsilon([DPSGDEvent(sigma, rate, steps)] if steps else [], c.privacy.delta),
-            labels_per_class=c.select.labels_per_class, parameters=parameters,
-            private_parameters=private_parameters, step=step,
+            labels_per_class=c.select.labels_per_class,
+            selection=_selection_text(c, n_labels=self._n_labels, n_classes=self.private.n_classes),
+            parameters=parameters, private_parameters=private_parameters, step=step,
             pretrain_seconds=0.0 if c.select.mode == "none" else seconds.public * c.pretrain.batch_size * c.pretrain.steps,
             finetune_seconds=(seconds.private * images_a_step + seconds.after_step) * steps,
             sample_seconds=seconds.draw * images,
@@ -568,6 +572,28 @@ def _best_of_two(work: Callable[[], None]) -> float:
         work()
         times.append(time.perf_counter() - start)
     return min(times[1:])
+
+
+def _selection_text(c: RunConfig, *, n_labels: int, n_classes: int) -> str:
+    """What the plan says of the selection; above all where it has nothing to leave out."""
+    mode, each, ratio = c.select.mode, c.select.labels_per_class, c.select.max_image_ratio
+    assert each is not None
+    if mode == "none":
+        return "none: nothing is pre-trained on public images"
+    capped = "" if ratio is None else f", at most {100 * ratio:g} % of the images"
+    if mode == "all":
+        return f"none: all public images{capped}, without their labels"
+    what = "cluster" if c.query.clusters else "public label"
+    labels = f"{each} {what}{'s' if each > 1 else ''} a class"
+    if mode == "random":
+        return f"as many public images as {labels} would bring{capped}, drawn blindly"
+    if each * n_classes < n_labels:
+        return f"{labels}, {each * n_classes} of {n_labels}{capped}"
+    advice = "more clusters" if c.query.clusters else "query.clusters, or a public set with more labels"
+    return (
+        f"{labels}, which is all {n_labels} of them{capped}: no {what} is left out, and the query only buys which class takes "
+        f"which; to select, take {'fewer labels_per_class, ' if each > 1 else ''}{advice}"
+    )
 
 
 def query_noise_multiplier(target_epsilon: float, delta: float, share: float) -> float:

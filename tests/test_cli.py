@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from tiny import PRIVATE, PUBLIC, SECTIONS, TEST
 from privimage_fast.cli import STAGES, main
 from privimage_fast.config import RunConfig, build_config
 from privimage_fast.data import save_npz
+from privimage_fast.report import outdated_figures, summary_table
 
 
 @pytest.fixture
@@ -74,6 +77,8 @@ def test_help_version_doctor_keys_and_a_near_miss(capsys: pytest.CaptureFixture[
     out = capsys.readouterr().out
     assert build_config(yaml.safe_load(out)) == RunConfig()
     assert "epsilon: 10.0  # target ε" in out and "steps: null  # noised steps; null derives them from `epochs`." in out
+    for line in out.splitlines():  # a key that is no section says what it is
+        assert line.rstrip().endswith(":") or "  # " in line, line
     assert main(["smaple"]) == 2
     assert "did you mean sample" in capsys.readouterr().err
 
@@ -88,12 +93,43 @@ def test_dry_run_prints_the_plan_and_writes_nothing(config: Path, capsys: pytest
     assert not (tmp_path / "out").exists()
 
 
+def test_dry_run_says_when_selection_selects_nothing(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def selection(*arguments: str) -> str:
+        assert main(["run", "--config", str(config), "--dry-run", *arguments]) == 0
+        out = capsys.readouterr().out
+        return next(line.removeprefix("selection").strip() for line in out.splitlines() if line.startswith("selection"))
+
+    # 3 classes, 6 public labels.
+    everything = selection()
+    assert "2 public labels a class, which is all 6 of them: no public label is left out" in everything
+    assert "only buys which class takes which" in everything and "take fewer labels_per_class, query.clusters" in everything
+    assert selection("--query.clusters", "12") == "2 clusters a class, 6 of 12"
+    assert selection("--select.labels_per_class", "1") == "1 public label a class, 3 of 6"
+    assert "at most 10 % of the images" in selection("--select.max_image_ratio", "0.1")
+    assert selection("--select.mode", "all") == "none: all public images, without their labels"
+    assert "drawn blindly" in selection("--select.mode", "random")
+
+
+@pytest.mark.parametrize("mode", ["semantic", "random"])
+def test_more_labels_than_there_are_is_refused_before_anything_is_spent(
+    config: Path, mode: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """3 labels are there for each image to vote for, but not for each of 3 classes to take."""
+    for dry in (["--dry-run"], []):
+        assert main(["run", "--config", str(config), "--select.labels_per_class", "3", "--select.mode", mode, *dry]) == 2
+        assert "3 classes with 3 labels each need 9 public labels, but the public set has 6" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "ledger.jsonl").exists()
+
+
 def test_a_memory_budget_too_small_is_refused_before_anything_is_spent(
     config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert main(["run", "--config", str(config), "--finetune.memory_budget_mib", "1"]) == 2
     error = capsys.readouterr().err
-    assert "memory_budget is 1.0 MiB, but one sample (2 rows) needs about" in error and "Traceback" not in error
+    assert "finetune.memory_budget_mib is 1 MiB, but one image (2 rows) needs" in error and "Traceback" not in error
+    enough = re.search(r"set it to (\d+) or more, lower finetune.multiplicity", error)[1]
+    for budget, status in ((enough, 0), (str(int(enough) - 1), 2)):
+        assert main(["run", "--config", str(config), "--dry-run", "--finetune.memory_budget_mib", budget]) == status
     assert not (tmp_path / "out" / "ledger.jsonl").exists()
 
 
@@ -107,10 +143,35 @@ def test_stage_by_stage_is_the_whole_run(config: Path, capsys: pytest.CaptureFix
     out = capsys.readouterr().out
     assert "NOT private" in out and "report.html" in out
     assert main(["run", "--config", str(config)]) == 2
-    assert "--resume" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--resume" in error and "resume=True" in error
     assert main(["run", "--config", str(config), "--resume"]) == 0
     assert main(["finetune", "--out", str(tmp_path / "out"), "--finetune.lr", "0.3"]) == 2
     assert "finetune.lr" in capsys.readouterr().err
+
+
+def test_figures_of_an_earlier_synthetic_set_are_marked_until_they_are_renewed(
+    config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert main(["run", "--config", str(config)]) == 0
+    assert main(["sample", "--out", str(out)]) == 0  # the same images: nothing to say
+
+    def says_so() -> list[bool]:
+        marked = [(out / name).read_text().count("earlier synthetic set") > 0 for name in ("report.html", "README.md")]
+        return [*marked, "earlier synthetic set" in capsys.readouterr().out, "earlier synthetic set" in summary_table(out)]
+
+    assert says_so() == [False] * 4
+    assert main(["sample", "--out", str(out), "--sample.per_class", "20"]) == 0
+    assert f"renew them: privimage evaluate --out {out}" in outdated_figures(out)
+    assert says_so() == [True] * 4
+    assert "60" in re.search(r"Synthetic images</dt><dd>(\d+)", (out / "report.html").read_text())[1]
+    assert main(["evaluate", "--out", str(out)]) == 0
+    assert says_so() == [False] * 4
+    assert (
+        json.loads((out / "metrics.json").read_text())["synthetic"]
+        == json.loads((out / "stages.json").read_text())["sample"]["fingerprint"]
+    )
 
 
 def test_data_looks_and_converts(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -86,6 +86,22 @@ def test_seeds_share_public_training_or_not(tmp_path: Path, share: bool) -> None
     assert {(c.config.seed, c.config.public_seed) for c in cells} == ({(3, 3), (4, 3)} if share else {(3, None), (4, None)})
 
 
+def test_data_that_is_not_there_is_named_before_the_first_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, variants=["privimage", "dpdm"])
+    (tmp_path / "private.npz").unlink()
+    for arguments in ([], ["--dry-run"]):
+        assert main(["compare", "--config", str(path), *arguments]) == 2
+        error = capsys.readouterr().err
+        assert (
+            f"no such file or folder: {tmp_path / 'private.npz'}; paths are as seen" in error and not (tmp_path / "out").exists()
+        )
+    path.write_text("# Before it: make private.npz\n" + path.read_text())
+    assert main(["compare", "--config", str(path)]) == 2
+    assert f"private.npz; the comment at the top of {path} says what is needed" in capsys.readouterr().err
+    # What is there already can be looked at without the data.
+    assert main(["compare", "--config", str(path), "--table"]) == 0
+
+
 @pytest.mark.parametrize("name", sorted(built_in_variants()))
 def test_built_in_variants_are_configuration(name: str) -> None:
     changes = built_in_variants()[name]

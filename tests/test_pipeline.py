@@ -118,7 +118,7 @@ def test_nothing_private_is_written_unmarked(finished: Run) -> None:
         "budget.json": "target_epsilon delta population sample_rate steps noise_multiplier max_grad_norm multiplicity "
         "expected_batch_size query_noise_multiplier",
         "stages.json": "query select pretrain finetune sample evaluate",
-        "metrics.json": "metrics",
+        "metrics.json": "metrics synthetic",
         "model/config.json": "format family unet edm resolution channels class_names privacy sampler",
     }
     found = {str(p.relative_to(finished.folder.path)) for p in finished.folder.path.rglob("*.json")}
@@ -141,7 +141,7 @@ def test_no_key_is_stored_and_nothing_is_pickled(finished: Run) -> None:
 
 def test_a_finished_run_is_not_overwritten_and_resuming_it_charges_nothing(finished: Run) -> None:
     before = finished.folder.ledger.read_bytes()
-    with pytest.raises(RunError, match="--resume"):
+    with pytest.raises(RunError, match=r"--resume \(in Python resume=True\)"):
         run_all(finished.folder.path)
     run_all(finished.folder.path, resume=True)
     assert finished.folder.ledger.read_bytes() == before

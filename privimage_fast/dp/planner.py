@@ -49,7 +49,11 @@ DEFAULT_BUDGET = 2**30  # on a CPU
 
 
 class MemoryBudgetError(ValueError):
-    """The memory budget does not hold one sample, whatever way is taken."""
+    """The memory budget does not hold one sample, whatever way is taken. ``needed``: bytes that would."""
+
+    def __init__(self, message: str, needed: int) -> None:
+        super().__init__(message)
+        self.needed = needed
 
 
 # --- costs ------------------------------------------------------------------------------------------------------------
@@ -451,7 +455,8 @@ def make_plan(
         assert memory_budget is not None
         raise MemoryBudgetError(
             f"memory_budget is {memory_budget / 2**20:.1f} MiB, but one sample ({multiplicity} rows) needs about "
-            f"{peak / 2**20:.1f} MiB: raise it to {peak} bytes or more, lower the multiplicity, or train fewer parameters"
+            f"{peak / 2**20:.1f} MiB: raise it to {peak} bytes or more, lower the multiplicity, or train fewer parameters",
+            needed=peak,
         )
     layers = tuple(
         PlannedLayer(layer, way, layer.shape.bytes_kept(way), layer.shape.seconds(rates(layer), samples))

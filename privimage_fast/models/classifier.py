@@ -24,6 +24,10 @@ class ClassifierConfig:
         arch: cnn (plain, strided), resnet (He et al. 2016, the CIFAR kind) or wrn (Zagoruyko & Komodakis 2016).
         width: channels of the first stage; the two others have twice and four times as many.
         blocks: residual blocks a stage of a resnet or wrn. resnet 16×3 is ResNet-20, wrn 160×4 is WRN-28-10.
+        epochs: passes over the images; the one that is best on held-out images is kept.
+        batch_size: images a step.
+        lr: highest learning rate of AdamW, which rises to it and falls again (one cycle).
+        weight_decay: of AdamW.
         augment: small random rotations, scales, shears and shifts.
     """
 

@@ -20,7 +20,13 @@ from privimage_fast.models.unet import UNet, UNetConfig
 
 @dataclass(frozen=True)
 class EDMConfig:
-    """Noise distribution of training and data scale; the published values."""
+    """Noise levels of training and scale of the data; the published values.
+
+    Args:
+        p_mean: mean of ln σ, the noise levels that are trained on.
+        p_std: standard deviation of ln σ.
+        sigma_data: standard deviation of the images, in [−1, 1], that the preconditioning counts on.
+    """
 
     p_mean: float = -1.2
     p_std: float = 1.2
@@ -177,6 +183,9 @@ class SamplerConfig:
     Args:
         method: "heun" (Algorithm 1, two evaluations a step) or "ddim" (its first-order part, one evaluation).
         steps: noise levels.
+        sigma_min: the last noise level above zero.
+        sigma_max: the first noise level.
+        rho: how the levels lie between: the higher, the more of them near sigma_min.
         guidance: classifier-free guidance; 1 is none, w extrapolates by w from the unconditional prediction.
     """
 

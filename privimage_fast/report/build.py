@@ -42,6 +42,8 @@ def summary_table(run_dir: Path) -> str:
     facts = read_facts(Path(run_dir))
     privacy = facts.privacy
     lines = [f"!! {banner.title}" for banner in privacy.banners]
+    if facts.outdated:
+        lines.append(f"!! {_outdated_line(run_dir)}")
     target = "" if privacy.target is None else f"  (target {privacy.target:g})"
     rows = [
         ("ε", text.epsilon_text(privacy.epsilon) + target, ""),
@@ -60,6 +62,15 @@ def summary_table(run_dir: Path) -> str:
     value_width = max((len(value) for _, value, tag in rows if tag), default=0)
     lines += [f"{name:<{name_width}}  {value:>{value_width if tag else 0}}  {tag}".rstrip() for name, value, tag in rows]
     return "\n".join(lines)
+
+
+def outdated_figures(run_dir: Path) -> str | None:
+    """A line that says so where the quality figures are of an earlier synthetic set than the one in the folder, else None."""
+    return _outdated_line(run_dir) if read_facts(Path(run_dir)).outdated else None
+
+
+def _outdated_line(run_dir: Path) -> str:
+    return f"the quality figures are of an earlier synthetic set; renew them: privimage evaluate --out {run_dir}"
 
 
 def _write(path: Path, page: str) -> Path:

@@ -26,10 +26,12 @@ T = TypeVar("T")
 
 STAGES = ("query", "select", "pretrain", "finetune", "sample", "evaluate")
 READ_REAL_IMAGES = ("query", "finetune", "evaluate")  # their running times say something of those images
+CLASSIFIER = "checkpoints/classifier.safetensors"
 # What decoders and the checks below raise on a file that is not what a stage writes.
 _UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, OSError, RecursionError, EOFError, ArithmeticError,
                NotImplementedError, yaml.YAMLError, zipfile.BadZipFile, zlib.error)  # fmt: skip
 MAX_TEXT_BYTES, MAX_PICTURE_BYTES = 64 * 2**20, 16 * 2**20
+MAX_HEADER_BYTES = 2**20
 MAX_LABELS, MAX_CLASSES = 2_000_000, 10_000
 
 
@@ -41,6 +43,16 @@ class Metric:
     private: bool
     detail: str
     spread: Any = None
+
+
+@dataclass(frozen=True)
+class PublicClassifier:
+    """How the classifier of public labels does on held-out public images, as it was written when it was trained."""
+
+    accuracy: float
+    chance: float
+    images: int
+    poor: bool
 
 
 @dataclass(frozen=True)
@@ -72,8 +84,10 @@ class Facts:
     heat: HeatMap | None
     selection: dict[str, Any] | None
     check: dict[str, Any] | None
+    classifier: PublicClassifier | None
     pictures: dict[str, Picture]
     metrics: list[Metric]
+    outdated: bool  # the metrics are of an earlier synthetic set
     class_counts: list[tuple[str, int]]
     image_shape: str | None
     timings: list[tuple[str, float | None, bool]]
@@ -138,6 +152,8 @@ def read_facts(run_dir: Path) -> Facts:
     selection = reader.shaped("selection.json", lambda: _selection(reader.json("selection.json")))
     seconds = reader.shaped("stages.json", lambda: _seconds(reader.json("stages.json"))) or {}
     metrics = reader.shaped("metrics.json", lambda: _metrics(reader.json("metrics.json"))) or []
+    measured = reader.shaped("metrics.json", lambda: _measured_set(reader.json("metrics.json"))) if metrics else None
+    drawn = reader.shaped("stages.json", lambda: _drawn_set(reader.json("stages.json"))) if seconds else None
     counted = reader.shaped("synthetic.npz", lambda: _count(run_dir / "synthetic.npz", query))
     sheets = {name: run_dir / "samples" / f"{name}.png" for name in ("before", "after", "public")}
     found = {name: reader.shaped(f"samples/{path.name}", partial(_picture, path)) for name, path in sheets.items()}
@@ -154,8 +170,10 @@ def read_facts(run_dir: Path) -> Facts:
         heat=heat_map(query, selection) if query else None,
         selection=selection,
         check=reader.shaped("query-check.json", lambda: _check(reader.json("query-check.json"))),
+        classifier=reader.shaped(CLASSIFIER, lambda: _classifier(run_dir / CLASSIFIER)),
         pictures={name: picture for name, picture in found.items() if picture},
         metrics=metrics,
+        outdated=bool(metrics) and measured is not None and drawn is not None and measured != drawn,
         class_counts=counted[0] if counted else [],
         image_shape=counted[1] if counted else None,
         timings=[(stage, seconds.get(stage), stage in READ_REAL_IMAGES) for stage in STAGES],
@@ -289,6 +307,33 @@ def _metrics(value: Any) -> list[Metric] | None:
         for m in value["metrics"]
     ]
     return sorted(metrics, key=lambda m: "accuracy" not in m.name.lower())
+
+
+def _measured_set(value: Any) -> str | None:
+    """Which synthetic set the metrics are of; figures of older versions do not say."""
+    name = value.get("synthetic")
+    return None if name is None else str(name)
+
+
+def _drawn_set(value: Any) -> str | None:
+    name = value.get("sample", {}).get("fingerprint")
+    return None if name is None else str(name)
+
+
+def _classifier(path: Path) -> PublicClassifier | None:
+    """From the header of a safetensors file: its length in 8 bytes, then JSON. No tensor is read."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
+        if not 0 < length <= MAX_HEADER_BYTES:
+            raise ValueError(f"header of {length} bytes")
+        header = json.loads(file.read(length))
+    described = json.loads(header["__metadata__"]["privimage"])
+    if "near_chance" not in described:
+        return None  # of a version that did not say
+    accuracy, chance = (_fraction(described[name]) for name in ("public_accuracy", "chance"))
+    return PublicClassifier(accuracy, chance, int(described["held_out"]), described["near_chance"] is True)
 
 
 def _count(path: Path, query: dict[str, Any] | None) -> tuple[list[tuple[str, int]], str] | None:

@@ -79,7 +79,10 @@ def run_evaluate(
     folder: RunFolder, config: EvaluateConfig, *, synthetic: ImageSet, test: ImageSet, feature_network: Classifier,
     weights: str, seed: int, private: ImageSet | None = None, device: str = "cpu",
 ) -> dict[str, Any]:  # fmt: skip
-    """Writes metrics.json and returns its content. ``private`` (training images): for `memorisation` and `neighbours` only."""
+    """Writes metrics.json and returns its content. ``private`` (training images): for `memorisation` and `neighbours` only.
+
+    Its "synthetic" is the fingerprint of the sampling, by which figures of an earlier synthetic set are known as such.
+    """
     if test.label_names != synthetic.label_names:
         raise RunError(f"the test set's classes {test.label_names} are not the synthetic ones {synthetic.label_names}")
     network = distance_network(config, feature_network, device)
@@ -92,7 +95,7 @@ def run_evaluate(
             metrics += copying(config, synthetic, private, test, seed=seed)
         if config.neighbours and private is not None:
             _neighbour_sheet(folder, synthetic, private)
-        result = {"metrics": metrics}
+        result = {"metrics": metrics, "synthetic": folder.fingerprint_of("sample")}
         folder.write_json(folder.metrics, result)
     return result
 

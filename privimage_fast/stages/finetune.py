@@ -25,7 +25,7 @@ from privimage_fast.dp.graphs import CapturedStep
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.dp.noise import NoiseKey
 from privimage_fast.dp.optimizer import PrivateOptimizer, UpdateRule
-from privimage_fast.dp.planner import Plan, default_memory_budget, make_plan
+from privimage_fast.dp.planner import MemoryBudgetError, Plan, default_memory_budget, make_plan
 from privimage_fast.dp.rules import UncoveredParameterError
 from privimage_fast.dp.sampling import MicroBatch, PoissonSampler, SecretRandom, mersenne_state, micro_batches
 from privimage_fast.models.edm import to_float
@@ -292,14 +292,31 @@ def plan_finetune(model: ImageModel, config: FinetuneConfig, memory_budget: int 
 
     Looks at one stand-in image. Without ``physical_batch_size`` a micro-batch has at most ``MOST_ROWS``: more gains nothing.
     ``memory_budget`` in bytes is by default the config's.
+
+    Raises:
+        MemoryBudgetError: the budget does not hold one image; in terms of the configuration's keys.
     """
     training = config.training(model)
     device = next(training.module.parameters()).device
     most = config.physical_batch_size or max(1, MOST_ROWS.get(device.type, MOST_ROWS["cpu"]) // training.rows)
-    return make_plan(
-        training.module, training.loss, _stand_in(model, training, 1), multiplicity=training.rows,
-        memory_budget=memory_budget or config.memory_budget(device), batch_size=min(most, config.batch_size),
-    )  # fmt: skip
+    budget = memory_budget or config.memory_budget(device)
+    try:
+        return make_plan(
+            training.module, training.loss, _stand_in(model, training, 1), multiplicity=training.rows,
+            memory_budget=budget, batch_size=min(most, config.batch_size),
+        )  # fmt: skip
+    except MemoryBudgetError as error:
+        raise MemoryBudgetError(_budget_text(config, model, training.rows, budget, error.needed), error.needed) from error
+
+
+def _budget_text(config: FinetuneConfig, model: ImageModel, rows: int, budget: int, needed: int) -> str:
+    found = f"is {config.memory_budget_mib}" if config.memory_budget_mib else f"is null, here {budget / 2**20:.0f}"
+    several = (config.multiplicity or model.default_multiplicity) > 1
+    return (
+        f"finetune.memory_budget_mib {found} MiB, but one image ({rows} rows) needs {needed / 2**20:.1f} MiB: set it to "
+        f"{-(-needed // 2**20)} or more, {'lower finetune.multiplicity, ' if several else ''}or take a smaller network "
+        "(model.preset)"
+    )
 
 
 def _stand_in(model: ImageModel, training: PrivateTraining, images: int, last: float = 1.0) -> list[Tensor]:

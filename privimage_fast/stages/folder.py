@@ -104,6 +104,10 @@ class RunFolder:
     def recorded(self, stage: str) -> bool:
         return stage in self._records()
 
+    def fingerprint_of(self, stage: str) -> str | None:
+        """That under which the stage ended last; None where it has not."""
+        return self._records().get(stage, {}).get("fingerprint")
+
     def record(self, stage: str, fingerprint: str, seconds: float) -> None:
         records = self._records()
         before = records.get(stage, {})

@@ -23,6 +23,7 @@ class PretrainConfig:
         steps: optimizer steps.
         batch_size: images a step.
         lr: learning rate of Adam, warmed up over the first `warmup` steps.
+        warmup: steps in which the learning rate rises.
         ema_decay: decay of the averaged weights that fine-tuning starts from.
         label_dropout: share of labels replaced by the empty one, which makes guidance possible.
         checkpoint_seconds: how often progress is saved.

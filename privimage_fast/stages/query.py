@@ -8,6 +8,7 @@ is looked at, and the noisy table is drawn once and kept.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import binom
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -26,6 +28,8 @@ from privimage_fast.dp.noise import NoiseKey, Stream
 from privimage_fast.models.classifier import Classifier, ClassifierConfig, batched, train_classifier
 from privimage_fast.models.edm import to_float
 from privimage_fast.stages.folder import RunError, RunFolder, fingerprint, set_fingerprint, timed
+
+logger = logging.getLogger(__name__)
 
 # Any callable: float images (R, C, H, W) in [−1, 1] → scores (R, labels) of the public set's labels, higher meaning more alike,
 # each image scored by itself. A classifier's logits, similarities of an embedding with texts, nearness to clusters (clusters.py).
@@ -167,8 +171,31 @@ def public_classifier(folder: RunFolder, config: ClassifierConfig, public: Image
         train.images, train.labels, num_classes=public.n_classes, config=config, seed=seed,
         validation=(held_out.images, held_out.labels), device=device, description="public classifier",
     )  # fmt: skip
-    folder.save_tensors(path, model.state_dict(), {"fingerprint": stamp, "public_accuracy": accuracy})
+    # Of always naming the commonest label, which of unequal labels is better than guessing.
+    chance = float(np.bincount(held_out.labels).max() / len(held_out)) if len(held_out) else float("nan")
+    poor = near_chance(accuracy, chance, len(held_out))
+    if poor:
+        logger.warning(
+            "the classifier trained on the %d public labels names %.1f %% of %d held-out public images right, hardly better than "
+            "chance (%.1f %%): the choice of labels means little, and distances measured on it look better than they are. Give "
+            "query.classifier more epochs or width, or bring a public set with more images of each label",
+            public.n_classes, 100 * accuracy, len(held_out), 100 * chance,
+        )  # fmt: skip
+    measured = {"public_accuracy": accuracy, "chance": chance, "held_out": len(held_out), "near_chance": poor}
+    folder.save_tensors(path, model.state_dict(), {"fingerprint": stamp, **(measured if len(held_out) else {})})
     return model
+
+
+def near_chance(accuracy: float, chance: float, images: int) -> bool:
+    """Whether so many right of ``images`` held-out ones are hardly better than ``chance``.
+
+    That is less than twice chance (of few labels: less than a tenth of the way from chance to 1), or so little more that one in a
+    hundred blind guesses would do as well.
+    """
+    if not images:
+        return False
+    luck = binom.sf(round(accuracy * images) - 1, images, chance)
+    return accuracy < min(2 * chance, chance + 0.1 * (1 - chance)) or bool(luck > 0.01)
 
 
 def load_onnx(path: str | Path) -> SemanticFunction:

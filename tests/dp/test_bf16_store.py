@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -203,3 +206,21 @@ def test_other_dtypes_are_refused(bad: torch.dtype) -> None:
         pf.PrivateOptimizer(_model("linear"), max_grad_norm=1.0, noise_multiplier=1.0, expected_batch_size=1.0, store_dtype=bad)
     with pytest.raises(ValueError, match=message):
         private(small_net(), store_dtype=bad)
+
+
+def test_the_documented_call_does_what_is_said_of_it() -> None:
+    """The example in docs/privacy_engine.md, against autograd."""
+    text = (Path(__file__).parents[2] / "docs" / "privacy_engine.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "pf.clipped_grad(" in block)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    module, x, y = names["module"], names["x"], names["y"]
+    expected = torch.zeros(3, 10)
+    for b, norm in enumerate(names["norms"].tolist()):
+        rows = slice(4 * b, 4 * b + 4)
+        weight, bias = torch.autograd.grad(names["loss_fn"](module, x[rows], y[rows]).sum(), list(module.parameters()))
+        whole = torch.cat([weight.flatten(), bias]).norm().item()
+        assert norm == pytest.approx(whole, rel=2**-8) and norm != whole  # rounded
+        expected += weight * min(1.0, 1.0 / whole)
+    assert names["losses"].shape == (16,)
+    torch.testing.assert_close(names["grads"]["weight"], expected, rtol=2**-7, atol=2**-8)

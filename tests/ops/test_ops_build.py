@@ -135,3 +135,18 @@ def test_cuda_sources_compile(source: str, tmp_path: Path) -> None:
 def test_every_cuda_source_is_emulated() -> None:
     emulated = {p.stem for p in (ROOT / "csrc" / "emulation").glob("*.cpp")}
     assert emulated - {"fibers"} == {p.stem for p in (ROOT / "csrc" / "cuda").glob("*.cu")} - {"runtime"}
+
+
+@needs_source
+def test_metadata_names_the_license_without_a_deprecated_key(tmp_path: Path) -> None:
+    """`project.license` as a table is an error in setuptools from 2027 on, as an expression in those before 77."""
+    setuptools = pytest.importorskip("setuptools")
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "privimage_fast/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    code = "from setuptools.build_meta import prepare_metadata_for_build_wheel as p; print(p('out'))"
+    (tmp_path / "out").mkdir()
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    (folder,) = (tmp_path / "out").glob("*.dist-info")
+    assert "\nLicense: Apache-2.0\n" in (folder / "METADATA").read_text(), setuptools.__version__
+    assert list(folder.rglob("LICENSE")) and "project.license" not in done.stdout + done.stderr

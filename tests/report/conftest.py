@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from privimage_fast.dp.accounting import DPSGDEvent, GaussianEvent
 from privimage_fast.dp.ledger import Ledger
@@ -41,6 +42,7 @@ def write_run(
     classes: tuple[str, ...] = ("cat", "dog"),
     labels: tuple[str, ...] = ("A", "B", "C"),
     metric: str = "accuracy",
+    classifier: dict[str, Any] | None = None,
     **ledger: Any,
 ) -> Path:
     """A finished run. `ledger` goes to `write_ledger`; the plan says STEPS steps at SIGMA whatever is charged."""
@@ -65,12 +67,16 @@ def write_run(
             {"name": "distance on real", "value": 3.25, "unit": "", "private": False, "detail": "real images"},
             {"name": metric, "value": 0.784, "unit": "fraction", "private": False, "detail": "real test images"},
             {"name": "accuracy on synthetic", "value": None, "unit": "fraction", "private": True, "detail": "synthetic only"},
-        ]},
+        ], "synthetic": "f"},
         "stages.json": {  # no time where real images are read
             "query": {"fingerprint": "f"}, "select": {"fingerprint": "f", "seconds": 0.5}, "pretrain": {"seconds": 64.0},
             "finetune": {"fingerprint": "f"}, "sample": {"fingerprint": "f", "seconds": 4000.0}, "evaluate": {},
         },
     }  # fmt: skip
+    if classifier is not None:
+        (folder / "checkpoints").mkdir()
+        metadata = {"privimage": json.dumps({"fingerprint": "f", **classifier})}
+        save_file({"weight": np.zeros(3, np.float32)}, folder / "checkpoints" / "classifier.safetensors", metadata=metadata)
     for name, value in write.items():
         (folder / name).write_text(json.dumps(value))
     (folder / "config.yaml").write_text("data:\n  public: embedded:letters\n  private: /home/ward/patients\n")

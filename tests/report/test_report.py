@@ -111,6 +111,40 @@ def test_full_run_shows_every_section(make_run: MakeRun) -> None:
     assert page.row("evaluate") == ["evaluate", "not written", "yes, so its time is not written"]
 
 
+def test_figures_of_an_earlier_synthetic_set_say_so(make_run: MakeRun) -> None:
+    run = make_run()
+    stages = json.loads((run / "stages.json").read_text())
+
+    def outputs() -> list[str]:
+        return [report(run).text, card(run), summary_table(run)]
+
+    assert not any("earlier synthetic set" in text for text in outputs())
+    (run / "stages.json").write_text(json.dumps(stages | {"sample": {"fingerprint": "other", "seconds": 1.0}}))
+    for text in outputs():
+        assert "earlier synthetic set" in text and "privimage evaluate --out" in text
+    metrics = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps({"metrics": metrics["metrics"]}))  # an older version's: nothing is known
+    assert not any("earlier synthetic set" in text for text in outputs())
+
+
+def test_the_public_classifier_is_reported_and_a_poor_one_is_named(make_run: MakeRun) -> None:
+    good = {"public_accuracy": 0.815, "chance": 0.02, "held_out": 1200, "near_chance": False}
+    run = make_run(classifier=good)
+    line = "names 81.5 % of 1,200 held-out public images right; always naming the commonest label: 2.0 %"
+    assert line in report(run).text and "better than chance" not in report(run).text + card(run)
+    run = make_run(classifier=good | {"public_accuracy": 0.021, "near_chance": True})
+    assert "Hardly better than chance" in report(run).text and "hardly better than chance (2.1 %" in card(run)
+    run = make_run(classifier={"public_accuracy": 0.3})  # of an older version
+    assert "held-out public images" not in report(run).text and "cannot be read" not in report(run).text
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 40, b"\x02" + bytes(7) + b"{}", b"\x04" + bytes(7) + b"null"])
+def test_a_classifier_file_that_is_none_is_named(make_run: MakeRun, content: bytes) -> None:
+    run = make_run(classifier={})
+    (run / "checkpoints" / "classifier.safetensors").write_bytes(content)
+    assert "checkpoints/classifier.safetensors: cannot be read" in report(run).text
+
+
 def test_sheets_are_embedded_whole_and_the_sensitive_one_is_not(make_run: MakeRun) -> None:
     run = make_run()
     page = report(run)

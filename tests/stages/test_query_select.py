@@ -18,8 +18,9 @@ from privimage_fast.data import ImageSet
 from privimage_fast.dp.accounting import GaussianEvent
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.dp.noise import NoiseKey
+from privimage_fast.models.classifier import ClassifierConfig
 from privimage_fast.stages.folder import RunError, RunFolder
-from privimage_fast.stages.query import QueryConfig, load_onnx, run_query, vote
+from privimage_fast.stages.query import QueryConfig, load_onnx, near_chance, public_classifier, run_query, vote
 from privimage_fast.stages.select import SelectConfig, assign_labels, labels_per_class, run_select, selected_subset
 
 
@@ -219,3 +220,32 @@ def test_comparison_subsets(tmp_path: Path, mode: str, count: int) -> None:
 def test_bad_options(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# ------------------------------------------------------------------------------------------------- the public classifier
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "chance", "images", "poor"),
+    [
+        (1 / 62, 1 / 62, 3000, True), (1.9 / 62, 1 / 62, 3000, True), (2.1 / 62, 1 / 62, 3000, False),
+        (0.005, 1 / 1800, 2000, False),  # of many labels little is much
+        (0.54, 0.5, 10_000, True), (0.6, 0.5, 10_000, False), (0.9, 0.5, 8, True), (0.91, 0.9, 10_000, False),
+        (0.5, 0.1, 4, True), (0.5, 0.1, 40, False), (1.0, 1 / 6, 24, False), (float("nan"), float("nan"), 0, False),
+    ],
+)  # fmt: skip
+def test_near_chance(accuracy: float, chance: float, images: int, poor: bool) -> None:
+    assert near_chance(accuracy, chance, images) is poor
+
+
+@pytest.mark.parametrize("shuffled", [True, False])
+def test_a_public_classifier_near_chance_is_warned_of(tmp_path: Path, shuffled: bool, caplog: pytest.LogCaptureFixture) -> None:
+    folder = RunFolder(tmp_path)
+    folder.create()
+    labels = np.random.default_rng(0).permutation(PUBLIC.labels) if shuffled else PUBLIC.labels
+    config = ClassifierConfig(width=8, epochs=4, batch_size=16, augment=False)
+    public_classifier(folder, config, PUBLIC.relabel(labels, PUBLIC.label_names), seed=0, device="cpu")
+    assert ("hardly better than chance" in caplog.text) is shuffled
+    measured = folder.load_tensors(folder.checkpoint("classifier"), "query")[1]
+    assert measured["near_chance"] is shuffled and measured["held_out"] == 24
+    assert measured["chance"] >= 1 / 6 and (measured["public_accuracy"] < 0.5) is shuffled
