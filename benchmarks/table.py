@@ -181,10 +181,12 @@ TABLES: dict[str, Callable[[Entry], str]] = {"dp_step": dp_step, "ops": ops, "gr
 # The baselines' names with the diffusion model and with the GAN.
 VARIANTS = {
     "the selected subset (PrivImage)": ("privimage", "privimage-gan"),
+    "a subset chosen by clusters": ("privimage-clusters", "privimage-clusters-gan"),
     "as many public images, blindly": ("random", "random-gan"),
     "all public images (PDP-Diffusion)": ("pdp-diffusion", "pdp-gan"),
     "no pre-training (DPDM, DPGAN)": ("dpdm", "dpgan"),
     "the subset, never fine-tuned": ("public-only", "public-only-gan"),
+    "the clusters' subset, never fine-tuned": ("public-only-clusters", "public-only-clusters-gan"),
     "the subset, no noise: *not private*": ("non-private", "non-private-gan"),
 }
 GRIDS = {"mnist-cpu": "MNIST +D", "mnist-gan-cpu": "MNIST +G", "fashion-cpu": "F-MNIST +D", "fashion-gan-cpu": "F-MNIST +G"}

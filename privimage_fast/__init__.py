@@ -25,7 +25,7 @@ _EXPORTS = {
     "BatchMemoryManager": "privimage_fast.dp.batch_memory",
     "ModuleValidator": "privimage_fast.dp.validator",
     "UnsupportedModuleError": "privimage_fast.dp.validator",
-    "PrivImage": "privimage_fast.pipeline",
+    "PrivImage": "privimage_fast.method",
     "RunConfig": "privimage_fast.config",
     "cluster_labels": "privimage_fast.stages.clusters",
     "ImageSet": "privimage_fast.data",
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from privimage_fast.dp.privacy_engine import PrivacyEngine
     from privimage_fast.dp.rules import UncoveredParameterError
     from privimage_fast.dp.validator import ModuleValidator, UnsupportedModuleError
-    from privimage_fast.pipeline import PrivImage
+    from privimage_fast.method import PrivImage
     from privimage_fast.stages.clusters import cluster_labels
 
 

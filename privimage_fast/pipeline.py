@@ -1,23 +1,19 @@
-"""The whole method over one run folder: :class:`Run` for configured runs, :class:`PrivImage` for Python."""
+"""The whole method over one run folder: opening it, what may be asked of it, and its stages in order."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import brentq
-from scipy.stats import norm
 
 from privimage_fast import report
 from privimage_fast.config import ConfigError, DataConfig, RunConfig, build_config, differing_keys, load_yaml
@@ -29,73 +25,28 @@ from privimage_fast.dp.accounting import (
     DPSGDEvent,
     GaussianEvent,
     default_delta,
-    epsilon,
-    solve_noise_multiplier,
 )
-from privimage_fast.dp.engine import accumulate_clipped
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.dp.noise import NoiseKey
-from privimage_fast.dp.planner import Plan as StepPlan
 from privimage_fast.dp.sampling import OSRandom, SeededRandom
-from privimage_fast.models.edm import Denoiser, EDMConfig
-from privimage_fast.models.gan import GANConfig, Generator
 from privimage_fast.models.replay import forget
 from privimage_fast.models.training import Drawable, ImageModel
-from privimage_fast.models.unet import UNetConfig
+from privimage_fast.planning import Plan, make_plan, query_noise_multiplier
 from privimage_fast.stages.agreement import check_text, question, stand_in_tables
 from privimage_fast.stages.clusters import public_clusters
 from privimage_fast.stages.evaluate import run_evaluate
-from privimage_fast.stages.finetune import budget_record, plan_finetune, run_finetune
+from privimage_fast.stages.finetune import budget_record, run_finetune
 from privimage_fast.stages.folder import RunError, RunFolder, fingerprint, timed
 from privimage_fast.stages.pretrain import run_pretrain
 from privimage_fast.stages.query import SemanticFunction, public_classifier, run_query, semantic_function_of
 from privimage_fast.stages.sample import draw, run_sample, save_sheet
+from privimage_fast.stages.saved import load_pretrained, save_pretrained
 from privimage_fast.stages.select import labels_per_class, run_select, selected_subset
 
 logger = logging.getLogger(__name__)
 
 # Keys that may change when a run folder is opened again: nothing that was trained or charged depends on them.
 _REOPENABLE = ("out", "device", "precision", "sample.", "evaluate.")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run will cost, from public numbers and a timed step on random images."""
-
-    epsilon: float
-    delta: float
-    population: int
-    sample_rate: float
-    steps: int
-    noise_multiplier: float
-    query_noise_multiplier: float | None
-    epsilon_without_query: float
-    labels_per_class: int
-    selection: str  # what is chosen of the public set, in words
-    parameters: int
-    private_parameters: int  # trained on sensitive images
-    step: StepPlan
-    pretrain_seconds: float
-    finetune_seconds: float
-    sample_seconds: float
-
-    def table(self) -> str:
-        """The plan as aligned lines of text."""
-        query = f"σ₁ = {self.query_noise_multiplier:.4g}" if self.query_noise_multiplier is not None else "none"
-        total = self.pretrain_seconds + self.finetune_seconds + self.sample_seconds
-        rows = [
-            ("budget", f"ε = {self.epsilon:g}, δ = {self.delta:.3g}, N = {self.population} (public)"),
-            ("query", f"{query}; without the query the same σ would cost ε = {self.epsilon_without_query:.3f}"),
-            ("selection", self.selection),
-            ("DP-SGD", f"σ = {self.noise_multiplier:.4f}, q = {self.sample_rate:.4g}, {self.steps} steps" if self.steps
-             else "none: trained on public images only"),
-            ("network", f"{self.parameters:,} parameters" + ("" if self.private_parameters == self.parameters else
-                        f", {self.private_parameters:,} of them (the discriminator) trained by DP-SGD")),
-            ("micro-batch", f"{self.step.physical_batch_size} images, up to {self.step.peak_bytes / 2**20:.0f} MiB to fine-tune"),
-            ("rough time", f"{_minutes(total)}: pre-train {_minutes(self.pretrain_seconds)}, fine-tune "
-                           f"{_minutes(self.finetune_seconds)}, sample {_minutes(self.sample_seconds)} (classifiers apart)"),
-        ]  # fmt: skip
-        return "\n".join(f"{name:<12} {value}" for name, value in rows)
 
 
 class Run:
@@ -115,8 +66,8 @@ class Run:
         self.folder = RunFolder(config.out)
         self._given = {"public": public, "private": private, "test": test}
         self._semantic_function = semantic_function
-        self.device = _device(config.device)
-        self.autocast = _autocast(config.precision, self.device)
+        self.device = device_of(config.device)
+        self.autocast = autocast_of(config.precision, self.device)
 
     # ---- data
 
@@ -427,7 +378,7 @@ class Run:
             randomness=OSRandom() if c.privacy.secure else SeededRandom(c.seed), seed=c.seed, device=self.device,
             autocast=self.autocast,
         )  # fmt: skip
-        save_pretrained(model.drawable, self.folder.model, class_names=self.private.label_names, run=self)
+        self.save(model.drawable, self.folder.model)
         return model
 
     def _keep_public(self, model: ImageModel) -> None:
@@ -437,7 +388,14 @@ class Run:
             population, delta = self.ledger.header.population, self.ledger.header.delta
             record = budget_record(c.finetune, population, c.privacy.epsilon, delta, 0.0, 0, self.ledger)
             self.folder.write_json(self.folder.budget, record)
-            save_pretrained(model.drawable, self.folder.model, class_names=self.private.label_names, run=self)
+            self.save(model.drawable, self.folder.model)
+
+    def save(self, model: Drawable, path: str | Path) -> None:
+        """The model with what the run has spent and how it samples."""
+        save_pretrained(
+            model, path, class_names=self.private.label_names, privacy=self.spent(), sampler=self.config.sample.sampler,
+            ledger=self.folder.ledger,
+        )  # fmt: skip
 
     def sample(self) -> ImageSet:
         if not self.folder.model.exists():
@@ -477,36 +435,7 @@ class Run:
         """Needs the sizes of both sets, and spends nothing."""
         self.check_inputs()
         c = self._resolved(None)
-        assert c.privacy.population and c.privacy.delta and c.finetune.steps and c.select.labels_per_class
-        rate = c.finetune.sample_rate(c.privacy.population)
-        queried = c.select.mode == "semantic"
-        prior = [GaussianEvent(c.query.noise_multiplier)] if queried and c.query.noise_multiplier is not None else []
-        sigma, steps = 0.0, c.finetune.steps if c.privacy.train else 0
-        if math.isfinite(c.privacy.epsilon) and steps:
-            sigma = solve_noise_multiplier(
-                target_epsilon=c.privacy.epsilon, delta=c.privacy.delta, sample_rate=rate, steps=steps,
-                prior_events=prior,
-            )  # fmt: skip
-        model = self.model().to(self.device)
-        step = plan_finetune(model, c.finetune)
-        networks = (model, c.finetune.training(model).module)
-        parameters, private_parameters = (sum(p.numel() for p in network.parameters()) for network in networks)
-        # The last micro-batch is padded to its fixed shape: half of one, on average.
-        images_a_step = c.finetune.batch_size + step.physical_batch_size / 2
-        seconds = _step_seconds(model, c, self.device)
-        images = c.sample.per_class * self.private.n_classes
-        return Plan(
-            epsilon=c.privacy.epsilon, delta=c.privacy.delta, population=c.privacy.population, sample_rate=rate,
-            steps=steps, noise_multiplier=sigma,
-            query_noise_multiplier=c.query.noise_multiplier if queried else None,
-            epsilon_without_query=epsilon([DPSGDEvent(sigma, rate, steps)] if steps else [], c.privacy.delta),
-            labels_per_class=c.select.labels_per_class,
-            selection=_selection_text(c, n_labels=self._n_labels, n_classes=self.private.n_classes),
-            parameters=parameters, private_parameters=private_parameters, step=step,
-            pretrain_seconds=0.0 if c.select.mode == "none" else seconds.public * c.pretrain.batch_size * c.pretrain.steps,
-            finetune_seconds=(seconds.private * images_a_step + seconds.after_step) * steps,
-            sample_seconds=seconds.draw * images,
-        )  # fmt: skip
+        return make_plan(c, self.model().to(self.device), n_labels=self._n_labels, n_classes=self.private.n_classes)
 
     def write_plan(self, plan: Plan) -> None:
         """budget.json as planned; fine-tuning replaces it by what it uses."""
@@ -518,102 +447,12 @@ class Run:
         self.folder.write_json(self.folder.budget, record)
 
 
-@dataclass(frozen=True)
-class _Seconds:
-    """An image's share of drawing, of a public and of a private step, and what a private step takes beside its images."""
-
-    draw: float
-    public: float
-    private: float
-    after_step: float
-
-
-def _step_seconds(model: ImageModel, config: RunConfig, device: str, rows: int = 64) -> _Seconds:
-    """Times each part on random images (best of two). Changes the model's weights."""
-    private = config.finetune.training(model)
-    public = model.public_training(
-        lr=1e-6, ema_decay=config.pretrain.ema_decay, label_dropout=config.pretrain.label_dropout
-    )  # fmt: skip
-    count = max(1, rows // private.rows)
-    random = torch.Generator().manual_seed(0)
-    images = torch.rand((count, model.channels, model.resolution, model.resolution), generator=random) * 2 - 1
-    labels = torch.zeros(count, dtype=torch.int64)
-    # One step of a sampler tells what all of them take.
-    sampler = replace(config.sample.sampler, steps=2)
-    passes = [model.drawable.network_evaluations(options) for options in (config.sample.sampler, sampler)]
-    sums = {name: torch.zeros_like(p) for name, p in private.module.named_parameters()}
-
-    def draw() -> None:
-        noise = torch.randn(count, *model.drawable.latent_shape, generator=random)
-        model.drawable.draw(labels.to(device), sampler, noise.to(device)).sum().item()
-
-    def public_step() -> None:
-        on_device = (images.to(device), labels.to(device))
-        public.step(*on_device, random if device == "cpu" else torch.Generator(device), 1e-6).item()
-
-    def private_step() -> None:
-        args = [t.to(device) for t in private.batch(images, labels, random)]
-        accumulate_clipped(private.module, private.loss, args, sums, max_grad_norm=1.0, multiplicity=private.rows)[0].sum().item()
-
-    def after_steps() -> None:
-        for step in range(private.round):
-            private.after_step(step, 0)
-
-    return _Seconds(
-        _best_of_two(draw) / count * passes[0] / passes[1], _best_of_two(public_step) / count,
-        _best_of_two(private_step) / count, _best_of_two(after_steps) / private.round,
-    )  # fmt: skip
-
-
-def _best_of_two(work: Callable[[], None]) -> float:
-    times = []
-    for _ in range(3):  # the first warms up
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
-
-
-def _selection_text(c: RunConfig, *, n_labels: int, n_classes: int) -> str:
-    """What the plan says of the selection; above all where it has nothing to leave out."""
-    mode, each, ratio = c.select.mode, c.select.labels_per_class, c.select.max_image_ratio
-    assert each is not None
-    if mode == "none":
-        return "none: nothing is pre-trained on public images"
-    capped = "" if ratio is None else f", at most {100 * ratio:g} % of the images"
-    if mode == "all":
-        return f"none: all public images{capped}, without their labels"
-    what = "cluster" if c.query.clusters else "public label"
-    labels = f"{each} {what}{'s' if each > 1 else ''} a class"
-    if mode == "random":
-        return f"as many public images as {labels} would bring{capped}, drawn blindly"
-    if each * n_classes < n_labels:
-        return f"{labels}, {each * n_classes} of {n_labels}{capped}"
-    advice = "more clusters" if c.query.clusters else "query.clusters, or a public set with more labels"
-    return (
-        f"{labels}, which is all {n_labels} of them{capped}: no {what} is left out, and the query only buys which class takes "
-        f"which; to select, take {'fewer labels_per_class, ' if each > 1 else ''}{advice}"
-    )
-
-
-def query_noise_multiplier(target_epsilon: float, delta: float, share: float) -> float:
-    """σ₁ such that the query takes ``share`` of μ², where μ-GDP (Dong et al. 2022, corollary 1) is what (ε, δ) allows."""
-    if math.isinf(target_epsilon):
-        return 0.0
-
-    def excess(mu: float) -> float:
-        left, right = norm.logcdf(-target_epsilon / mu + mu / 2), target_epsilon + norm.logcdf(-target_epsilon / mu - mu / 2)
-        return math.exp(left) - math.exp(right) - delta
-
-    mu = brentq(excess, 1e-4, 10 + 2 * math.sqrt(2 * target_epsilon) + target_epsilon)
-    return 1 / (mu * math.sqrt(share))
-
-
 def load_config(path: Path) -> RunConfig:
     return build_config(load_yaml(path.read_text(), str(path)))
 
 
-def _device(name: str) -> str:
+def device_of(name: str) -> str:
+    """The torch device of a configured name; "auto" is the GPU where there is one."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda") and not name.startswith("cuda:"):
@@ -623,170 +462,11 @@ def _device(name: str) -> str:
     return name
 
 
-def _autocast(precision: str, device: str) -> torch.dtype | None:
+def autocast_of(precision: str, device: str) -> torch.dtype | None:
     """What networks may compute in beside float32."""
     low = precision == "bfloat16" or (precision == "auto" and torch.device(device).type == "cuda")
     return torch.bfloat16 if low else None
 
 
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-# ---------------------------------------------------------------------------------------------------- saved models
-
-
-def save_pretrained(model: Drawable, path: str | Path, *, class_names: tuple[str, ...], run: Run | None = None) -> None:
-    """Writes model.safetensors and config.json (and, of a run, its ledger) to a folder."""
-    folder = RunFolder(path)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    folder.save_tensors(folder.path / "model.safetensors", model.state_dict(), {})
-    described: dict[str, Any] = {
-        "format": 1, **model.describe(), "resolution": model.resolution, "channels": model.channels,
-        "class_names": list(class_names),
-    }  # fmt: skip
-    if run is not None:
-        described["privacy"] = run.spent()
-        described["sampler"] = asdict(run.config.sample.sampler)
-        atomic_write_text(folder.ledger, run.folder.ledger.read_text())
-    folder.write_json(folder.path / "config.json", described)
-
-
 def _json_number(value: float) -> float | str:
     return value if math.isfinite(value) else "inf"
-
-
-def load_pretrained(path: str | Path) -> tuple[Drawable, tuple[str, ...], str]:
-    """(model, class names, fingerprint of the weights) of a folder written by :func:`save_pretrained`."""
-    folder = RunFolder(path)
-    described = folder.read_json(folder.path / "config.json", "finetune")
-    try:
-        if described["format"] != 1:
-            raise ValueError(f"format {described['format']}, expected 1")
-        names = tuple(str(name) for name in described["class_names"])
-        shape = {name: int(described[name]) for name in ("resolution", "channels")} | {"num_classes": len(names)}
-        family = described.get("family", "diffusion")
-        if family == "gan":
-            model: Drawable = Generator(GANConfig(**described["gan"]), **shape)
-        elif family == "diffusion":
-            model = Denoiser(UNetConfig(**described["unet"]), EDMConfig(**described["edm"]), **shape)
-        else:
-            raise ValueError(f"family {family!r}, expected diffusion or gan")
-        tensors, _ = folder.load_tensors(folder.path / "model.safetensors", "finetune")
-        model.load_state_dict(tensors)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise RunError(f"{folder.path} does not hold a model of this version: {error}") from error
-    return model.eval(), names, fingerprint([(n, t.numpy().tobytes()) for n, t in sorted(tensors.items())])
-
-
-class PrivImage:
-    """The method in Python.
-
-    Args:
-        config: a :class:`RunConfig`, or None for the defaults.
-        sections: whole sections or single values over it, e.g. ``PrivImage(privacy={"epsilon": 3}, model={"preset": "small"})``.
-
-    Example:
-        >>> model = pf.PrivImage(privacy={"epsilon": 10})                             # doctest: +SKIP
-        >>> print(model.plan("public/", "sensitive/").table())                        # doctest: +SKIP
-        >>> model.fit("public/", "sensitive/", out="runs/a")                          # doctest: +SKIP
-        >>> images = model.sample(100)                                                # doctest: +SKIP
-    """
-
-    def __init__(self, config: RunConfig | None = None, **sections: Any) -> None:
-        self.config = build_config(sections, config)
-        self._run: Run | None = None
-        self._model: Drawable | None = None
-        self._class_names: tuple[str, ...] = ()
-        self._pretrained: dict[str, Any] = {}
-
-    def plan(self, public: ImageSet | str, private: ImageSet | str) -> Plan:
-        """σ, steps, memory and rough time, before anything is spent."""
-        return self._bind(public, private, None, None).plan()
-
-    def fit(
-        self, public: ImageSet | str, private: ImageSet | str, *, out: str | Path | None = None, resume: bool = False,
-        semantic_function: SemanticFunction | None = None,
-    ) -> PrivImage:  # fmt: skip
-        """query → select → pretrain → finetune. ``resume`` goes on with an interrupted run in the same folder."""
-        run = self._bind(public, private, out, semantic_function)
-        with run.opened(resume=resume):
-            run.query()
-            run.select()
-            run.pretrain()
-            self._model = run.finetune().drawable.eval()
-            run.report()
-        self._run, self._class_names, self.config = run, run.private.label_names, run.config
-        return self
-
-    def sample(self, n: int, labels: np.ndarray | None = None, *, seed: int | None = None) -> ImageSet:
-        """n synthetic images, as many of each class as n allows, or of the given labels (n,)."""
-        model = self._fitted()
-        if n < 1:
-            raise ValueError(f"n must be at least 1, found {n}")
-        if labels is None:
-            labels = np.arange(n) % len(self._class_names)
-        elif len(labels) != n or labels.min() < 0 or labels.max() >= len(self._class_names):
-            raise ValueError(f"labels must be {n} whole numbers in [0, {len(self._class_names)}), found {labels!r}")
-        seed = self.config.seed if seed is None else seed
-        size, device = self.config.sample.batch_size, _device(self.config.device)
-        autocast = _autocast(self.config.precision, device)
-        sampler = self.config.sample.sampler
-        parts = [
-            draw(model, labels[start : start + size], sampler, seed=seed, first=start, device=device, autocast=autocast)
-            for start in range(0, n, size)
-        ]
-        return ImageSet(np.concatenate(parts), labels.astype(np.int64), self._class_names, name="synthetic")
-
-    def evaluate(self, test: ImageSet | str) -> dict[str, Any]:
-        """Metrics against real test images; not private."""
-        if self._run is None:
-            raise RunError("evaluate needs the run it was fitted in; call fit first")
-        self._run._given["test"] = test if isinstance(test, ImageSet) else self._run._open("test", test)
-        self._run.__dict__.pop("_private_and_test", None)
-        with self._run.opened(resume=True):
-            result = self._run.evaluate()
-            self._run.report()
-        assert result is not None
-        return result
-
-    def privacy_spent(self) -> dict[str, Any]:
-        """ε as composed from the ledger, δ, and what they refer to."""
-        if self._run is not None:
-            return self._run.spent()
-        self._fitted()
-        return dict(self._pretrained)
-
-    def save_pretrained(self, path: str | Path) -> None:
-        """Weights as safetensors, configuration, ledger and card."""
-        save_pretrained(self._fitted(), path, class_names=self._class_names, run=self._run)
-        if self._run is not None:
-            card = self._run.folder.path / "README.md"
-            atomic_write_text(Path(path) / "README.md", card.read_text())
-
-    @classmethod
-    def from_pretrained(cls, path: str | Path) -> PrivImage:
-        """A model that can be sampled from. Reads safetensors and JSON only."""
-        model, names, _ = load_pretrained(path)
-        described = json.loads((Path(path) / "config.json").read_text())
-        self = cls(sample={"sampler": described["sampler"]} if "sampler" in described else {})
-        self._model, self._class_names = model, names
-        self._pretrained = described.get("privacy", {})
-        return self
-
-    def _fitted(self) -> Drawable:
-        if self._model is None:
-            raise RunError("there is no model yet; call fit, or PrivImage.from_pretrained")
-        return self._model
-
-    def _bind(
-        self, public: ImageSet | str, private: ImageSet | str, out: str | Path | None, semantic_function: SemanticFunction | None
-    ) -> Run:
-        sources = {"public": public, "private": private}
-        sets = {name: s for name, s in sources.items() if isinstance(s, ImageSet)}
-        data = replace(self.config.data, **{name: str(s) for name, s in sources.items() if name not in sets})
-        if sets:  # in-memory images bring their own size
-            first = next(iter(sets.values()))
-            data = replace(data, resolution=first.resolution, channels=first.channels)
-        config = replace(self.config, data=data, out=str(out or tempfile.mkdtemp(prefix="privimage-")))
-        return Run(config, semantic_function=semantic_function, **sets)

@@ -21,9 +21,10 @@ from privimage_fast.dp.accounting import DPSGDEvent
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.models import adversarial
 from privimage_fast.models.gan import Generator
-from privimage_fast.pipeline import Run, load_pretrained
+from privimage_fast.pipeline import Run
 from privimage_fast.stages import finetune as finetune_module
 from privimage_fast.stages.folder import RunError
+from privimage_fast.stages.saved import load_pretrained
 
 STEPS, EVERY = SECTIONS["finetune"]["steps"], 3
 ADVERSARIAL = {"discriminator_steps": EVERY, "generator_batch": 16, "spectral_norm": True, "gradient_penalty": 0.1}

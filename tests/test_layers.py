@@ -23,8 +23,10 @@ ALLOWED = {
     "stages": {"models", "data", "dp", "ops"},
     "report": {"data", "dp"},
     "config": {"stages", "models"},
-    "pipeline": {"config", "report", "stages", "models", "data", "dp", "ops"},
-    "compare": {"pipeline", "config", "report", "stages", "data", "dp"},
+    "planning": {"config", "stages", "models", "dp"},
+    "pipeline": {"planning", "config", "report", "stages", "models", "data", "dp", "ops"},
+    "method": {"pipeline", "planning", "config", "stages", "models", "data"},
+    "compare": {"pipeline", "planning", "config", "report", "stages", "data", "dp"},
     "cli": {"compare", "pipeline", "config", "report", "stages", "data", "dp", "ops"},
     "__main__": {"cli"},
 }

@@ -25,7 +25,8 @@ from privimage_fast.data import save_npz
 from privimage_fast.dp.accounting import DPSGDEvent, GaussianEvent, cross_check, solve_noise_multiplier
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.dp.sampling import OSRandom
-from privimage_fast.pipeline import Run, query_noise_multiplier
+from privimage_fast.pipeline import Run
+from privimage_fast.planning import query_noise_multiplier
 from privimage_fast.report import epsilon_text, summary_table
 from privimage_fast.stages import finetune as finetune_module
 from privimage_fast.stages.folder import RunError

@@ -18,8 +18,9 @@ from privimage_fast.config import ConfigError
 from privimage_fast.data import DataError, ImageSet
 from privimage_fast.dp.accounting import GaussianEvent
 from privimage_fast.dp.ledger import Ledger
+from privimage_fast.method import PrivImage
 from privimage_fast.models.edm import to_float
-from privimage_fast.pipeline import PrivImage, Run
+from privimage_fast.pipeline import Run
 from privimage_fast.stages import clusters
 from privimage_fast.stages.agreement import stand_in_tables
 from privimage_fast.stages.clusters import cluster_labels, majority_labels, pixels, public_clusters

@@ -1,0 +1,137 @@
+"""The method in Python: :class:`PrivImage` over one run folder."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from privimage_fast.config import RunConfig, build_config
+from privimage_fast.data import ImageSet
+from privimage_fast.data.atomic import atomic_write_text
+from privimage_fast.models.training import Drawable
+from privimage_fast.pipeline import Run, autocast_of, device_of
+from privimage_fast.planning import Plan
+from privimage_fast.stages.folder import RunError
+from privimage_fast.stages.query import SemanticFunction
+from privimage_fast.stages.sample import draw
+from privimage_fast.stages.saved import load_pretrained, save_pretrained
+
+
+class PrivImage:
+    """The method in Python.
+
+    Args:
+        config: a :class:`RunConfig`, or None for the defaults.
+        sections: whole sections or single values over it, e.g. ``PrivImage(privacy={"epsilon": 3}, model={"preset": "small"})``.
+
+    Example:
+        >>> model = pf.PrivImage(privacy={"epsilon": 10})                             # doctest: +SKIP
+        >>> print(model.plan("public/", "sensitive/").table())                        # doctest: +SKIP
+        >>> model.fit("public/", "sensitive/", out="runs/a")                          # doctest: +SKIP
+        >>> images = model.sample(100)                                                # doctest: +SKIP
+    """
+
+    def __init__(self, config: RunConfig | None = None, **sections: Any) -> None:
+        self.config = build_config(sections, config)
+        self._run: Run | None = None
+        self._model: Drawable | None = None
+        self._class_names: tuple[str, ...] = ()
+        self._pretrained: dict[str, Any] = {}
+
+    def plan(self, public: ImageSet | str, private: ImageSet | str) -> Plan:
+        """σ, steps, memory and rough time, before anything is spent."""
+        return self._bind(public, private, None, None).plan()
+
+    def fit(
+        self, public: ImageSet | str, private: ImageSet | str, *, out: str | Path | None = None, resume: bool = False,
+        semantic_function: SemanticFunction | None = None,
+    ) -> PrivImage:  # fmt: skip
+        """query → select → pretrain → finetune. ``resume`` goes on with an interrupted run in the same folder."""
+        run = self._bind(public, private, out, semantic_function)
+        with run.opened(resume=resume):
+            run.query()
+            run.select()
+            run.pretrain()
+            self._model = run.finetune().drawable.eval()
+            run.report()
+        self._run, self._class_names, self.config = run, run.private.label_names, run.config
+        return self
+
+    def sample(self, n: int, labels: np.ndarray | None = None, *, seed: int | None = None) -> ImageSet:
+        """n synthetic images, as many of each class as n allows, or of the given labels (n,)."""
+        model = self._fitted()
+        if n < 1:
+            raise ValueError(f"n must be at least 1, found {n}")
+        if labels is None:
+            labels = np.arange(n) % len(self._class_names)
+        elif len(labels) != n or labels.min() < 0 or labels.max() >= len(self._class_names):
+            raise ValueError(f"labels must be {n} whole numbers in [0, {len(self._class_names)}), found {labels!r}")
+        seed = self.config.seed if seed is None else seed
+        size, device = self.config.sample.batch_size, device_of(self.config.device)
+        autocast = autocast_of(self.config.precision, device)
+        sampler = self.config.sample.sampler
+        parts = [
+            draw(model, labels[start : start + size], sampler, seed=seed, first=start, device=device, autocast=autocast)
+            for start in range(0, n, size)
+        ]
+        return ImageSet(np.concatenate(parts), labels.astype(np.int64), self._class_names, name="synthetic")
+
+    def evaluate(self, test: ImageSet | str) -> dict[str, Any]:
+        """Metrics against real test images; not private."""
+        if self._run is None:
+            raise RunError("evaluate needs the run it was fitted in; call fit first")
+        self._run._given["test"] = test if isinstance(test, ImageSet) else self._run._open("test", test)
+        self._run.__dict__.pop("_private_and_test", None)
+        with self._run.opened(resume=True):
+            result = self._run.evaluate()
+            self._run.report()
+        assert result is not None
+        return result
+
+    def privacy_spent(self) -> dict[str, Any]:
+        """ε as composed from the ledger, δ, and what they refer to."""
+        if self._run is not None:
+            return self._run.spent()
+        self._fitted()
+        return dict(self._pretrained)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Weights as safetensors, configuration, ledger and card."""
+        if self._run is None:
+            save_pretrained(self._fitted(), path, class_names=self._class_names)
+            return
+        self._run.save(self._fitted(), path)
+        card = self._run.folder.path / "README.md"
+        atomic_write_text(Path(path) / "README.md", card.read_text())
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> PrivImage:
+        """A model that can be sampled from. Reads safetensors and JSON only."""
+        model, names, _ = load_pretrained(path)
+        described = json.loads((Path(path) / "config.json").read_text())
+        self = cls(sample={"sampler": described["sampler"]} if "sampler" in described else {})
+        self._model, self._class_names = model, names
+        self._pretrained = described.get("privacy", {})
+        return self
+
+    def _fitted(self) -> Drawable:
+        if self._model is None:
+            raise RunError("there is no model yet; call fit, or PrivImage.from_pretrained")
+        return self._model
+
+    def _bind(
+        self, public: ImageSet | str, private: ImageSet | str, out: str | Path | None, semantic_function: SemanticFunction | None
+    ) -> Run:
+        sources = {"public": public, "private": private}
+        sets = {name: s for name, s in sources.items() if isinstance(s, ImageSet)}
+        data = replace(self.config.data, **{name: str(s) for name, s in sources.items() if name not in sets})
+        if sets:  # in-memory images bring their own size
+            first = next(iter(sets.values()))
+            data = replace(data, resolution=first.resolution, channels=first.channels)
+        config = replace(self.config, data=data, out=str(out or tempfile.mkdtemp(prefix="privimage-")))
+        return Run(config, semantic_function=semantic_function, **sets)

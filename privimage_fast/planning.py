@@ -1,0 +1,191 @@
+"""What a run will cost, from public numbers and steps timed on random images. Nothing here reads an image."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from scipy.optimize import brentq
+from scipy.stats import norm
+
+from privimage_fast.config import RunConfig
+from privimage_fast.dp.accounting import DPSGDEvent, GaussianEvent, epsilon, solve_noise_multiplier
+from privimage_fast.dp.engine import accumulate_clipped
+from privimage_fast.dp.planner import Plan as StepPlan
+from privimage_fast.models.training import ImageModel
+from privimage_fast.stages.finetune import plan_finetune
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will cost, from public numbers and a timed step on random images."""
+
+    epsilon: float
+    delta: float
+    population: int
+    sample_rate: float
+    steps: int
+    noise_multiplier: float
+    query_noise_multiplier: float | None
+    epsilon_without_query: float
+    labels_per_class: int
+    selection: str  # what is chosen of the public set, in words
+    parameters: int
+    private_parameters: int  # trained on sensitive images
+    step: StepPlan
+    pretrain_seconds: float
+    finetune_seconds: float
+    sample_seconds: float
+
+    def table(self) -> str:
+        """The plan as aligned lines of text."""
+        query = f"σ₁ = {self.query_noise_multiplier:.4g}" if self.query_noise_multiplier is not None else "none"
+        total = self.pretrain_seconds + self.finetune_seconds + self.sample_seconds
+        rows = [
+            ("budget", f"ε = {self.epsilon:g}, δ = {self.delta:.3g}, N = {self.population} (public)"),
+            ("query", f"{query}; without the query the same σ would cost ε = {self.epsilon_without_query:.3f}"),
+            ("selection", self.selection),
+            ("DP-SGD", f"σ = {self.noise_multiplier:.4f}, q = {self.sample_rate:.4g}, {self.steps} steps" if self.steps
+             else "none: trained on public images only"),
+            ("network", f"{self.parameters:,} parameters" + ("" if self.private_parameters == self.parameters else
+                        f", {self.private_parameters:,} of them (the discriminator) trained by DP-SGD")),
+            ("micro-batch", f"{self.step.physical_batch_size} images, up to {self.step.peak_bytes / 2**20:.0f} MiB to fine-tune"),
+            ("rough time", f"{_minutes(total)}: pre-train {_minutes(self.pretrain_seconds)}, fine-tune "
+                           f"{_minutes(self.finetune_seconds)}, sample {_minutes(self.sample_seconds)} (classifiers apart)"),
+        ]  # fmt: skip
+        return "\n".join(f"{name:<12} {value}" for name, value in rows)
+
+
+def make_plan(c: RunConfig, model: ImageModel, *, n_labels: int, n_classes: int) -> Plan:
+    """The plan of a resolved configuration. ``model``: on the device that will train it; its weights are changed.
+
+    n_labels: labels that the query would ask for; n_classes: of the sensitive set.
+    """
+    assert c.privacy.population and c.privacy.delta and c.finetune.steps and c.select.labels_per_class
+    rate = c.finetune.sample_rate(c.privacy.population)
+    queried = c.select.mode == "semantic"
+    prior = [GaussianEvent(c.query.noise_multiplier)] if queried and c.query.noise_multiplier is not None else []
+    sigma, steps = 0.0, c.finetune.steps if c.privacy.train else 0
+    if math.isfinite(c.privacy.epsilon) and steps:
+        sigma = solve_noise_multiplier(
+            target_epsilon=c.privacy.epsilon, delta=c.privacy.delta, sample_rate=rate, steps=steps,
+            prior_events=prior,
+        )  # fmt: skip
+    step = plan_finetune(model, c.finetune)
+    networks = (model, c.finetune.training(model).module)
+    parameters, private_parameters = (sum(p.numel() for p in network.parameters()) for network in networks)
+    # The last micro-batch is padded to its fixed shape: half of one, on average.
+    images_a_step = c.finetune.batch_size + step.physical_batch_size / 2
+    device = str(next(model.parameters()).device)
+    seconds = _step_seconds(model, c, device)
+    images = c.sample.per_class * n_classes
+    return Plan(
+        epsilon=c.privacy.epsilon, delta=c.privacy.delta, population=c.privacy.population, sample_rate=rate,
+        steps=steps, noise_multiplier=sigma,
+        query_noise_multiplier=c.query.noise_multiplier if queried else None,
+        epsilon_without_query=epsilon([DPSGDEvent(sigma, rate, steps)] if steps else [], c.privacy.delta),
+        labels_per_class=c.select.labels_per_class,
+        selection=_selection_text(c, n_labels=n_labels, n_classes=n_classes),
+        parameters=parameters, private_parameters=private_parameters, step=step,
+        pretrain_seconds=0.0 if c.select.mode == "none" else seconds.public * c.pretrain.batch_size * c.pretrain.steps,
+        finetune_seconds=(seconds.private * images_a_step + seconds.after_step) * steps,
+        sample_seconds=seconds.draw * images,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Seconds:
+    """An image's share of drawing, of a public and of a private step, and what a private step takes beside its images."""
+
+    draw: float
+    public: float
+    private: float
+    after_step: float
+
+
+def _step_seconds(model: ImageModel, config: RunConfig, device: str, rows: int = 64) -> _Seconds:
+    """Times each part on random images (best of two). Changes the model's weights."""
+    private = config.finetune.training(model)
+    public = model.public_training(
+        lr=1e-6, ema_decay=config.pretrain.ema_decay, label_dropout=config.pretrain.label_dropout
+    )  # fmt: skip
+    count = max(1, rows // private.rows)
+    random = torch.Generator().manual_seed(0)
+    images = torch.rand((count, model.channels, model.resolution, model.resolution), generator=random) * 2 - 1
+    labels = torch.zeros(count, dtype=torch.int64)
+    # One step of a sampler tells what all of them take.
+    sampler = replace(config.sample.sampler, steps=2)
+    passes = [model.drawable.network_evaluations(options) for options in (config.sample.sampler, sampler)]
+    sums = {name: torch.zeros_like(p) for name, p in private.module.named_parameters()}
+
+    def draw() -> None:
+        noise = torch.randn(count, *model.drawable.latent_shape, generator=random)
+        model.drawable.draw(labels.to(device), sampler, noise.to(device)).sum().item()
+
+    def public_step() -> None:
+        on_device = (images.to(device), labels.to(device))
+        public.step(*on_device, random if device == "cpu" else torch.Generator(device), 1e-6).item()
+
+    def private_step() -> None:
+        args = [t.to(device) for t in private.batch(images, labels, random)]
+        accumulate_clipped(private.module, private.loss, args, sums, max_grad_norm=1.0, multiplicity=private.rows)[0].sum().item()
+
+    def after_steps() -> None:
+        for step in range(private.round):
+            private.after_step(step, 0)
+
+    return _Seconds(
+        _best_of_two(draw) / count * passes[0] / passes[1], _best_of_two(public_step) / count,
+        _best_of_two(private_step) / count, _best_of_two(after_steps) / private.round,
+    )  # fmt: skip
+
+
+def _best_of_two(work: Callable[[], None]) -> float:
+    times = []
+    for _ in range(3):  # the first warms up
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def _selection_text(c: RunConfig, *, n_labels: int, n_classes: int) -> str:
+    """What the plan says of the selection; above all where it has nothing to leave out."""
+    mode, each, ratio = c.select.mode, c.select.labels_per_class, c.select.max_image_ratio
+    assert each is not None
+    if mode == "none":
+        return "none: nothing is pre-trained on public images"
+    capped = "" if ratio is None else f", at most {100 * ratio:g} % of the images"
+    if mode == "all":
+        return f"none: all public images{capped}, without their labels"
+    what = "cluster" if c.query.clusters else "public label"
+    labels = f"{each} {what}{'s' if each > 1 else ''} a class"
+    if mode == "random":
+        return f"as many public images as {labels} would bring{capped}, drawn blindly"
+    if each * n_classes < n_labels:
+        return f"{labels}, {each * n_classes} of {n_labels}{capped}"
+    advice = "more clusters" if c.query.clusters else "query.clusters, or a public set with more labels"
+    return (
+        f"{labels}, which is all {n_labels} of them{capped}: no {what} is left out, and the query only buys which class takes "
+        f"which; to select, take {'fewer labels_per_class, ' if each > 1 else ''}{advice}"
+    )
+
+
+def query_noise_multiplier(target_epsilon: float, delta: float, share: float) -> float:
+    """σ₁ such that the query takes ``share`` of μ², where μ-GDP (Dong et al. 2022, corollary 1) is what (ε, δ) allows."""
+    if math.isinf(target_epsilon):
+        return 0.0
+
+    def excess(mu: float) -> float:
+        left, right = norm.logcdf(-target_epsilon / mu + mu / 2), target_epsilon + norm.logcdf(-target_epsilon / mu - mu / 2)
+        return math.exp(left) - math.exp(right) - delta
+
+    mu = brentq(excess, 1e-4, 10 + 2 * math.sqrt(2 * target_epsilon) + target_epsilon)
+    return 1 / (mu * math.sqrt(share))
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,58 @@
+"""A trained model as a folder that can be published: weights as safetensors, its description as JSON. No pickle, either way."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from privimage_fast.data.atomic import atomic_write_text
+from privimage_fast.models.edm import Denoiser, EDMConfig, SamplerConfig
+from privimage_fast.models.gan import GANConfig, Generator
+from privimage_fast.models.training import Drawable
+from privimage_fast.models.unet import UNetConfig
+from privimage_fast.stages.folder import RunError, RunFolder, fingerprint
+
+
+def save_pretrained(
+    model: Drawable, path: str | Path, *, class_names: tuple[str, ...], privacy: dict[str, Any] | None = None,
+    sampler: SamplerConfig | None = None, ledger: Path | None = None,
+) -> None:  # fmt: skip
+    """Writes model.safetensors and config.json to a folder; of a run also what it spent, how to sample, and its ledger."""
+    folder = RunFolder(path)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.save_tensors(folder.path / "model.safetensors", model.state_dict(), {})
+    described: dict[str, Any] = {
+        "format": 1, **model.describe(), "resolution": model.resolution, "channels": model.channels,
+        "class_names": list(class_names),
+    }  # fmt: skip
+    if privacy is not None:
+        described["privacy"] = privacy
+    if sampler is not None:
+        described["sampler"] = asdict(sampler)
+    if ledger is not None:
+        atomic_write_text(folder.ledger, ledger.read_text())
+    folder.write_json(folder.path / "config.json", described)
+
+
+def load_pretrained(path: str | Path) -> tuple[Drawable, tuple[str, ...], str]:
+    """(model, class names, fingerprint of the weights) of a folder written by :func:`save_pretrained`."""
+    folder = RunFolder(path)
+    described = folder.read_json(folder.path / "config.json", "finetune")
+    try:
+        if described["format"] != 1:
+            raise ValueError(f"format {described['format']}, expected 1")
+        names = tuple(str(name) for name in described["class_names"])
+        shape = {name: int(described[name]) for name in ("resolution", "channels")} | {"num_classes": len(names)}
+        family = described.get("family", "diffusion")
+        if family == "gan":
+            model: Drawable = Generator(GANConfig(**described["gan"]), **shape)
+        elif family == "diffusion":
+            model = Denoiser(UNetConfig(**described["unet"]), EDMConfig(**described["edm"]), **shape)
+        else:
+            raise ValueError(f"family {family!r}, expected diffusion or gan")
+        tensors, _ = folder.load_tensors(folder.path / "model.safetensors", "finetune")
+        model.load_state_dict(tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise RunError(f"{folder.path} does not hold a model of this version: {error}") from error
+    return model.eval(), names, fingerprint([(n, t.numpy().tobytes()) for n, t in sorted(tensors.items())])
