@@ -411,7 +411,8 @@ class Run:
         if self.test is None:
             return None
         c = self.config
-        network = public_classifier(self.folder, c.query.classifier, self.public, seed=self._public_seed, device=self.device)
+        labelled = self.public if self.public.n_classes > 1 else self.asked  # one label teaches no features; clusters do
+        network = public_classifier(self.folder, c.query.classifier, labelled, seed=self._public_seed, device=self.device)
         return run_evaluate(
             self.folder, c.evaluate, synthetic=self.sample(), test=self.test, feature_network=network,
             weights=load_pretrained(self.folder.model)[2], seed=c.seed, device=self.device,

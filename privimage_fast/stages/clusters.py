@@ -16,7 +16,7 @@ from torch import Tensor
 
 from privimage_fast.data import DataError, ImageSet
 from privimage_fast.models.classifier import batched
-from privimage_fast.stages.folder import RunFolder, fingerprint, set_fingerprint
+from privimage_fast.stages.folder import RunError, RunFolder, fingerprint, set_fingerprint
 from privimage_fast.stages.query import QueryConfig, SemanticFunction, load_onnx, public_classifier
 
 Embedding = Callable[[Tensor], Tensor]
@@ -36,11 +36,16 @@ def public_clusters(
 
     Raises:
         DataError: fewer images than clusters.
-        RunError: an ONNX model that cannot be loaded.
+        RunError: an ONNX model that cannot be loaded, or no labels to learn an embedding from.
     """
     assert config.clusters is not None
     if config.clusters > len(public):
         raise DataError(f"query.clusters is {config.clusters}, but there are {len(public)} public images; lower it")
+    if config.embedding == "network" and config.onnx is None and public.n_classes == 1:
+        raise RunError(
+            "query.embedding network needs public labels to train a classifier on, but the public set has one label for all; set "
+            "query.onnx, or query.embedding pixels"
+        )
     path = folder.checkpoint("clusters")
     classifier = config.classifier if config.embedding == "network" and config.onnx is None else None
     stamp = fingerprint(config.clusters, config.embedding, config.onnx, classifier, seed, set_fingerprint(public))

@@ -57,7 +57,7 @@ def labels_per_class(config: SelectConfig, *, n_labels: int, n_classes: int) -> 
         raise RunError(
             f"{n_classes} classes with {k} labels each need {k * n_classes} public labels, but the public set has {n_labels}; "
             + ("lower select.labels_per_class, or " if k > 1 else "")
-            + "bring a public set with more labels"
+            + "take more (query.clusters), or bring a public set with more labels"
         )
     return k
 

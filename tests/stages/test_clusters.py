@@ -166,6 +166,22 @@ def test_a_run_asks_for_clusters(tmp_path: Path) -> None:
     assert Ledger.read(run.folder.ledger).events() == events
 
 
+def test_a_public_set_without_labels_will_do(tmp_path: Path) -> None:
+    """One label for all: the query, and the network that distances are measured on, take the clusters."""
+    config = tiny_config(tmp_path / "run", query={"clusters": 6}, select={"labels_per_class": 1})
+    run = Run(config, public=UNLABELLED, private=PRIVATE, test=TEST)
+    with run.opened(resume=False):
+        run.all()
+    tensors, metadata = run.folder.load_tensors(run.folder.checkpoint("classifier"), "query")
+    assert tensors["head.bias"].shape == (6,) and not metadata["near_chance"]
+    network = tiny_config(tmp_path / "other", query={"clusters": 6, "embedding": "network"})
+    with (
+        Run(network, public=UNLABELLED, private=PRIVATE, test=TEST).opened(resume=False) as other,
+        pytest.raises(RunError, match="one label for all"),
+    ):
+        other.query()
+
+
 @pytest.mark.parametrize(
     ("sections", "error", "message"),
     [
