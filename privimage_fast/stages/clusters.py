@@ -36,7 +36,7 @@ def public_clusters(
 
     Raises:
         DataError: fewer images than clusters.
-        RunError: an ONNX model that cannot be loaded, or no labels to learn an embedding from.
+        RunError: an ONNX model that cannot be loaded, no labels to learn an embedding from, or a query whose clusters are gone.
     """
     assert config.clusters is not None
     if config.clusters > len(public):
@@ -52,6 +52,11 @@ def public_clusters(
     embedding = _embedding(folder, config, public, seed, device)
     tensors, metadata = folder.load_tensors(path, "query") if path.exists() else ({}, {})
     if metadata.get("fingerprint") != stamp:
+        if folder.query.exists():
+            raise RunError(
+                f"{folder.query} counts votes for clusters that {path} no longer holds, and new ones would differ; restore "
+                "that file, or start over with another --out"
+            )
         centres, labels = _clusters(embedding, public, config.clusters, seed=seed, device=device)
         tensors = {"centres": centres, "labels": torch.from_numpy(labels)}
         folder.save_tensors(path, tensors, {"fingerprint": stamp})
@@ -104,7 +109,7 @@ def _clusters(
     embedding: Embedding, public: ImageSet, count: int, *, seed: int, device: str, iterations: int = _ITERATIONS
 ) -> tuple[Tensor, np.ndarray]:
     """Centres float32 (at most ``count``, d), none without images, and the label int64 of each image."""
-    points = batched(embedding, public.images, device=device).astype(np.float64)
+    points = batched(embedding, public.images, device=device)
     if points.ndim != 2 or len(points) != len(public) or not np.isfinite(points).all():
         raise DataError(
             f"embedding: found shape {points.shape} for {len(public)} images, expected ({len(public)}, d), all finite"
@@ -112,6 +117,7 @@ def _clusters(
     random = np.random.default_rng(seed)
     if len(points) > max(_MOST_POINTS, count):
         points = points[random.choice(len(points), max(_MOST_POINTS, count), replace=False)]
+    points = points.astype(np.float64)
     centres = _seeded(points, count, random)
     for _ in range(iterations):
         labels = _nearest(points, centres)
@@ -122,8 +128,9 @@ def _clusters(
         centres = updated
     # Labels by the function that the query will use, so that an image and its cluster agree.
     found = torch.from_numpy(centres).float()
-    scored = batched(_nearest_centre(embedding, found), public.images, device=device)
-    used, labels = np.unique(scored.argmax(axis=1), return_inverse=True)
+    function = _nearest_centre(embedding, found)
+    nearest = batched(lambda x: function(x).argmax(1), public.images, device=device).astype(np.int64)
+    used, labels = np.unique(nearest, return_inverse=True)
     return found[used], labels
 
 

@@ -120,6 +120,26 @@ def test_clusters_of_a_run_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
                 public_clusters(folder(tmp_path), changed, public, seed=seed)
 
 
+def test_clusters_that_a_query_was_made_with_are_not_made_anew(tmp_path: Path) -> None:
+    run = Run(tiny_config(tmp_path, query={"clusters": 8}), public=UNLABELLED, private=PRIVATE, test=TEST)
+    with run.opened(resume=False):
+        run.query()
+    run.folder.checkpoint("clusters").unlink()
+    again = Run(run.config, public=UNLABELLED, private=PRIVATE, test=TEST)
+    with again.opened(resume=True), pytest.raises(RunError, match="counts votes for clusters that"):
+        again.select()
+
+
+def test_centres_are_found_from_a_sample_of_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clusters, "_MOST_POINTS", 60)
+    seen = []
+    whole = clusters._seeded
+    monkeypatch.setattr(clusters, "_seeded", lambda points, *a: seen.append(len(points)) or whole(points, *a))
+    found, _ = cluster_labels(column_brightness, UNLABELLED, 6)
+    assert seen == [60] and found.n_classes == 6 and len(found) == len(UNLABELLED)
+    assert all(len(set(PUBLIC.labels[found.labels == c].tolist())) == 1 for c in range(6))
+
+
 def test_an_onnx_embedding_is_clustered_by_its_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clusters, "load_onnx", lambda path: column_brightness if path == "mine.onnx" else None)
     config = QueryConfig(clusters=6, embedding="network", onnx="mine.onnx")
