@@ -33,7 +33,7 @@ from privimage_fast.models.replay import forget
 from privimage_fast.models.training import Drawable, ImageModel
 from privimage_fast.planning import Plan, make_plan, query_noise_multiplier
 from privimage_fast.stages.agreement import check_text, question, stand_in_tables
-from privimage_fast.stages.clusters import public_clusters
+from privimage_fast.stages.clusters import check_clusters, public_clusters
 from privimage_fast.stages.evaluate import run_evaluate
 from privimage_fast.stages.finetune import budget_record, run_finetune
 from privimage_fast.stages.folder import RunError, RunFolder, fingerprint, timed
@@ -108,8 +108,8 @@ class Run:
         """The public set by the labels that the query asks for: its own, or clusters."""
         return self._label_space(self.folder)[0]
 
-    def _label_space(self, folder: RunFolder) -> tuple[ImageSet, SemanticFunction | None]:
-        """That set, and the function that scores its labels where it is not the classifier of the public set's own.
+    def _label_space(self, folder: RunFolder) -> tuple[ImageSet, SemanticFunction | None, str]:
+        """That set, the function that scores its labels where it is not the classifier of the public set's own, and its name.
 
         Raises:
             ConfigError: both clusters and a function of the user's.
@@ -117,13 +117,13 @@ class Run:
         """
         c = self.config
         if c.query.clusters is None or c.select.mode != "semantic":
-            return self.public, self._semantic_function
+            return self.public, self._semantic_function, "given by the user"
         if self._semantic_function is not None:
             raise ConfigError(
                 "query.clusters is set and a semantic function given; leave it null (pf.cluster_labels clusters any embedding)"
             )
         found = public_clusters(folder, c.query, self.public, seed=self._public_seed, device=self.device)
-        labels_per_class(c.select, n_labels=found[0].n_classes, n_classes=self.private.n_classes)
+        labels_per_class(c.select, n_labels=found[0].n_classes, n_classes=self.private.n_classes, clusters=True)
         return found
 
     @cached_property
@@ -160,6 +160,8 @@ class Run:
                 f"data.test has other classes than data.private: {', '.join(odd) or 'the same names in another order'}; the test "
                 "set needs the same class folders (or label_names)"
             )
+        if self.config.select.mode == "semantic" and not self.folder.query.exists():
+            check_clusters(self.config.query, self.public)
         if self.config.query.onnx and not Path(self.config.query.onnx).is_file():
             raise ConfigError(f"query.onnx: no file {self.config.query.onnx}")
         if self.config.evaluate.inception and not Path(self.config.evaluate.inception).is_file():
@@ -232,7 +234,9 @@ class Run:
         delta = c.privacy.delta or filled.privacy.delta or default_delta(population)
         each = c.select.labels_per_class or filled.select.labels_per_class
         if each is None or (saved is None and c.select.mode in ("semantic", "random")):
-            each = labels_per_class(c.select, n_labels=self._n_labels, n_classes=self.private.n_classes)
+            each = labels_per_class(
+                c.select, n_labels=self._n_labels, n_classes=self.private.n_classes, clusters=c.query.clusters is not None
+            )
         query_noise = filled.query.noise_multiplier if c.query.noise_multiplier is None else c.query.noise_multiplier
         if query_noise is None:
             query_noise = query_noise_multiplier(c.privacy.epsilon, delta, c.query.share)
@@ -290,11 +294,11 @@ class Run:
         if c.select.mode != "semantic":
             return None
         assert c.query.votes_per_image is not None and c.query.noise_multiplier is not None
-        asked, function = self._label_space(self.folder)
+        asked, function, described = self._label_space(self.folder)
         query = run_query(
             self.folder, c.query, public=asked, private=self.private, votes_per_image=c.query.votes_per_image,
             noise_multiplier=c.query.noise_multiplier, ledger=self.ledger, noise_key=self.noise_key, seed=self._public_seed,
-            device=self.device, semantic_function=function,
+            device=self.device, semantic_function=function, described=described,
         )  # fmt: skip
         if math.isfinite(c.privacy.epsilon) and not self.folder.query_check.exists():
             self.folder.write_json(self.folder.query_check, self._question(self.folder, query))
@@ -307,7 +311,12 @@ class Run:
             raise ConfigError("only a semantic selection at a finite ε asks a noisy query; set select.mode and privacy.epsilon")
         self.config = c
         with tempfile.TemporaryDirectory() as place:  # the classifier of a run that is not begun is kept nowhere
-            folder = self.folder if self.folder.config.exists() else RunFolder(place)
+            # The run's own classifier, clusters and table, if it was begun with these settings.
+            begun = self.folder.config.exists() and not [
+                key for key in differing_keys(load_config(self.folder.config), c)
+                if key.startswith(("query.", "data.", "select.", "privacy.")) or key in ("seed", "public_seed")
+            ]  # fmt: skip
+            folder = self.folder if begun else RunFolder(place)
             query = folder.read_json(folder.query, "query") if folder.query.exists() else None
             if folder is not self.folder:
                 folder.create()
@@ -318,7 +327,7 @@ class Run:
         each, votes, population = c.select.labels_per_class, c.query.votes_per_image, c.privacy.population
         assert each and votes and population and c.privacy.delta
         epsilon, delta = c.privacy.epsilon, c.privacy.delta
-        asked, given = self._label_space(folder)
+        asked, given, _ = self._label_space(folder)
         function, _ = semantic_function_of(folder, c.query, public=asked, seed=self._public_seed, device=self.device, given=given)
         stand_ins = stand_in_tables(
             function, self.public, asked, n_classes=self.private.n_classes, population=population, votes_per_image=votes,
@@ -411,7 +420,9 @@ class Run:
         if self.test is None:
             return None
         c = self.config
-        labelled = self.public if self.public.n_classes > 1 else self.asked  # one label teaches no features; clusters do
+        labelled = self.public
+        if self.public.n_classes == 1 and c.query.clusters is not None:  # one label teaches no features; clusters do
+            labelled, *_ = public_clusters(self.folder, c.query, self.public, seed=self._public_seed, device=self.device)
         network = public_classifier(self.folder, c.query.classifier, labelled, seed=self._public_seed, device=self.device)
         return run_evaluate(
             self.folder, c.evaluate, synthetic=self.sample(), test=self.test, feature_network=network,

@@ -9,6 +9,7 @@ from privimage_fast.compare.grid import Cell, Comparison
 from privimage_fast.compare.runner import is_finished, read_sets
 from privimage_fast.pipeline import Run
 from privimage_fast.planning import Plan
+from privimage_fast.stages.clusters import clusters_key
 from privimage_fast.stages.folder import fingerprint
 
 
@@ -44,5 +45,5 @@ def _subset_key(cell: Cell) -> str:
     c = cell.config
     seed = c.seed if c.public_seed is None else c.public_seed
     of_seed = c.seed if c.select.mode == "random" or c.select.max_image_ratio is not None else seed
-    labels = (c.query.clusters, c.query.embedding, c.query.votes_per_image)
+    labels = (clusters_key(c.query), c.query.votes_per_image)
     return fingerprint(labels, c.select, c.model, c.pretrain, c.data.public, seed, of_seed)

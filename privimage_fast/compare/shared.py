@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 
 from privimage_fast.pipeline import Run
+from privimage_fast.stages.clusters import clusters_key
 from privimage_fast.stages.folder import fingerprint
 from privimage_fast.stages.select import selected_subset
 
@@ -49,8 +50,8 @@ class SharedTraining:
 
     def _labels_key(self, run: Run, name: str) -> str:
         query = run.config.query
-        clusters = (query.clusters, query.embedding, query.onnx) if name == "clusters" else ()
-        return f"{name}-" + fingerprint(query.classifier, *clusters, self._public_key(run))
+        asked = clusters_key(query) if name == "clusters" else query.classifier
+        return f"{name}-" + fingerprint(asked, self._public_key(run))
 
     def _pretrain_key(self, run: Run) -> str:
         selection = run.folder.read_json(run.folder.selection, "select")

@@ -170,7 +170,7 @@ def verdict(check: dict[str, Any]) -> str:
         return f"The noise changes some of the choice: it keeps {100 * found['votes']:.0f} % of the votes."
     return (
         f"The query is too noisy to trust: its choice keeps {100 * found['votes']:.0f} % of the votes. Raise query.share, or "
-        "take fewer and coarser public labels."
+        "take fewer and coarser labels (query.clusters)."
     )
 
 

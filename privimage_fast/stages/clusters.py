@@ -8,6 +8,7 @@ centre. The embedding and the clusters come of public images only; what the quer
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from privimage_fast.data import DataError, ImageSet
 from privimage_fast.models.classifier import batched
-from privimage_fast.stages.folder import RunError, RunFolder, fingerprint, set_fingerprint
-from privimage_fast.stages.query import QueryConfig, SemanticFunction, load_onnx, public_classifier
+from privimage_fast.stages.folder import RunError, RunFolder, file_fingerprint, fingerprint, set_fingerprint
+from privimage_fast.stages.query import QueryConfig, SemanticFunction, load_onnx, public_classifier, tried
 
 Embedding = Callable[[Tensor], Tensor]
 
@@ -28,28 +29,20 @@ _ITERATIONS = 30
 
 def public_clusters(
     folder: RunFolder, config: QueryConfig, public: ImageSet, *, seed: int, device: str = "cpu"
-) -> tuple[ImageSet, SemanticFunction]:
-    """The public set by the ``config.clusters`` clusters of its images, and the function that scores them; made once a folder.
+) -> tuple[ImageSet, SemanticFunction, str]:
+    """The public set by the ``config.clusters`` clusters of its images, the function that scores them, and what that is.
 
-    They are kept, since another machine's sums might move an image from one cluster to the next. A cluster is named after the
-    label that most of its images have, and its number.
+    They are made once a folder and kept, since another machine's sums might move an image from one cluster to the next. A cluster
+    is named after the label that most of its images have, and its number.
 
     Raises:
-        DataError: fewer images than clusters.
-        RunError: an ONNX model that cannot be loaded, no labels to learn an embedding from, or a query whose clusters are gone.
+        DataError: what :func:`check_clusters` refuses, or an embedding that is not (R, d) and finite.
+        RunError: an ONNX model that cannot be loaded or fails, or a query whose clusters are gone.
     """
+    check_clusters(config, public)
     assert config.clusters is not None
-    if config.clusters > len(public):
-        raise DataError(f"query.clusters is {config.clusters}, but there are {len(public)} public images; lower it")
-    if config.embedding == "network" and config.onnx is None and public.n_classes == 1:
-        raise RunError(
-            "query.embedding network needs public labels to train a classifier on, but the public set has one label for all; set "
-            "query.onnx, or query.embedding pixels"
-        )
-    path = folder.checkpoint("clusters")
-    classifier = config.classifier if config.embedding == "network" and config.onnx is None else None
-    stamp = fingerprint(config.clusters, config.embedding, config.onnx, classifier, seed, set_fingerprint(public))
-    embedding = _embedding(folder, config, public, seed, device)
+    path, stamp = folder.checkpoint("clusters"), fingerprint(clusters_key(config), seed, set_fingerprint(public))
+    embedding, name = _embedding(folder, config, public, seed, device)
     tensors, metadata = folder.load_tensors(path, "query") if path.exists() else ({}, {})
     if metadata.get("fingerprint") != stamp:
         if folder.query.exists():
@@ -63,7 +56,30 @@ def public_clusters(
     labels = tensors["labels"].numpy()
     numbered = public.relabel(labels, [str(i) for i in range(len(tensors["centres"]))])
     names = [f"{public.label_names[label]} #{i}" for i, label in enumerate(majority_labels(numbered, public))]
-    return numbered.relabel(labels, names), _nearest_centre(embedding, tensors["centres"])
+    described = f"the nearest of {len(names)} clusters of the public images, by {name}"
+    return numbered.relabel(labels, names), _nearest_centre(embedding, tensors["centres"]), described
+
+
+def check_clusters(config: QueryConfig, public: ImageSet) -> None:
+    """Whether there can be such clusters at all.
+
+    Raises:
+        DataError: fewer images than clusters, or no labels to learn an embedding from.
+    """
+    if config.clusters is not None and config.clusters > len(public):
+        raise DataError(f"query.clusters is {config.clusters}, but there are {len(public)} public images; lower it")
+    if config.clusters is not None and config.onnx is None and not config.embeds_pixels and public.n_classes == 1:
+        raise DataError(
+            "query.embedding network needs public labels to train a classifier on, but the public set has one label for all; set "
+            "query.onnx, or query.embedding pixels"
+        )
+
+
+def clusters_key(config: QueryConfig) -> str:
+    """Of all in ``config`` that the clusters depend on."""
+    learned = config.classifier if not config.embeds_pixels and config.onnx is None else None
+    model = None if config.onnx is None else file_fingerprint(config.onnx)
+    return fingerprint(config.clusters, config.embeds_pixels, model, learned)
 
 
 def pixels(x: Tensor) -> Tensor:
@@ -71,12 +87,13 @@ def pixels(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, -(-x.shape[-1] // 8), ceil_mode=True).flatten(1)
 
 
-def _embedding(folder: RunFolder, config: QueryConfig, public: ImageSet, seed: int, device: str) -> Embedding:
-    if config.embedding == "pixels":
-        return pixels
+def _embedding(folder: RunFolder, config: QueryConfig, public: ImageSet, seed: int, device: str) -> tuple[Embedding, str]:
+    if config.embeds_pixels:
+        return pixels, "pixels"
     if config.onnx is not None:
-        return load_onnx(config.onnx)
-    return public_classifier(folder, config.classifier, public, seed=seed, device=device).features
+        return load_onnx(config.onnx), f"the output of {Path(config.onnx).name}"
+    classifier = public_classifier(folder, config.classifier, public, seed=seed, device=device)
+    return classifier.features, f"features of the {config.classifier.name} trained on the public labels"
 
 
 def majority_labels(asked: ImageSet, public: ImageSet) -> np.ndarray:
@@ -109,15 +126,15 @@ def _clusters(
     embedding: Embedding, public: ImageSet, count: int, *, seed: int, device: str, iterations: int = _ITERATIONS
 ) -> tuple[Tensor, np.ndarray]:
     """Centres float32 (at most ``count``, d), none without images, and the label int64 of each image."""
-    points = batched(embedding, public.images, device=device)
-    if points.ndim != 2 or len(points) != len(public) or not np.isfinite(points).all():
+    random, images = np.random.default_rng(seed), public.images
+    if len(images) > max(_MOST_POINTS, count):
+        images = images[np.sort(random.choice(len(images), max(_MOST_POINTS, count), replace=False))]
+    rows = tried(embedding, public, device, "the embedding")[1].shape
+    if len(rows) != 2 or rows[0] != min(8, len(public)):
         raise DataError(
-            f"embedding: found shape {points.shape} for {len(public)} images, expected ({len(public)}, d), all finite"
+            f"embedding: found shape {tuple(rows)} for {min(8, len(public))} images, expected ({min(8, len(public))}, d)"
         )
-    random = np.random.default_rng(seed)
-    if len(points) > max(_MOST_POINTS, count):
-        points = points[random.choice(len(points), max(_MOST_POINTS, count), replace=False)]
-    points = points.astype(np.float64)
+    points = batched(embedding, images, device=device).astype(np.float64)
     centres = _seeded(points, count, random)
     for _ in range(iterations):
         labels = _nearest(points, centres)
@@ -129,9 +146,16 @@ def _clusters(
     # Labels by the function that the query will use, so that an image and its cluster agree.
     found = torch.from_numpy(centres).float()
     function = _nearest_centre(embedding, found)
-    nearest = batched(lambda x: function(x).argmax(1), public.images, device=device).astype(np.int64)
+    nearest = batched(lambda x: _best(function(x)), public.images, device=device).astype(np.int64)
+    if (nearest < 0).any():
+        raise DataError(f"embedding: not finite for {(nearest < 0).sum()} of the {len(public)} public images")
     used, labels = np.unique(nearest, return_inverse=True)
     return found[used], labels
+
+
+def _best(scores: Tensor) -> Tensor:
+    """The label (R,) of each row's highest score, −1 where one is not finite."""
+    return torch.where(scores.isfinite().all(1), scores.argmax(1), -1)
 
 
 def _nearest_centre(embedding: Embedding, centres: Tensor) -> SemanticFunction:
@@ -139,7 +163,8 @@ def _nearest_centre(embedding: Embedding, centres: Tensor) -> SemanticFunction:
 
     def scores(x: Tensor) -> Tensor:
         features = embedding(x).float()
-        # Without a matrix product, whose rounding may depend on the other rows: an image scores alone as it does among others.
+        # Without a matrix product, whose rounding may depend on the other rows: equal features have equal scores, whatever else
+        # is in the batch.
         return -torch.cdist(features, centres.to(features.device), compute_mode="donot_use_mm_for_euclid_dist")
 
     return scores

@@ -137,6 +137,12 @@ def fingerprint(*parts: Any) -> str:
     return sha256(repr(parts).encode()).hexdigest()[:16]
 
 
+def file_fingerprint(path: str | Path) -> str:
+    """Hash of a file's content, or of nothing where there is none: whoever opens it says so."""
+    path = Path(path)
+    return sha256(path.read_bytes() if path.is_file() else b"").hexdigest()[:16]
+
+
 def set_fingerprint(images: ImageSet) -> str:
     """Hash of a *public* image set. Never used on the sensitive one: the hash would be written down."""
     digest = sha256(images.images.tobytes())

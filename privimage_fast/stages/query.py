@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from privimage_fast.data import ImageSet, train_test_split
 from privimage_fast.dp.accounting import GaussianEvent
+from privimage_fast.dp.collector import full_precision
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.dp.noise import NoiseKey, Stream
 from privimage_fast.models.classifier import Classifier, ClassifierConfig, batched, train_classifier
@@ -36,7 +37,9 @@ logger = logging.getLogger(__name__)
 SemanticFunction = Callable[[Tensor], Tensor]
 
 EMBEDDINGS = ("pixels", "network")
-_EMBEDDED = {"pixels": "pixels", "network": "features of a network"}
+
+# Rows of every call while votes are counted.
+_VOTERS = 512
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,10 @@ class QueryConfig:
         votes_per_image: labels each sensitive image votes for; null takes as many as `select` gives each class.
         clusters: ask for so many clusters of the public images (k-means) in place of their labels: finer, and no labels needed.
             With few sensitive images or a small ε take fewer, or their votes drown in the noise. null asks for the labels.
-        embedding: where clusters are found: "pixels" (averaged to at most 8×8) or "network" (features of the classifier, or
-            the output of `onnx`).
-        onnx: path of an ONNX classifier of public labels (input float NCHW in [−1, 1]); null trains one on the public set.
+        embedding: where clusters are found: "pixels" (averaged to at most 8×8) or "network" (the output of `onnx`, or features of
+            the classifier); null is network where `onnx` is set, else pixels.
+        onnx: path of an ONNX model (input float NCHW in [−1, 1]) that scores the public labels, or embeds images for `clusters`;
+            null trains a classifier on the public set.
         classifier: the one that is trained.
     """
 
@@ -59,7 +63,7 @@ class QueryConfig:
     share: float = 0.02
     votes_per_image: int | None = None
     clusters: int | None = None
-    embedding: str = "pixels"
+    embedding: str | None = None
     onnx: str | None = None
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
 
@@ -72,18 +76,26 @@ class QueryConfig:
             raise ValueError(f"query.votes_per_image must be ≥ 1 or null, found {self.votes_per_image}")
         if self.clusters is not None and self.clusters < 2:
             raise ValueError(f"query.clusters must be ≥ 2 or null, found {self.clusters}")
-        if self.embedding not in EMBEDDINGS:
-            raise ValueError(f"query.embedding must be {' or '.join(EMBEDDINGS)}, found {self.embedding!r}")
+        if self.embedding not in (None, *EMBEDDINGS):
+            raise ValueError(f"query.embedding must be {', '.join(EMBEDDINGS)} or null, found {self.embedding!r}")
+        if self.clusters is None and self.embedding is not None:
+            raise ValueError(f"query.embedding is {self.embedding}, but no clusters are asked for; set query.clusters")
+        if self.embedding == "pixels" and self.onnx is not None:
+            raise ValueError("query.embedding is pixels, so the model of query.onnx would not be used; leave one of them out")
+
+    @property
+    def embeds_pixels(self) -> bool:
+        return self.embedding != "network" and self.onnx is None
 
 
 def run_query(
     folder: RunFolder, config: QueryConfig, *, public: ImageSet, private: ImageSet, votes_per_image: int,
     noise_multiplier: float, ledger: Ledger, noise_key: NoiseKey, seed: int, device: str = "cpu",
-    semantic_function: SemanticFunction | None = None,
+    semantic_function: SemanticFunction | None = None, described: str = "given by the user",
 ) -> dict[str, Any]:  # fmt: skip
     """Draws the noisy class × label table once, or returns the one that was drawn; the content of query.json.
 
-    ``public`` has the labels that are asked for, which are clusters where ``config`` says so.
+    ``public`` has the labels that are asked for; ``described``: what ``semantic_function`` is, where one is given.
 
     Raises:
         RunError: an earlier query of this folder was made with other settings (its cost is spent).
@@ -101,7 +113,7 @@ def run_query(
         raise RunError(f"votes_per_image is {votes_per_image}, expected 1 … {public.n_classes} (the public labels)")
     with timed(folder, "query", stamp):
         semantic_function, described = semantic_function_of(
-            folder, config, public=public, seed=seed, device=device, given=semantic_function
+            folder, config, public=public, seed=seed, device=device, given=semantic_function, given_is=described
         )
         event = GaussianEvent(noise_multiplier)
         ledger.charge(event, stage="query")  # before the data is touched
@@ -122,12 +134,17 @@ def vote(
 ) -> np.ndarray:
     """The exact table (classes, labels) float64: one vote for each of an image's ``votes_per_image`` best labels.
 
-    An image whose scores are not finite votes for nothing, which is within the sensitivity.
+    An image whose scores are not finite votes for nothing, which is within the sensitivity. Every call has as many rows, the last
+    filled up with blank ones: another shape could round otherwise, and so one image more could move the votes of others.
     """
     table = np.zeros((images.n_classes, n_labels))
-    for start in tqdm(range(0, len(images), 512), desc="query", unit="batch", leave=False):
-        part = slice(start, start + 512)
-        scores = batched(semantic_function, images.images[part], device=device)
+    for start in tqdm(range(0, len(images), _VOTERS), desc="query", unit="batch", leave=False):
+        part = slice(start, start + _VOTERS)
+        voters = images.images[part]
+        rows = np.zeros((_VOTERS, *voters.shape[1:]), voters.dtype)
+        rows[: len(voters)] = voters
+        with full_precision(torch.device(device)):
+            scores = batched(semantic_function, rows, device=device, batch_size=_VOTERS)[: len(voters)]
         finite = np.isfinite(scores).all(1)
         best = np.argpartition(-scores[finite], votes_per_image - 1, axis=1)[:, :votes_per_image]
         np.add.at(table, (images.labels[part][finite][:, None], best), 1)
@@ -136,18 +153,15 @@ def vote(
 
 def semantic_function_of(
     folder: RunFolder, config: QueryConfig, *, public: ImageSet, seed: int, device: str = "cpu",
-    given: SemanticFunction | None = None,
+    given: SemanticFunction | None = None, given_is: str = "given by the user",
 ) -> tuple[SemanticFunction, str]:  # fmt: skip
-    """The function that asks, tried on public images, and what it is: the user's, an ONNX model, or a classifier trained here.
+    """The function that asks, tried on public images, and what it is: the given one, an ONNX model, or a classifier trained here.
 
     Raises:
         RunError: its scores have another shape, or depend on the other images of a batch.
     """
-    if given is not None and config.clusters is not None:
-        function = given
-        described = f"the nearest of {public.n_classes} clusters of the public images, by {_EMBEDDED[config.embedding]}"
-    elif given is not None:
-        function, described = given, "given by the user"
+    if given is not None:
+        function, described = given, given_is
     elif config.onnx is not None:
         function, described = load_onnx(config.onnx), f"ONNX model {Path(config.onnx).name}"
     else:
@@ -190,7 +204,7 @@ def near_chance(accuracy: float, chance: float, images: int) -> bool:
     """Whether so many right of ``images`` held-out ones are hardly better than ``chance``.
 
     That is less than twice chance (of few labels: less than a tenth of the way from chance to 1), or so little more that one in a
-    hundred blind guesses would do as well.
+    hundred blind guesses would do as well (one guess: the best of many epochs is luckier).
     """
     if not images:
         return False
@@ -219,21 +233,29 @@ def load_onnx(path: str | Path) -> SemanticFunction:
     return scores
 
 
-def _check_scores(semantic_function: SemanticFunction, public: ImageSet, device: str) -> None:
-    """Tries the function on a few public images, together and alone, so that a wrong one fails before anything is charged."""
-    if isinstance(semantic_function, nn.Module):
-        semantic_function.eval()
+def tried(function: SemanticFunction, public: ImageSet, device: str, what: str) -> tuple[Tensor, Tensor]:
+    """Its outputs for a few public images, together and alone.
+
+    Raises:
+        RunError: it fails; ``what`` names it.
+    """
+    if isinstance(function, nn.Module):
+        function.eval()
     x = to_float(torch.from_numpy(public.images[:: max(1, len(public) // 8)][:8])).to(device)
     try:
         with torch.inference_mode():
-            together = semantic_function(x)
-            alone = torch.cat([semantic_function(x[i : i + 1]) for i in range(len(x))])
-            found = tuple(together.shape)
+            return function(x), torch.cat([function(x[i : i + 1]) for i in range(len(x))])
     except Exception as error:
-        raise RunError(f"the semantic function fails on images of shape {tuple(x.shape)}: {error}") from error
-    if found != (len(x), public.n_classes):
+        raise RunError(f"{what} fails on images of shape {tuple(x.shape)}: {error}") from error
+
+
+def _check_scores(semantic_function: SemanticFunction, public: ImageSet, device: str) -> None:
+    """Tries the function on a few public images, so that a wrong one fails before anything is charged."""
+    together, alone = tried(semantic_function, public, device, "the semantic function")
+    found, rows = tuple(together.shape), len(alone)
+    if found != (rows, public.n_classes):
         raise RunError(
-            f"the semantic function gives shape {found} for {len(x)} images, expected ({len(x)}, {public.n_classes}): one score "
+            f"the semantic function gives shape {found} for {rows} images, expected ({rows}, {public.n_classes}): one score "
             "for each label of the public set"
         )
     if not torch.allclose(together.float(), alone.float(), rtol=1e-3, atol=1e-3):

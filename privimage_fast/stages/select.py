@@ -50,14 +50,22 @@ class SelectConfig:
             raise ValueError(f"select.max_image_ratio must be in (0, 1] or null, found {self.max_image_ratio}")
 
 
-def labels_per_class(config: SelectConfig, *, n_labels: int, n_classes: int) -> int:
-    """k ≥ 1 labels a class, however small the ratio; refused where the classes cannot all have k disjoint labels."""
+def labels_per_class(config: SelectConfig, *, n_labels: int, n_classes: int, clusters: bool = False) -> int:
+    """k ≥ 1 labels a class, however small the ratio; refused where the classes cannot all have k disjoint labels.
+
+    ``clusters``: the labels are clusters.
+    """
     k = config.labels_per_class or max(1, round(n_labels * config.ratio / n_classes))
-    if k * n_classes > n_labels:
+    # The whole set, or none of it, is taken without labels.
+    if k * n_classes > n_labels and config.mode in ("semantic", "random"):
+        found = f"the public images fall into {n_labels} clusters" if clusters else f"the public set has {n_labels}"
+        advice = (
+            "raise query.clusters, if enough images differ" if clusters else "set query.clusters, or bring one with more labels"
+        )
         raise RunError(
-            f"{n_classes} classes with {k} labels each need {k * n_classes} public labels, but the public set has {n_labels}; "
+            f"{n_classes} classes with {k} labels each need {k * n_classes} public labels, but {found}; "
             + ("lower select.labels_per_class, or " if k > 1 else "")
-            + "take more (query.clusters), or bring a public set with more labels"
+            + advice
         )
     return k
 
