@@ -18,7 +18,7 @@ from torch import Tensor
 from privimage_fast.data import DataError, ImageSet
 from privimage_fast.models.classifier import batched
 from privimage_fast.stages.folder import RunError, RunFolder, file_fingerprint, fingerprint, set_fingerprint
-from privimage_fast.stages.query import QueryConfig, SemanticFunction, load_onnx, public_classifier, tried
+from privimage_fast.stages.query import QueryConfig, SemanticFunction, labelling_fingerprint, load_onnx, public_classifier, tried
 
 Embedding = Callable[[Tensor], Tensor]
 
@@ -45,19 +45,24 @@ def public_clusters(
     embedding, name = _embedding(folder, config, public, seed, device)
     tensors, metadata = folder.load_tensors(path, "query") if path.exists() else ({}, {})
     if metadata.get("fingerprint") != stamp:
-        if folder.query.exists():
-            raise RunError(
-                f"{folder.query} counts votes for clusters that {path} no longer holds, and new ones would differ; restore "
-                "that file, or start over with another --out"
-            )
         centres, labels = _clusters(embedding, public, config.clusters, seed=seed, device=device)
+        drawn = folder.read_json(folder.query, "query") if folder.query.exists() else None
+        if drawn is not None and drawn.get("labelling") != labelling_fingerprint(public.relabel(labels, _numbers(centres))):
+            raise RunError(
+                f"{folder.query} counts votes for clusters that {path} no longer holds, and those that were found anew differ; "
+                "restore that file, or start over with another --out"
+            )
         tensors = {"centres": centres, "labels": torch.from_numpy(labels)}
         folder.save_tensors(path, tensors, {"fingerprint": stamp})
     labels = tensors["labels"].numpy()
-    numbered = public.relabel(labels, [str(i) for i in range(len(tensors["centres"]))])
+    numbered = public.relabel(labels, _numbers(tensors["centres"]))
     names = [f"{public.label_names[label]} #{i}" for i, label in enumerate(majority_labels(numbered, public))]
     described = f"the nearest of {len(names)} clusters of the public images, by {name}"
     return numbered.relabel(labels, names), _nearest_centre(embedding, tensors["centres"]), described
+
+
+def _numbers(centres: Tensor) -> list[str]:
+    return [str(i) for i in range(len(centres))]
 
 
 def check_clusters(config: QueryConfig, public: ImageSet) -> None:

@@ -124,9 +124,15 @@ def run_query(
             "fingerprint": stamp, "labels": list(public.label_names), "classes": list(private.label_names),
             "counts": noisy.tolist(), "votes_per_image": votes_per_image, "noise_std": std,
             "noise_multiplier": event.noise_multiplier, "semantic_function": described,
+            "labelling": labelling_fingerprint(public),
         }  # fmt: skip
         folder.write_json(folder.query, result)
     return result
+
+
+def labelling_fingerprint(asked: ImageSet) -> str:
+    """Of which label each public image has: what a table of votes is good for."""
+    return fingerprint(asked.labels.tobytes())
 
 
 def vote(

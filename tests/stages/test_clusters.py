@@ -123,14 +123,21 @@ def test_clusters_of_a_run_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
                 public_clusters(folder(tmp_path), changed, public, seed=seed)
 
 
-def test_clusters_that_a_query_was_made_with_are_not_made_anew(tmp_path: Path) -> None:
+def test_clusters_that_a_query_was_made_with_do_not_change(tmp_path: Path) -> None:
     run = Run(tiny_config(tmp_path, query={"clusters": 8}), public=UNLABELLED, private=PRIVATE, test=TEST)
     with run.opened(resume=False):
         run.query()
+    labels = run.asked.labels
     run.folder.checkpoint("clusters").unlink()
     again = Run(run.config, public=UNLABELLED, private=PRIVATE, test=TEST)
-    with again.opened(resume=True), pytest.raises(RunError, match="counts votes for clusters that"):
+    with again.opened(resume=True):  # the same machine finds the same ones
         again.select()
+    assert np.array_equal(again.asked.labels, labels)
+    run.folder.checkpoint("clusters").unlink()
+    moved = ImageSet(UNLABELLED.images[::-1].copy(), UNLABELLED.labels, UNLABELLED.label_names, name="moved")
+    other = Run(run.config, public=moved, private=PRIVATE, test=TEST)
+    with other.opened(resume=True), pytest.raises(RunError, match="counts votes for clusters that"):
+        other.select()
 
 
 def test_centres_are_found_from_a_sample_of_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
