@@ -113,7 +113,8 @@ def test_printed_epsilon_ledger_report_and_card_agree(finished: Run) -> None:
 def test_nothing_private_is_written_unmarked(finished: Run) -> None:
     """An allow-list of everything written in JSON: a loss, a norm, a batch size or a stage's time would be a new key."""
     allowed = {
-        "query.json": "fingerprint labels classes counts votes_per_image noise_std noise_multiplier semantic_function",
+        "query.json": "fingerprint labels classes counts votes_per_image noise_std noise_multiplier semantic_function "
+        "labelling",  # of the public images, who have no protection
         "query-check.json": "labels_per_class rows uniform_share stand_in_share chosen_share verdict",
         "selection.json": "mode public_images labels_per_class seed assignment classes selected_images ratio",
         "budget.json": "target_epsilon delta population sample_rate steps noise_multiplier max_grad_norm multiplicity "
