@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from tiny import PRIVATE, PUBLIC, SECTIONS, TEST, tiny_config
+from tiny import PRIVATE, PUBLIC, SECTIONS, STEPS, TEST, tiny_config
 
 import privimage_fast as pf
 from privimage_fast.cli import main
@@ -26,7 +26,7 @@ from privimage_fast.stages import finetune as finetune_module
 from privimage_fast.stages.folder import RunError
 from privimage_fast.stages.saved import load_pretrained
 
-STEPS, EVERY = SECTIONS["finetune"]["steps"], 3
+EVERY = 3
 ADVERSARIAL = {"discriminator_steps": EVERY, "generator_batch": 16, "spectral_norm": True, "gradient_penalty": 0.1}
 SIZES = {"latent": 4, "generator_channels": 4, "discriminator_channels": 4, "max_mult": 1, "features": 4}
 MODEL = {"family": "gan", "preset": "custom", "gan": SIZES, "adversarial": ADVERSARIAL}

@@ -1,27 +1,19 @@
-"""The whole method on tiny images: what is charged, what is written, and what an interruption costs."""
+"""The whole method on tiny images: what is charged, and what is written."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
-from tiny import PRIVATE, PUBLIC, SECTIONS, TEST, tiny_config
+from tiny import PRIVATE, PUBLIC, SECTIONS, STEPS, TEST, dpsgd, run_all, tiny_config
 
 import privimage_fast as pf
-from privimage_fast.config import ConfigError, build_config, load_yaml, valid_keys
-from privimage_fast.data import save_npz
+from privimage_fast.config import ConfigError, build_config, load_yaml
 from privimage_fast.dp.accounting import DPSGDEvent, GaussianEvent, cross_check, solve_noise_multiplier
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.dp.sampling import OSRandom
@@ -31,28 +23,10 @@ from privimage_fast.report import epsilon_text, summary_table
 from privimage_fast.stages import finetune as finetune_module
 from privimage_fast.stages.folder import RunError
 
-STEPS = SECTIONS["finetune"]["steps"]
-
-
-def slow(value: Any) -> Any:
-    """A case that the ordinary suite has a like of."""
-    return pytest.param(value, marks=pytest.mark.slow)
-
-
-def run_all(out: Path, *, resume: bool = False, test: Any = TEST, **sections: Any) -> Run:
-    run = Run(tiny_config(out, **sections), public=PUBLIC, private=PRIVATE, test=test)
-    with run.opened(resume=resume):
-        run.all()
-    return run
-
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run_all(tmp_path_factory.mktemp("run") / "a")
-
-
-def dpsgd(run: Run) -> list[DPSGDEvent]:
-    return [r.event for r in Ledger.read(run.folder.ledger).records() if r.stage == "finetune"]
 
 
 # -------------------------------------------------------------------------------------------------- a finished run
@@ -316,136 +290,6 @@ def test_what_would_stop_a_later_stage_is_found_before_anything_is_spent(tmp_pat
     assert not list(tmp_path.rglob("ledger.jsonl"))
 
 
-# ----------------------------------------------------------------------------------------------- stop and go on
-
-
-@pytest.mark.parametrize(
-    "stage", ["query", slow("select"), slow("pretrain"), "finetune", slow("sample"), "evaluate", slow("report")]
-)
-def test_an_error_after_any_stage_loses_nothing(tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    stages = ["query", "select", "pretrain", "finetune", "sample", "evaluate", "report"]
-    following = dict(pairwise(stages)).get(stage)
-    if following is not None:
-        with monkeypatch.context() as patch:
-            patch.setattr(Run, following, lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
-            with pytest.raises(KeyboardInterrupt):
-                run_all(tmp_path / "a")
-    run = run_all(tmp_path / "a", resume=following is not None)
-    assert [r.stage for r in Ledger.read(run.folder.ledger).records()] == ["query"] + ["finetune"] * STEPS
-
-
-@pytest.mark.parametrize("at", [1, slow(3), slow(5), 8])
-def test_interrupted_fine_tuning_charges_replays_and_keeps_the_budget(
-    tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Stopped in step `at`: checkpoints are every 3 steps, so (at − 1) % 3 + 1 steps are run, and paid for, again."""
-    original = finetune_module.PrivateOptimizer.step
-
-    def failing(self: Any) -> None:
-        if self.steps + 1 == at:
-            raise KeyboardInterrupt
-        original(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(finetune_module.PrivateOptimizer, "step", failing)
-        with pytest.raises(KeyboardInterrupt):
-            run_all(tmp_path / "a")
-    interrupted = Ledger.read(tmp_path / "a" / "ledger.jsonl").steps_charged("finetune")
-    assert interrupted == at
-    run = run_all(tmp_path / "a", resume=True)
-    ledger = Ledger.read(run.folder.ledger)
-    kept = (at - 1) // 3 * 3
-    taken = int(run.folder.load_tensors(run.folder.checkpoint("finetune"), "x")[1]["steps"])
-    assert ledger.steps_charged("finetune") == at + (taken - kept)
-    assert ledger.epsilon() <= 5.0
-    assert taken < STEPS  # the budget was solved for 8 steps; the repeated ones are paid by the last ones
-    assert len({e.noise_multiplier for e in dpsgd(run)}) == 1
-
-
-def test_a_query_killed_before_it_was_kept_is_paid_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr("privimage_fast.stages.query.vote", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            run_all(tmp_path / "a")
-    run = run_all(tmp_path / "a", resume=True)
-    ledger = Ledger.read(run.folder.ledger)
-    assert [r.stage for r in ledger.records()][:3] == ["query", "query", "finetune"]
-    assert ledger.epsilon() <= 5.0 and ledger.steps_charged("finetune") == STEPS  # σ was solved for two queries
-
-
-@pytest.mark.parametrize("following", [slow("select"), "sample", slow("report"), None])
-def test_a_run_without_its_ledger_is_refused(tmp_path: Path, following: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the query, after fine-tuning and at the end: a lost or replaced ledger must not read as ε = 0."""
-    with monkeypatch.context() as patch:
-        if following:
-            patch.setattr(Run, following, lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
-            with pytest.raises(KeyboardInterrupt):
-                run_all(tmp_path / "a")
-        else:
-            run_all(tmp_path / "a")
-    (tmp_path / "a" / "ledger.jsonl").unlink()
-    with pytest.raises(RunError, match="ledger"):
-        run_all(tmp_path / "a", resume=True)
-    assert not (tmp_path / "a" / "ledger.jsonl").exists()
-
-
-def test_a_ledger_with_fewer_steps_than_the_weights_is_refused(finished: Run, tmp_path: Path) -> None:
-    import shutil
-
-    shutil.copytree(finished.folder.path, tmp_path / "a")
-    ledger = tmp_path / "a" / "ledger.jsonl"
-    ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(keepends=True)[:-2]))
-    with pytest.raises(RunError, match=f"taken {STEPS} steps, the ledger charges {STEPS - 2}"):
-        run_all(tmp_path / "a", resume=True)
-
-
-def test_pretraining_resumes_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from privimage_fast.stages import pretrain as pretrain_module
-
-    whole = run_all(tmp_path / "whole", test=None, privacy={"secure": False})
-    original = pretrain_module._save
-
-    def failing(folder: Any, stamp: str, steps: int, *rest: Any) -> None:
-        original(folder, stamp, steps, *rest)
-        if steps == 4:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pretrain_module, "_save", failing)
-        with pytest.raises(KeyboardInterrupt):
-            run_all(tmp_path / "cut", test=None, privacy={"secure": False})
-    cut = run_all(tmp_path / "cut", resume=True, test=None, privacy={"secure": False})
-    a, b = (r.folder.load_tensors(r.folder.checkpoint("pretrain"), "x")[0] for r in (whole, cut))
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=0)
-
-
-def test_killed_for_real_and_resumed_by_command(tmp_path: Path) -> None:
-    """SIGKILL in the middle of fine-tuning and of sampling; the command with --resume ends the job."""
-    for name, images in (("public", PUBLIC), ("private", PRIVATE), ("test", TEST)):
-        save_npz(images, tmp_path / f"{name}.npz")
-    data = {**SECTIONS["data"], **{name: str(tmp_path / f"{name}.npz") for name in ("public", "private", "test")}}
-    config = {**SECTIONS, "data": data, "finetune": {**SECTIONS["finetune"], "steps": 60, "checkpoint_steps": 20}}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**config, "out": str(tmp_path / "out")}))
-    command = [sys.executable, "-P", "-m", "privimage_fast", "run", "--config", str(tmp_path / "run.yaml")]
-    ledger = tmp_path / "out" / "ledger.jsonl"
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (ledger.exists() and ledger.read_bytes().count(b"\n") > 30):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    charged = Ledger.read(ledger).steps_charged("finetune")
-    assert 0 < charged < 60
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    final = Ledger.read(ledger)
-    assert final.epsilon() <= 5.0 and final.steps_charged("finetune") > charged
-    assert epsilon_text(final.epsilon()) in done.stdout
-    assert (tmp_path / "out" / "synthetic.npz").exists()
-
-
 # ------------------------------------------------------------------------------------------- options and comparisons
 
 
@@ -482,96 +326,3 @@ def test_query_share_costs_about_its_share(epsilon: float, delta: float) -> None
     sigma = query_noise_multiplier(epsilon, delta, 0.02)
     whole = pf.dp.accounting.epsilon([GaussianEvent(sigma * math.sqrt(0.02))], delta)
     assert whole == pytest.approx(epsilon, rel=0.02)  # the share taken away, the query alone is the budget
-
-
-# ----------------------------------------------------------------------------------------------------- configuration
-
-
-def test_unknown_keys_are_refused_with_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"'privacy.epsilo'; did you mean privacy.epsilon"):
-        load_yaml("privacy: {epsilo: 3}", "run.yaml")
-    with pytest.raises(ConfigError, match=r"did you mean .*finetune.lr"):
-        build_config({"lr": 3})
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"privacy": {"epsilon": 0}}, "epsilon"),
-        ({"privacy": {"delta": 2.0}}, "delta"),
-        ({"finetune": {"batch_size": "many"}}, "batch_size"),
-        ({"finetune": 3}, "finetune"),
-        ({"model": {"preset": "huge"}}, "small, base, large"),
-        ({"sample": {"formats": ["tar"]}}, "tar"),
-        ({"sample": {"sampler": {"method": "euler"}}}, "heun or ddim"),
-        ({"data": {"holdout": 1.0}}, "holdout"),
-        ({"precision": "fp8"}, "auto, float32 or bfloat16"),
-    ],
-)
-def test_bad_values_name_the_key(values: dict, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        build_config(values)
-
-
-def test_yaml_that_is_none() -> None:
-    for text, message in (("[1]", "found list"), ("a: [", "not valid YAML")):
-        with pytest.raises(ConfigError, match=message):
-            load_yaml(text)
-    assert load_yaml("") == {}
-    assert "finetune.max_grad_norm" in valid_keys() and "query.classifier.width" in valid_keys()
-
-
-# ------------------------------------------------------------------------------------------------------ Python
-
-
-def test_python_api_end_to_end(tmp_path: Path) -> None:
-    model = pf.PrivImage(tiny_config(tmp_path))
-    with pytest.raises(RunError, match="call fit"):
-        model.sample(3)
-    assert model.plan(PUBLIC, PRIVATE).steps == STEPS
-    model.fit(PUBLIC, PRIVATE, out=tmp_path / "a")
-    images = model.sample(7)
-    assert images.images.shape == (7, 8, 8, 1) and images.label_names == PRIVATE.label_names
-    assert np.array_equal(images.images, model.sample(7).images)
-    spent = model.privacy_spent()
-    assert spent["epsilon"] == Ledger.read(tmp_path / "a" / "ledger.jsonl").epsilon() <= 5.0
-    assert {m["name"] for m in model.evaluate(TEST)["metrics"]} >= {"accuracy, trained on synthetic, tested on real"}
-    model.save_pretrained(tmp_path / "saved")
-    other = pf.PrivImage.from_pretrained(tmp_path / "saved")
-    other.config = model.config
-    assert np.array_equal(other.sample(7).images, images.images)
-    assert other.privacy_spent()["epsilon"] == spent["epsilon"]
-    assert (tmp_path / "saved" / "README.md").read_text()
-    with pytest.raises(ValueError, match="labels must be"):
-        model.sample(2, np.array([0, 9]))
-    with pytest.raises(ValueError, match="n must be at least 1, found -1"):
-        model.sample(-1)
-
-
-def test_the_neighbour_sheet_is_written_only_when_asked_for(tmp_path: Path) -> None:
-    run = run_all(tmp_path / "a", evaluate={"neighbours": True})
-    assert (run.folder.samples / "neighbours-not-private.png").stat().st_size > 100
-
-
-def test_another_test_set_is_another_evaluation(tmp_path: Path) -> None:
-    model = pf.PrivImage(tiny_config(tmp_path)).fit(PUBLIC, PRIVATE, out=tmp_path / "a")
-    blank = pf.ImageSet(np.zeros_like(TEST.images), TEST.labels, TEST.label_names)
-    first, second = ({m["name"]: m["value"] for m in model.evaluate(t)["metrics"]} for t in (TEST, blank))
-    assert first != second
-
-
-def test_a_model_file_that_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="missing"):
-        pf.PrivImage.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text('{"format": 7}')
-    with pytest.raises(RunError, match="format 7"):
-        pf.PrivImage.from_pretrained(tmp_path)
-
-
-def test_a_user_semantic_function(tmp_path: Path) -> None:
-    model = pf.PrivImage(tiny_config(tmp_path))
-    model.fit(PUBLIC, PRIVATE, out=tmp_path / "a", semantic_function=lambda x: x[:, 0].mean(1)[:, :6])
-    query = json.loads((tmp_path / "a" / "query.json").read_text())
-    assert query["semantic_function"] == "given by the user"
-    # Column c is bright in class c: the user's scores say so, and the noise is small against 40 votes.
-    assert all(int(np.argmax(row)) == c for c, row in enumerate(query["counts"]))

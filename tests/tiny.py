@@ -9,6 +9,9 @@ import numpy as np
 
 from privimage_fast.config import RunConfig, build_config
 from privimage_fast.data import ImageSet
+from privimage_fast.dp.accounting import DPSGDEvent
+from privimage_fast.dp.ledger import Ledger
+from privimage_fast.pipeline import Run
 
 
 def bars(n: int, classes: int, seed: int, *, prefix: str) -> ImageSet:
@@ -39,6 +42,19 @@ SECTIONS: dict[str, Any] = {
     "evaluate": {"classifier": {"width": 8, "epochs": 2, "batch_size": 16}},
 }
 
+STEPS = SECTIONS["finetune"]["steps"]
+
 
 def tiny_config(out: Path, **sections: Any) -> RunConfig:
     return build_config(sections, build_config({**SECTIONS, "out": str(out)}))
+
+
+def run_all(out: Path, *, resume: bool = False, test: Any = TEST, **sections: Any) -> Run:
+    run = Run(tiny_config(out, **sections), public=PUBLIC, private=PRIVATE, test=test)
+    with run.opened(resume=resume):
+        run.all()
+    return run
+
+
+def dpsgd(run: Run) -> list[DPSGDEvent]:
+    return [r.event for r in Ledger.read(run.folder.ledger).records() if r.stage == "finetune"]

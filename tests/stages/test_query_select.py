@@ -17,7 +17,7 @@ from torch import Tensor
 from privimage_fast.data import ImageSet
 from privimage_fast.dp.accounting import GaussianEvent
 from privimage_fast.dp.ledger import Ledger
-from privimage_fast.dp.noise import NoiseKey
+from privimage_fast.dp.noise import NoiseKey, Stream
 from privimage_fast.models.classifier import ClassifierConfig
 from privimage_fast.stages.folder import RunError, RunFolder
 from privimage_fast.stages.query import QueryConfig, load_onnx, near_chance, public_classifier, run_query, vote
@@ -68,6 +68,27 @@ def test_an_image_with_unusable_scores_votes_for_nothing() -> None:
     assert vote(broken, PRIVATE, n_labels=6, votes_per_image=1).sum() == len(PRIVATE) - 1
 
 
+@pytest.mark.parametrize("images", [1, 511, 512, 513, 1025])
+def test_every_call_of_a_vote_has_one_shape_and_full_precision(images: int) -> None:
+    """A network may round otherwise in another shape: then an image more would move the votes of others."""
+    seen = set()
+
+    def watching(x: Tensor) -> Tensor:
+        seen.add((tuple(x.shape), torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu")))
+        return scores(9)(x)
+
+    many = ImageSet(np.resize(PRIVATE.images, (images, 8, 8, 1)), np.resize(PRIVATE.labels, images), PRIVATE.label_names)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            table = vote(watching, many, n_labels=9, votes_per_image=2)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == {((512, 1, 8, 8), "highest", False)}
+    assert table.sum() == 2 * images  # blank rows vote for nothing
+    assert table.sum(1).tolist() == (2 * np.bincount(many.labels, minlength=3)).tolist()
+
+
 @pytest.mark.parametrize(("k", "sigma"), [(1, 4.0), (4, 4.0)])
 def test_noise_is_sigma_root_k_on_every_cell_and_so_charged(tmp_path: Path, k: int, sigma: float) -> None:
     """Fails if the noise lacks √k, leaves cells out, or if the charged multiplier is not the one applied."""
@@ -79,6 +100,15 @@ def test_noise_is_sigma_root_k_on_every_cell_and_so_charged(tmp_path: Path, k: i
     assert (noise == 0).sum() == 0
     assert Ledger.read(RunFolder(tmp_path).ledger).events() == [GaussianEvent(sigma)]
     assert result["noise_std"] == sigma * math.sqrt(k)
+
+
+def test_noise_is_to_the_last_bit_what_is_charged(tmp_path: Path) -> None:
+    """Of a known key: a hundredth less would hide in the spread of a secret one."""
+    result = query(tmp_path, 3, 4.0, key=NoiseKey.from_seed(7))
+    drawn = NoiseKey.from_seed(7).gaussian((3, 6), step=0, stream=Stream.QUERY)
+    exact = vote(scores(6), PRIVATE, n_labels=6, votes_per_image=3)
+    np.testing.assert_allclose(np.asarray(result["counts"]), exact + 4.0 * math.sqrt(3) * drawn, rtol=0, atol=1e-12)
+    assert 0.3 < drawn.std() < 1.7
 
 
 def test_noise_is_not_a_public_constant(tmp_path: Path) -> None:

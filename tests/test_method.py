@@ -1,0 +1,67 @@
+"""The method in Python: :class:`privimage_fast.PrivImage`, and evaluations of a fitted run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import PRIVATE, PUBLIC, STEPS, TEST, run_all, tiny_config
+
+import privimage_fast as pf
+from privimage_fast.dp.ledger import Ledger
+from privimage_fast.stages.folder import RunError
+
+
+def test_python_api_end_to_end(tmp_path: Path) -> None:
+    model = pf.PrivImage(tiny_config(tmp_path))
+    with pytest.raises(RunError, match="call fit"):
+        model.sample(3)
+    assert model.plan(PUBLIC, PRIVATE).steps == STEPS
+    model.fit(PUBLIC, PRIVATE, out=tmp_path / "a")
+    images = model.sample(7)
+    assert images.images.shape == (7, 8, 8, 1) and images.label_names == PRIVATE.label_names
+    assert np.array_equal(images.images, model.sample(7).images)
+    spent = model.privacy_spent()
+    assert spent["epsilon"] == Ledger.read(tmp_path / "a" / "ledger.jsonl").epsilon() <= 5.0
+    assert {m["name"] for m in model.evaluate(TEST)["metrics"]} >= {"accuracy, trained on synthetic, tested on real"}
+    model.save_pretrained(tmp_path / "saved")
+    other = pf.PrivImage.from_pretrained(tmp_path / "saved")
+    other.config = model.config
+    assert np.array_equal(other.sample(7).images, images.images)
+    assert other.privacy_spent()["epsilon"] == spent["epsilon"]
+    assert (tmp_path / "saved" / "README.md").read_text()
+    with pytest.raises(ValueError, match="labels must be"):
+        model.sample(2, np.array([0, 9]))
+    with pytest.raises(ValueError, match="n must be at least 1, found -1"):
+        model.sample(-1)
+
+
+def test_the_neighbour_sheet_is_written_only_when_asked_for(tmp_path: Path) -> None:
+    run = run_all(tmp_path / "a", evaluate={"neighbours": True})
+    assert (run.folder.samples / "neighbours-not-private.png").stat().st_size > 100
+
+
+def test_another_test_set_is_another_evaluation(tmp_path: Path) -> None:
+    model = pf.PrivImage(tiny_config(tmp_path)).fit(PUBLIC, PRIVATE, out=tmp_path / "a")
+    blank = pf.ImageSet(np.zeros_like(TEST.images), TEST.labels, TEST.label_names)
+    first, second = ({m["name"]: m["value"] for m in model.evaluate(t)["metrics"]} for t in (TEST, blank))
+    assert first != second
+
+
+def test_a_model_file_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="missing"):
+        pf.PrivImage.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"format": 7}')
+    with pytest.raises(RunError, match="format 7"):
+        pf.PrivImage.from_pretrained(tmp_path)
+
+
+def test_a_user_semantic_function(tmp_path: Path) -> None:
+    model = pf.PrivImage(tiny_config(tmp_path))
+    model.fit(PUBLIC, PRIVATE, out=tmp_path / "a", semantic_function=lambda x: x[:, 0].mean(1)[:, :6])
+    query = json.loads((tmp_path / "a" / "query.json").read_text())
+    assert query["semantic_function"] == "given by the user"
+    # Column c is bright in class c: the user's scores say so, and the noise is small against 40 votes.
+    assert all(int(np.argmax(row)) == c for c, row in enumerate(query["counts"]))

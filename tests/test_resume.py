@@ -1,0 +1,153 @@
+"""Stop and go on: what an interruption costs, and that nothing is lost by it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tiny import PRIVATE, PUBLIC, SECTIONS, STEPS, TEST, dpsgd, run_all
+
+from privimage_fast.data import save_npz
+from privimage_fast.dp.ledger import Ledger
+from privimage_fast.pipeline import Run
+from privimage_fast.report import epsilon_text
+from privimage_fast.stages import finetune as finetune_module
+from privimage_fast.stages.folder import RunError
+
+
+def slow(value: Any) -> Any:
+    """A case that the ordinary suite has a like of."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "stage", ["query", slow("select"), slow("pretrain"), "finetune", slow("sample"), "evaluate", slow("report")]
+)
+def test_an_error_after_any_stage_loses_nothing(tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = ["query", "select", "pretrain", "finetune", "sample", "evaluate", "report"]
+    following = dict(pairwise(stages)).get(stage)
+    if following is not None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, following, lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                run_all(tmp_path / "a")
+    run = run_all(tmp_path / "a", resume=following is not None)
+    assert [r.stage for r in Ledger.read(run.folder.ledger).records()] == ["query"] + ["finetune"] * STEPS
+
+
+@pytest.mark.parametrize("at", [1, slow(3), slow(5), 8])
+def test_interrupted_fine_tuning_charges_replays_and_keeps_the_budget(
+    tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in step `at`: checkpoints are every 3 steps, so (at − 1) % 3 + 1 steps are run, and paid for, again."""
+    original = finetune_module.PrivateOptimizer.step
+
+    def failing(self: Any) -> None:
+        if self.steps + 1 == at:
+            raise KeyboardInterrupt
+        original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune_module.PrivateOptimizer, "step", failing)
+        with pytest.raises(KeyboardInterrupt):
+            run_all(tmp_path / "a")
+    interrupted = Ledger.read(tmp_path / "a" / "ledger.jsonl").steps_charged("finetune")
+    assert interrupted == at
+    run = run_all(tmp_path / "a", resume=True)
+    ledger = Ledger.read(run.folder.ledger)
+    kept = (at - 1) // 3 * 3
+    taken = int(run.folder.load_tensors(run.folder.checkpoint("finetune"), "x")[1]["steps"])
+    assert ledger.steps_charged("finetune") == at + (taken - kept)
+    assert ledger.epsilon() <= 5.0
+    assert taken < STEPS  # the budget was solved for 8 steps; the repeated ones are paid by the last ones
+    assert len({e.noise_multiplier for e in dpsgd(run)}) == 1
+
+
+def test_a_query_killed_before_it_was_kept_is_paid_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("privimage_fast.stages.query.vote", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run_all(tmp_path / "a")
+    run = run_all(tmp_path / "a", resume=True)
+    ledger = Ledger.read(run.folder.ledger)
+    assert [r.stage for r in ledger.records()][:3] == ["query", "query", "finetune"]
+    assert ledger.epsilon() <= 5.0 and ledger.steps_charged("finetune") == STEPS  # σ was solved for two queries
+
+
+@pytest.mark.parametrize("following", [slow("select"), "sample", slow("report"), None])
+def test_a_run_without_its_ledger_is_refused(tmp_path: Path, following: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the query, after fine-tuning and at the end: a lost or replaced ledger must not read as ε = 0."""
+    with monkeypatch.context() as patch:
+        if following:
+            patch.setattr(Run, following, lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                run_all(tmp_path / "a")
+        else:
+            run_all(tmp_path / "a")
+    (tmp_path / "a" / "ledger.jsonl").unlink()
+    with pytest.raises(RunError, match="ledger"):
+        run_all(tmp_path / "a", resume=True)
+    assert not (tmp_path / "a" / "ledger.jsonl").exists()
+
+
+def test_a_ledger_with_fewer_steps_than_the_weights_is_refused(tmp_path: Path) -> None:
+    ledger = run_all(tmp_path / "a").folder.ledger
+    ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(keepends=True)[:-2]))
+    with pytest.raises(RunError, match=f"taken {STEPS} steps, the ledger charges {STEPS - 2}"):
+        run_all(tmp_path / "a", resume=True)
+
+
+def test_pretraining_resumes_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from privimage_fast.stages import pretrain as pretrain_module
+
+    whole = run_all(tmp_path / "whole", test=None, privacy={"secure": False})
+    original = pretrain_module._save
+
+    def failing(folder: Any, stamp: str, steps: int, *rest: Any) -> None:
+        original(folder, stamp, steps, *rest)
+        if steps == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain_module, "_save", failing)
+        with pytest.raises(KeyboardInterrupt):
+            run_all(tmp_path / "cut", test=None, privacy={"secure": False})
+    cut = run_all(tmp_path / "cut", resume=True, test=None, privacy={"secure": False})
+    a, b = (r.folder.load_tensors(r.folder.checkpoint("pretrain"), "x")[0] for r in (whole, cut))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=0)
+
+
+def test_killed_for_real_and_resumed_by_command(tmp_path: Path) -> None:
+    """SIGKILL in the middle of fine-tuning and of sampling; the command with --resume ends the job."""
+    for name, images in (("public", PUBLIC), ("private", PRIVATE), ("test", TEST)):
+        save_npz(images, tmp_path / f"{name}.npz")
+    data = {**SECTIONS["data"], **{name: str(tmp_path / f"{name}.npz") for name in ("public", "private", "test")}}
+    config = {**SECTIONS, "data": data, "finetune": {**SECTIONS["finetune"], "steps": 60, "checkpoint_steps": 20}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**config, "out": str(tmp_path / "out")}))
+    command = [sys.executable, "-P", "-m", "privimage_fast", "run", "--config", str(tmp_path / "run.yaml")]
+    ledger = tmp_path / "out" / "ledger.jsonl"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (ledger.exists() and ledger.read_bytes().count(b"\n") > 30):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    charged = Ledger.read(ledger).steps_charged("finetune")
+    assert 0 < charged < 60
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    final = Ledger.read(ledger)
+    assert final.epsilon() <= 5.0 and final.steps_charged("finetune") > charged
+    assert epsilon_text(final.epsilon()) in done.stdout
+    assert (tmp_path / "out" / "synthetic.npz").exists()
