@@ -29,6 +29,7 @@ from privimage_fast.dp.accounting import (
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.dp.noise import NoiseKey
 from privimage_fast.dp.sampling import OSRandom, SeededRandom
+from privimage_fast.models.classifier import Classifier
 from privimage_fast.models.replay import forget
 from privimage_fast.models.training import Drawable, ImageModel
 from privimage_fast.planning import Plan, make_plan, query_noise_multiplier
@@ -420,15 +421,18 @@ class Run:
         if self.test is None:
             return None
         c = self.config
-        labelled = self.public
-        if self.public.n_classes == 1 and c.query.clusters is not None:  # one label teaches no features; clusters do
-            labelled, *_ = public_clusters(self.folder, c.query, self.public, seed=self._public_seed, device=self.device)
-        network = public_classifier(self.folder, c.query.classifier, labelled, seed=self._public_seed, device=self.device)
         return run_evaluate(
-            self.folder, c.evaluate, synthetic=self.sample(), test=self.test, feature_network=network,
+            self.folder, c.evaluate, synthetic=self.sample(), test=self.test, feature_network=self.feature_network(),
             weights=load_pretrained(self.folder.model)[2], seed=c.seed, device=self.device,
             private=self.private if c.evaluate.neighbours or c.evaluate.memorisation else None,
         )  # fmt: skip
+
+    def feature_network(self) -> Classifier:
+        """The public classifier, the same for every selection, so that distances of baselines can be compared."""
+        query, labelled = self.config.query, self.public
+        if labelled.n_classes == 1 and query.clusters is not None:  # one label teaches no features; clusters do
+            labelled, *_ = public_clusters(self.folder, query, labelled, seed=self._public_seed, device=self.device)
+        return public_classifier(self.folder, query.classifier, labelled, seed=self._public_seed, device=self.device)
 
     def report(self) -> Path:
         report.build_card(self.folder.path)
