@@ -12,7 +12,7 @@ from typing import Any
 
 # torch, jsonargparse and the pipeline are imported by the commands that need them: `privimage budget` answers at once.
 
-STAGES = ("query", "select", "pretrain", "finetune", "sample", "evaluate", "report")
+STAGES = ("query", "select", "pretrain", "warmup", "finetune", "sample", "evaluate", "report")
 
 USAGE = """\
 usage: privimage COMMAND [options]
@@ -22,7 +22,7 @@ usage: privimage COMMAND [options]
   compare   a grid of variants × settings × seeds:  privimage compare --config FILE [--dry-run]
   budget    what σ, how many steps, what does the query cost?  Needs no data
   data      look at an image set, or convert one; `data prepare NAME` makes one of a well-known set
-  query select pretrain finetune sample evaluate report
+  query select pretrain warmup finetune sample evaluate report
             one stage of a run:  privimage STAGE --config FILE   (or --out DIR, for a run that was begun)
   keys      every configuration key with its default
   doctor    what was built, and what runs
@@ -227,6 +227,7 @@ def _compare(argv: list[str]) -> None:
     parser.add_argument("--config", metavar="FILE", required=True, help="base, variants, seeds and grids; see docs/evaluation.md")
     parser.add_argument("--out", metavar="DIR", help="in place of the file's")
     parser.add_argument("--only", metavar="PATTERN", default="*", help="runs whose name fits, e.g. 'dpdm*seed=0'")
+    parser.add_argument("--jobs", metavar="N", type=int, default=1, help="runs at a time, which share the cores (1)")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and their rough time, and stop")
     parser.add_argument("--table", action="store_true", help="write table, plots and sheet from what is there, and stop")
     a = parser.parse_args(argv)
@@ -235,6 +236,8 @@ def _compare(argv: list[str]) -> None:
     from privimage_fast.compare.sources import check_sources
     from privimage_fast.stages.folder import RunError
 
+    if a.jobs < 1:
+        raise GridError(f"--jobs must be ≥ 1, found {a.jobs}")
     comparison = load_comparison(a.config, out=a.out)
 
     def wanted(cell: Cell) -> bool:
@@ -247,7 +250,7 @@ def _compare(argv: list[str]) -> None:
     if a.dry_run:
         print(describe(comparison, wanted))
         return
-    outcomes = [] if a.table else run_comparison(comparison, wanted=wanted)
+    outcomes = [] if a.table else run_comparison(comparison, wanted=wanted, jobs=a.jobs)
     table = write_results(comparison, outcomes)
     print(table.read_text(encoding="utf-8"))
     print(f"written to {table.parent}")

@@ -24,6 +24,7 @@ from privimage_fast.stages.pretrain import PretrainConfig
 from privimage_fast.stages.query import QueryConfig
 from privimage_fast.stages.sample import SampleConfig
 from privimage_fast.stages.select import SelectConfig
+from privimage_fast.stages.warmup import WarmupConfig
 
 
 class ConfigError(ValueError):
@@ -69,7 +70,7 @@ class PrivacyConfig:
         population: N, the stated public size of the sensitive set; null takes its size, and states it.
         secure: true takes all privacy randomness from the operating system; false derives it from `seed`, for tests only,
             and marks the run as not private.
-        train: false skips the fine-tuning: what is sampled has seen public images only, and the query alone is charged.
+        train: false skips warm-up and fine-tuning: what is sampled has seen public images only, and the query alone is charged.
     """
 
     epsilon: float = 10.0
@@ -154,6 +155,7 @@ class RunConfig:
     select: SelectConfig = field(default_factory=SelectConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -161,6 +163,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"precision must be auto, float32 or bfloat16, found {self.precision!r}")
+
+    @property
+    def warms_up(self) -> bool:
+        """Whether noisy class means are asked for, and charged."""
+        return self.warmup.steps > 0 and self.privacy.train and FAMILIES[self.model.family].learns_means
 
     def to_yaml(self) -> str:
         """YAML that :func:`load_yaml` reads back to an equal configuration."""
@@ -203,7 +210,7 @@ def check_keys(keys: list[str], source: str) -> None:
         if key not in valid:
             near = difflib.get_close_matches(key, valid, n=3, cutoff=0.5)
             near += [v for v in valid if v.rpartition(".")[2] == key.rpartition(".")[2] and v not in near]
-            hint = f"; did you mean {' or '.join(near[:3])}?" if near else ""
+            hint = f"; did you mean {' or '.join(near[:4])}?" if near else ""
             raise ConfigError(f"{source}: unknown key {key!r}{hint}")
 
 
@@ -259,7 +266,27 @@ def build_config(values: dict[str, Any], base: RunConfig | None = None) -> RunCo
     try:
         return RunConfig(**vars(parser.instantiate(parser.parse_object(merged))))
     except (ArgumentError, ValueError, TypeError) as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(_in_words(str(error), merged)) from error
+
+
+_KINDS = {
+    "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list[str]": "a list of texts",
+    "tuple[int, ...]": "a list of whole numbers", "tuple[str, ...]": "a list of texts", "None": "null",
+}  # fmt: skip
+
+
+def _in_words(message: str, values: dict[str, Any]) -> str:
+    """The parser's message of a value of the wrong type: which key, what was expected, what was found."""
+    named = re.match(r'Parser key "([\w.]+)":', message)
+    if named is None or named[1] not in valid_keys():
+        return message
+    config: Any = RunConfig()
+    found: Any = values
+    *sections, last = named[1].split(".")
+    for section in sections:
+        config, found = getattr(config, section), found[section]
+    kinds = str(next(f.type for f in fields(config) if f.name == last)).split(" | ")
+    return f"{named[1]}: expected {' or '.join(_KINDS.get(kind, kind) for kind in kinds)}, found {found[last]!r}"
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -51,12 +51,13 @@ class PrivImage:
         self, public: ImageSet | str, private: ImageSet | str, *, out: str | Path | None = None, resume: bool = False,
         semantic_function: SemanticFunction | None = None,
     ) -> PrivImage:  # fmt: skip
-        """query → select → pretrain → finetune. ``resume`` goes on with an interrupted run in the same folder."""
+        """query → select → pretrain → warmup → finetune. ``resume`` goes on with an interrupted run in the same folder."""
         run = self._bind(public, private, out, semantic_function)
         with run.opened(resume=resume):
             run.query()
             run.select()
             run.pretrain()
+            run.warmup()
             self._model = run.finetune().drawable.eval()
             run.report()
         self._run, self._class_names, self.config = run, run.private.label_names, run.config

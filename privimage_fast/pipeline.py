@@ -17,7 +17,7 @@ import torch
 
 from privimage_fast import report
 from privimage_fast.config import ConfigError, DataConfig, RunConfig, build_config, differing_keys, load_yaml
-from privimage_fast.data import ImageSet, holdout_split, join, open_image_set
+from privimage_fast.data import ImageSet, Limits, holdout_split, join, open_image_set
 from privimage_fast.data.atomic import atomic_write_text
 from privimage_fast.dp.accounting import (
     ADJACENCY,
@@ -30,19 +30,22 @@ from privimage_fast.dp.ledger import Ledger
 from privimage_fast.dp.noise import NoiseKey
 from privimage_fast.dp.sampling import OSRandom, SeededRandom
 from privimage_fast.models.classifier import Classifier
+from privimage_fast.models.edm import to_uint8
 from privimage_fast.models.replay import forget
 from privimage_fast.models.training import Drawable, ImageModel
-from privimage_fast.planning import Plan, make_plan, query_noise_multiplier
+from privimage_fast.planning import Plan, make_plan, means_noise_multiplier, query_noise_multiplier
 from privimage_fast.stages.agreement import check_text, question, stand_in_tables
 from privimage_fast.stages.clusters import check_clusters, public_clusters
 from privimage_fast.stages.evaluate import run_evaluate
 from privimage_fast.stages.finetune import budget_record, run_finetune
 from privimage_fast.stages.folder import RunError, RunFolder, fingerprint, timed
+from privimage_fast.stages.means import pose, run_means
 from privimage_fast.stages.pretrain import run_pretrain
 from privimage_fast.stages.query import SemanticFunction, public_classifier, run_query, semantic_function_of
 from privimage_fast.stages.sample import draw, run_sample, save_sheet
 from privimage_fast.stages.saved import load_pretrained, save_pretrained
 from privimage_fast.stages.select import labels_per_class, run_select, selected_subset
+from privimage_fast.stages.warmup import run_warmup
 
 logger = logging.getLogger(__name__)
 
@@ -91,8 +94,13 @@ class Run:
         source = source or getattr(data, name)
         if not source:
             raise ConfigError(f"data.{name} is not set; give a folder, a file or embedded:NAME")
+        limits = (
+            Limits(min_classes=1) if name == "public" else None
+        )  # clusters need no labels, and a list of sets may have one each
         sets = [
-            open_image_set(s, resolution=data.resolution, channels=data.channels, format=data.format, skip_bad=data.skip_bad)
+            open_image_set(
+                s, resolution=data.resolution, channels=data.channels, format=data.format, skip_bad=data.skip_bad, limits=limits
+            )
             for s in ([source] if isinstance(source, str) else source)
         ]
         images = join(sets) if len(sets) > 1 else sets[0]
@@ -189,7 +197,8 @@ class Run:
             saved = load_config(self.folder.config) if self.folder.config.exists() else None
             self.config = self._resolved(saved)
             if saved is not None:
-                changed = [k for k in differing_keys(saved, self.config) if not k.startswith(_REOPENABLE)]
+                free = _REOPENABLE if self.config.warms_up or saved.warms_up else (*_REOPENABLE, "warmup.")
+                changed = [k for k in differing_keys(saved, self.config) if not k.startswith(free)]
                 if changed:
                     raise RunError(
                         f"{self.folder.path} was started with other settings ({', '.join(changed)}); "
@@ -214,10 +223,14 @@ class Run:
         folder = self.folder
         records = Ledger.read(folder.ledger).records() if folder.ledger.exists() else []
         advice = f"Restore {folder.ledger}, or start over with another --out: nothing can be said about ε without it"
+        asked: list[tuple[Path, str, float]] = []
         if folder.query.exists():
-            sigma = folder.read_json(folder.query, "query")["noise_multiplier"]
-            if not any(r.stage == "query" and r.event == GaussianEvent(sigma) for r in records):
-                raise RunError(f"{folder.query} holds a query with σ₁ = {sigma:g} that the ledger does not charge. {advice}")
+            asked.append((folder.query, "query", folder.read_json(folder.query, "query")["noise_multiplier"]))
+        if folder.means.exists():
+            asked.append((folder.means, "warmup", folder.load_tensors(folder.means, "warmup")[1]["noise_multiplier"]))
+        for path, stage, sigma in asked:
+            if not any(r.stage == stage and r.event == GaussianEvent(sigma) for r in records):
+                raise RunError(f"{path} holds an answer with σ = {sigma:g} that the ledger does not charge. {advice}")
         charged = sum(r.event.steps for r in records if r.stage == "finetune" and isinstance(r.event, DPSGDEvent))
         for name in ("finetune", "finetune-progress"):
             path = folder.checkpoint(name)
@@ -238,9 +251,17 @@ class Run:
             each = labels_per_class(
                 c.select, n_labels=self._n_labels, n_classes=self.private.n_classes, clusters=c.query.clusters is not None
             )
-        query_noise = filled.query.noise_multiplier if c.query.noise_multiplier is None else c.query.noise_multiplier
+        query_noise, means_noise = (
+            saved if own is None else own
+            for own, saved in (
+                (c.query.noise_multiplier, filled.query.noise_multiplier),
+                (c.warmup.noise_multiplier, filled.warmup.noise_multiplier),
+            )
+        )
         if query_noise is None:
             query_noise = query_noise_multiplier(c.privacy.epsilon, delta, c.query.share)
+        if means_noise is None and c.warms_up:
+            means_noise = means_noise_multiplier(c, delta, population=population, n_classes=self.private.n_classes)
         steps = c.finetune.steps or filled.finetune.steps or c.finetune.total_steps(population)
         multiplicity = c.finetune.multiplicity or filled.finetune.multiplicity or c.model.default_multiplicity
         return replace(
@@ -248,6 +269,7 @@ class Run:
             privacy=replace(c.privacy, population=population, delta=delta),
             query=replace(c.query, noise_multiplier=query_noise, votes_per_image=c.query.votes_per_image or each),
             select=replace(c.select, labels_per_class=each),
+            warmup=replace(c.warmup, noise_multiplier=means_noise),
             finetune=replace(c.finetune, steps=steps, multiplicity=multiplicity),
         )
 
@@ -351,8 +373,7 @@ class Run:
 
     def pretrain(self) -> ImageModel:
         c, model = self.config, self.model()
-        selection = self.folder.read_json(self.folder.selection, "select")
-        indices, labels = selected_subset(selection, self.asked, self.private.label_names)
+        indices, labels = self._subset()
         run_pretrain(
             self.folder, c.pretrain, model=model, public=self.public, indices=indices, labels=labels, seed=self._public_seed,
             device=self.device, autocast=self.autocast,
@@ -360,6 +381,11 @@ class Run:
         if not (self.folder.samples / "before.png").exists():
             self._sheets_before(model.drawable, indices, labels)
         return model
+
+    def _subset(self) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of the chosen public images, and the classes they stand for."""
+        selection = self.folder.read_json(self.folder.selection, "select")
+        return selected_subset(selection, self.asked, self.private.label_names)
 
     def _sheets_before(self, model: Drawable, indices: np.ndarray, labels: np.ndarray) -> None:
         """What the model draws, and what it was shown, before it has seen a sensitive image."""
@@ -375,9 +401,35 @@ class Run:
             chosen = ImageSet(self.public.images[indices[order]], labels[order], names, name="public")
             save_sheet(self.folder, "public", chosen)
 
-    def finetune(self) -> ImageModel:
+    def warmup(self) -> ImageModel:
+        """Noisy class means, and training on them; where none are asked for, the model as it was pre-trained."""
         c, model = self.config, self.model()
         model.load_state_dict(self.folder.load_tensors(self.folder.checkpoint("pretrain"), "pretrain")[0])
+        if not c.warms_up:
+            return model
+        if self.ledger.steps_charged("finetune") and not self.folder.means.exists():
+            raise RunError(f"{self.folder.path} was fine-tuned without a warm-up; go on with --warmup.steps 0")
+        assert c.warmup.noise_multiplier is not None
+        indices, labels, names = *self._subset(), self.private.label_names
+        question = pose(
+            self.public, n_classes=len(names), chosen=indices, labels=labels, max_norm=c.warmup.max_norm, seed=self._public_seed
+        )
+        means = run_means(
+            self.folder, question, private=self.private, noise_multiplier=c.warmup.noise_multiplier, ledger=self.ledger,
+            noise_key=self.noise_key,
+        )  # fmt: skip
+        save_sheet(self.folder, "means", ImageSet(to_uint8(means).numpy(), np.arange(len(names)), names, name="means"))
+        run_warmup(
+            self.folder, c.warmup, model=model, means=means, images=self.public.images[indices], labels=labels,
+            highest_level=c.sample.sampler.sigma_max, seed=self._public_seed,
+            device=self.device, autocast=self.autocast,
+        )  # fmt: skip
+        return model
+
+    def finetune(self) -> ImageModel:
+        c, model = self.config, self.model()
+        before = "warmup" if c.warms_up else "pretrain"
+        model.load_state_dict(self.folder.load_tensors(self.folder.checkpoint(before), before)[0])
         assert c.privacy.population is not None and c.privacy.delta is not None
         if not c.privacy.train:
             self._keep_public(model)
@@ -440,7 +492,8 @@ class Run:
 
     def all(self) -> Path:
         """Every stage in order; those that are done already return at once."""
-        for stage in (self.query, self.select, self.pretrain, self.finetune, self.sample, self.evaluate):
+        stages = (self.query, self.select, self.pretrain, self.warmup, self.finetune, self.sample, self.evaluate)
+        for stage in stages:
             logger.info("%s", stage.__name__)
             stage()
         return self.report()
@@ -458,13 +511,15 @@ class Run:
         c = self.config
         record = budget_record(
             c.finetune, plan.population, plan.epsilon, plan.delta, plan.noise_multiplier, plan.steps,
-            query_noise_multiplier=plan.query_noise_multiplier,
+            query_noise_multiplier=plan.query_noise_multiplier, means_noise_multiplier=plan.means_noise_multiplier,
         )  # fmt: skip
         self.folder.write_json(self.folder.budget, record)
 
 
 def load_config(path: Path) -> RunConfig:
-    return build_config(load_yaml(path.read_text(), str(path)))
+    """A run's saved configuration. One without the section `warmup` was saved before there was a warm-up: it had none."""
+    values = load_yaml(path.read_text(), str(path))
+    return build_config({"warmup": {"steps": 0}} | values)
 
 
 def device_of(name: str) -> str:

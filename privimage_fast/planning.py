@@ -30,30 +30,36 @@ class Plan:
     steps: int
     noise_multiplier: float
     query_noise_multiplier: float | None
-    epsilon_without_query: float
+    means_noise_multiplier: float | None
+    epsilon_without_query: float  # and without the means
     labels_per_class: int
     selection: str  # what is chosen of the public set, in words
     parameters: int
     private_parameters: int  # trained on sensitive images
     step: StepPlan
     pretrain_seconds: float
+    warmup_seconds: float
     finetune_seconds: float
     sample_seconds: float
 
     def table(self) -> str:
         """The plan as aligned lines of text."""
         query = f"σ₁ = {self.query_noise_multiplier:.4g}" if self.query_noise_multiplier is not None else "none"
-        total = self.pretrain_seconds + self.finetune_seconds + self.sample_seconds
+        total = self.pretrain_seconds + self.warmup_seconds + self.finetune_seconds + self.sample_seconds
+        asked = "without the query" if self.means_noise_multiplier is None else "without query and class means"
+        if self.means_noise_multiplier is not None:
+            query += f"; class means: σ₂ = {self.means_noise_multiplier:.4g}"
+        warmed = f", warm up {_minutes(self.warmup_seconds)}" if self.warmup_seconds else ""
         rows = [
             ("budget", f"ε = {self.epsilon:g}, δ = {self.delta:.3g}, N = {self.population} (public)"),
-            ("query", f"{query}; without the query the same σ would cost ε = {self.epsilon_without_query:.3f}"),
+            ("query", f"{query}; {asked} the same σ would cost ε = {self.epsilon_without_query:.3f}"),
             ("selection", self.selection),
             ("DP-SGD", f"σ = {self.noise_multiplier:.4f}, q = {self.sample_rate:.4g}, {self.steps} steps" if self.steps
              else "none: trained on public images only"),
             ("network", f"{self.parameters:,} parameters" + ("" if self.private_parameters == self.parameters else
                         f", {self.private_parameters:,} of them (the discriminator) trained by DP-SGD")),
             ("micro-batch", f"{self.step.physical_batch_size} images, up to {self.step.peak_bytes / 2**20:.0f} MiB to fine-tune"),
-            ("rough time", f"{_minutes(total)}: pre-train {_minutes(self.pretrain_seconds)}, fine-tune "
+            ("rough time", f"{_minutes(total)}: pre-train {_minutes(self.pretrain_seconds)}{warmed}, fine-tune "
                            f"{_minutes(self.finetune_seconds)}, sample {_minutes(self.sample_seconds)} (classifiers apart)"),
         ]  # fmt: skip
         return "\n".join(f"{name:<12} {value}" for name, value in rows)
@@ -67,7 +73,8 @@ def make_plan(c: RunConfig, model: ImageModel, *, n_labels: int, n_classes: int)
     assert c.privacy.population and c.privacy.delta and c.finetune.steps and c.select.labels_per_class
     rate = c.finetune.sample_rate(c.privacy.population)
     queried = c.select.mode == "semantic"
-    prior = [GaussianEvent(c.query.noise_multiplier)] if queried and c.query.noise_multiplier is not None else []
+    asked = [c.query.noise_multiplier if queried else None, c.warmup.noise_multiplier if c.warms_up else None]
+    prior = [GaussianEvent(noise) for noise in asked if noise is not None]
     sigma, steps = 0.0, c.finetune.steps if c.privacy.train else 0
     if math.isfinite(c.privacy.epsilon) and steps:
         sigma = solve_noise_multiplier(
@@ -85,12 +92,13 @@ def make_plan(c: RunConfig, model: ImageModel, *, n_labels: int, n_classes: int)
     return Plan(
         epsilon=c.privacy.epsilon, delta=c.privacy.delta, population=c.privacy.population, sample_rate=rate,
         steps=steps, noise_multiplier=sigma,
-        query_noise_multiplier=c.query.noise_multiplier if queried else None,
+        query_noise_multiplier=asked[0], means_noise_multiplier=asked[1],
         epsilon_without_query=epsilon([DPSGDEvent(sigma, rate, steps)] if steps else [], c.privacy.delta),
         labels_per_class=c.select.labels_per_class,
         selection=_selection_text(c, n_labels=n_labels, n_classes=n_classes),
         parameters=parameters, private_parameters=private_parameters, step=step,
         pretrain_seconds=0.0 if c.select.mode == "none" else seconds.public * c.pretrain.batch_size * c.pretrain.steps,
+        warmup_seconds=seconds.public * c.warmup.batch_size * c.warmup.steps if c.warms_up else 0.0,
         finetune_seconds=(seconds.private * images_a_step + seconds.after_step) * steps,
         sample_seconds=seconds.draw * images,
     )  # fmt: skip
@@ -185,6 +193,21 @@ def query_noise_multiplier(target_epsilon: float, delta: float, share: float) ->
 
     mu = brentq(excess, 1e-4, 10 + 2 * math.sqrt(2 * target_epsilon) + target_epsilon)
     return 1 / (mu * math.sqrt(share))
+
+
+# What is aimed at on a pixel of a class mean, of images in [−1, 1], and what of the budget it may take.
+_PIXEL_NOISE, _LEAST_SHARE, _MOST_SHARE = 0.1, 0.02, 0.25
+
+
+def means_noise_multiplier(c: RunConfig, delta: float, *, population: int, n_classes: int) -> float:
+    """σ₂ of the class means: from ``warmup.share``, or so that classes of equal size get means of little noise."""
+    if c.warmup.share is not None:
+        return query_noise_multiplier(c.privacy.epsilon, delta, c.warmup.share)
+    # Residuals are about half as long as an image of ones, whatever C will be.
+    length = 0.5 * c.data.resolution * math.sqrt(c.data.channels)
+    wanted = _PIXEL_NOISE * population / (n_classes * length)
+    most, least = (query_noise_multiplier(c.privacy.epsilon, delta, share) for share in (_LEAST_SHARE, _MOST_SHARE))
+    return min(max(wanted, least), most)
 
 
 def _minutes(seconds: float) -> str:

@@ -6,13 +6,14 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from tiny import PRIVATE, PUBLIC, SECTIONS, TEST
 
 from privimage_fast.cli import STAGES, main
 from privimage_fast.config import RunConfig, build_config
-from privimage_fast.data import save_npz
+from privimage_fast.data import save_folder, save_npz
 from privimage_fast.report import outdated_figures, summary_table
 
 
@@ -119,6 +120,20 @@ def test_more_labels_than_there_are_is_refused_before_anything_is_spent(
         assert main(["run", "--config", str(config), "--select.labels_per_class", "3", "--select.mode", mode, *dry]) == 2
         assert "3 classes with 3 labels each need 9 public labels, but the public set has 6" in capsys.readouterr().err
     assert not (tmp_path / "out" / "ledger.jsonl").exists()
+
+
+def test_a_public_set_without_labels_serves_where_clusters_stand_for_them(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_folder(PUBLIC.relabel(np.zeros(len(PUBLIC), np.int64), ["all"]), tmp_path / "flat")
+    command = ["run", "--config", str(config), "--data.public", str(tmp_path / "flat"), "--dry-run"]
+    assert main([*command, "--query.clusters", "12"]) == 0
+    assert "2 clusters a class, 6 of 12" in capsys.readouterr().out
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "the public set has 1" in error and "set query.clusters" in error and "give the folder inside it" in error
+    assert main([*command, "--data.private", str(tmp_path / "flat"), "--query.clusters", "12"]) == 2
+    assert "only one class, 'all', was found; at least two are needed" in capsys.readouterr().err
 
 
 def test_a_memory_budget_too_small_is_refused_before_anything_is_spent(

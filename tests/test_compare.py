@@ -262,9 +262,9 @@ def test_a_wrong_offer_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         run = Run(cell.config, public=PUBLIC, private=PRIVATE, test=TEST)
         with run.opened(resume=True):
             run.select()
-            assert shared.offer_pretrain(run) is bool(tensors)
-            run.pretrain()
-            shared.keep_pretrain(run)
+            with shared.pretraining(run) as found:
+                assert found is bool(tensors)
+                run.pretrain()
         tensors.append(run.folder.load_tensors(run.folder.checkpoint("pretrain"), "pretrain"))
     assert [metadata["steps"] for _, metadata in tensors] == [SECTIONS["pretrain"]["steps"], 0]
     assert any(not np.array_equal(value, tensors[1][0][name]) for name, value in tensors[0][0].items())

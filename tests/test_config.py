@@ -19,7 +19,11 @@ def test_unknown_keys_are_refused_with_the_nearest() -> None:
     [
         ({"privacy": {"epsilon": 0}}, "epsilon"),
         ({"privacy": {"delta": 2.0}}, "delta"),
-        ({"finetune": {"batch_size": "many"}}, "batch_size"),
+        ({"finetune": {"batch_size": "many"}}, "^finetune.batch_size: expected a whole number, found 'many'$"),
+        ({"query": {"clusters": "foo"}}, "^query.clusters: expected a whole number or null, found 'foo'$"),
+        ({"data": {"public": 3}}, "^data.public: expected text or a list of texts, found 3$"),
+        ({"privacy": {"secure": "maybe"}}, "^privacy.secure: expected true or false, found 'maybe'$"),
+        ({"model": {"unet": {"channel_mult": "a"}}}, "^model.unet.channel_mult: expected a list of whole numbers, found 'a'$"),
         ({"finetune": 3}, "finetune"),
         ({"model": {"preset": "huge"}}, "small, base, large"),
         ({"sample": {"formats": ["tar"]}}, "tar"),

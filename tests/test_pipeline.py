@@ -37,6 +37,7 @@ def test_the_run_folder_holds_the_contract(finished: Run) -> None:
         "config.yaml",
         "ledger.jsonl",
         "query.json",
+        "means.safetensors",
         "selection.json",
         "synthetic.npz",
         "metrics.json",
@@ -46,6 +47,7 @@ def test_the_run_folder_holds_the_contract(finished: Run) -> None:
     for name in [
         *names,
         "checkpoints/pretrain.safetensors",
+        "checkpoints/warmup.safetensors",
         "checkpoints/finetune.safetensors",
         "samples/after.png",
         "samples/before.png",
@@ -59,8 +61,9 @@ def test_the_run_folder_holds_the_contract(finished: Run) -> None:
 
 def test_every_step_and_the_query_are_charged_as_they_ran(finished: Run) -> None:
     records = Ledger.read(finished.folder.ledger).records()
-    assert [r.stage for r in records] == ["query"] + ["finetune"] * STEPS
+    assert [r.stage for r in records] == ["query", "warmup"] + ["finetune"] * STEPS
     assert records[0].event == GaussianEvent(finished.config.query.noise_multiplier)
+    assert records[1].event == GaussianEvent(finished.config.warmup.noise_multiplier)
     budget = json.loads(finished.folder.budget.read_text())
     assert dpsgd(finished) == [DPSGDEvent(budget["noise_multiplier"], 30 / 120, 1)] * STEPS
 
@@ -184,7 +187,7 @@ def test_an_empty_draw_is_a_charged_step(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(finetune_module, "PoissonSampler", Empty)
     run = run_all(tmp_path / "a", test=None)
     assert len(dpsgd(run)) == STEPS
-    before, after = (run.folder.load_tensors(run.folder.checkpoint(n), "x")[0] for n in ("pretrain", "finetune"))
+    before, after = (run.folder.load_tensors(run.folder.checkpoint(n), "x")[0] for n in ("warmup", "finetune"))
     assert any(not torch.equal(before[n], after[n]) for n in before)  # noise alone moved it
 
 
@@ -296,7 +299,7 @@ def test_what_would_stop_a_later_stage_is_found_before_anything_is_spent(tmp_pat
 @pytest.mark.parametrize("mode", ["none", "all", "random"])
 def test_selections_without_a_query_spend_nothing_on_one(tmp_path: Path, mode: str) -> None:
     run = run_all(tmp_path / "a", select={"mode": mode, "labels_per_class": 1})
-    assert {r.stage for r in Ledger.read(run.folder.ledger).records()} == {"finetune"}
+    assert {r.stage for r in Ledger.read(run.folder.ledger).records()} == {"warmup", "finetune"}
     assert not run.folder.query.exists()
 
 

@@ -21,7 +21,7 @@ from privimage_fast.dp.ledger import Ledger
 from privimage_fast.pipeline import Run
 from privimage_fast.report import epsilon_text
 from privimage_fast.stages import finetune as finetune_module
-from privimage_fast.stages.folder import RunError
+from privimage_fast.stages.folder import RunError, RunFolder
 
 
 def slow(value: Any) -> Any:
@@ -30,10 +30,11 @@ def slow(value: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "stage", ["query", slow("select"), slow("pretrain"), "finetune", slow("sample"), "evaluate", slow("report")]
+    "stage",
+    ["query", slow("select"), slow("pretrain"), slow("warmup"), "finetune", slow("sample"), slow("evaluate"), slow("report")],
 )
 def test_an_error_after_any_stage_loses_nothing(tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    stages = ["query", "select", "pretrain", "finetune", "sample", "evaluate", "report"]
+    stages = ["query", "select", "pretrain", "warmup", "finetune", "sample", "evaluate", "report"]
     following = dict(pairwise(stages)).get(stage)
     if following is not None:
         with monkeypatch.context() as patch:
@@ -41,7 +42,7 @@ def test_an_error_after_any_stage_loses_nothing(tmp_path: Path, stage: str, monk
             with pytest.raises(KeyboardInterrupt):
                 run_all(tmp_path / "a")
     run = run_all(tmp_path / "a", resume=following is not None)
-    assert [r.stage for r in Ledger.read(run.folder.ledger).records()] == ["query"] + ["finetune"] * STEPS
+    assert [r.stage for r in Ledger.read(run.folder.ledger).records()] == ["query", "warmup"] + ["finetune"] * STEPS
 
 
 @pytest.mark.parametrize("at", [1, slow(3), slow(5), 8])
@@ -72,15 +73,20 @@ def test_interrupted_fine_tuning_charges_replays_and_keeps_the_budget(
     assert len({e.noise_multiplier for e in dpsgd(run)}) == 1
 
 
-def test_a_query_killed_before_it_was_kept_is_paid_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "stages"), [("query.vote", ["query", "query", "warmup"]), ("means.clipped_sums", ["query", "warmup", "warmup"])]
+)
+def test_a_question_killed_before_its_answer_was_kept_is_paid_twice(
+    tmp_path: Path, name: str, stages: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("privimage_fast.stages.query.vote", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(f"privimage_fast.stages.{name}", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run_all(tmp_path / "a")
     run = run_all(tmp_path / "a", resume=True)
     ledger = Ledger.read(run.folder.ledger)
-    assert [r.stage for r in ledger.records()][:3] == ["query", "query", "finetune"]
-    assert ledger.epsilon() <= 5.0 and ledger.steps_charged("finetune") == STEPS  # σ was solved for two queries
+    assert [r.stage for r in ledger.records()][:4] == [*stages, "finetune"]
+    assert ledger.epsilon() <= 5.0 and ledger.steps_charged("finetune") == STEPS  # σ was solved for both
 
 
 @pytest.mark.parametrize("following", [slow("select"), "sample", slow("report"), None])
@@ -107,18 +113,16 @@ def test_a_ledger_with_fewer_steps_than_the_weights_is_refused(tmp_path: Path) -
 
 
 def test_pretraining_resumes_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from privimage_fast.stages import pretrain as pretrain_module
-
     whole = run_all(tmp_path / "whole", test=None, privacy={"secure": False})
-    original = pretrain_module._save
+    original = RunFolder.save_tensors
 
-    def failing(folder: Any, stamp: str, steps: int, *rest: Any) -> None:
-        original(folder, stamp, steps, *rest)
-        if steps == 4:
+    def failing(self: RunFolder, path: Path, tensors: Any, metadata: dict[str, Any]) -> None:
+        original(self, path, tensors, metadata)
+        if path.stem == "pretrain-progress" and metadata["steps"] == 4:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain_module, "_save", failing)
+        patch.setattr(RunFolder, "save_tensors", failing)
         with pytest.raises(KeyboardInterrupt):
             run_all(tmp_path / "cut", test=None, privacy={"secure": False})
     cut = run_all(tmp_path / "cut", resume=True, test=None, privacy={"secure": False})

@@ -37,6 +37,7 @@ SECTIONS: dict[str, Any] = {
         "unet": {"base_channels": 8, "channel_mult": [1, 1], "blocks": 1, "attention_levels": [1], "head_channels": 8},
     },
     "pretrain": {"steps": 6, "batch_size": 16, "checkpoint_seconds": 0.0},
+    "warmup": {"steps": 4, "batch_size": 12},
     "finetune": {"steps": 8, "batch_size": 30, "multiplicity": 2, "physical_batch_size": 16, "checkpoint_steps": 3},
     "sample": {"per_class": 12, "batch_size": 12, "sampler": {"steps": 3}},
     "evaluate": {"classifier": {"width": 8, "epochs": 2, "batch_size": 16}},

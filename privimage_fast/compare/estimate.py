@@ -9,7 +9,6 @@ from privimage_fast.compare.grid import Cell, Comparison
 from privimage_fast.compare.runner import is_finished, read_sets
 from privimage_fast.pipeline import Run
 from privimage_fast.planning import Plan
-from privimage_fast.stages.clusters import clusters_key
 from privimage_fast.stages.folder import fingerprint
 
 
@@ -31,19 +30,12 @@ def describe(comparison: Comparison, wanted: Callable[[Cell], bool] = lambda cel
         key = fingerprint(replace(cell.config, out="", seed=0, public_seed=0))
         if key not in plans:
             plans[key] = Run(cell.config, **read(cell.config.data)).plan()
-        plan, subset = plans[key], _subset_key(cell)
-        seconds = plan.finetune_seconds + plan.sample_seconds + (0.0 if subset in pretrained else plan.pretrain_seconds)
+        plan, subset = plans[key], cell.training_key
+        seconds = plan.warmup_seconds + plan.finetune_seconds + plan.sample_seconds
+        seconds += 0.0 if subset in pretrained else plan.pretrain_seconds
         pretrained.add(subset)
         total += seconds
         noise = f"σ {plan.noise_multiplier:.3f}, {plan.steps} steps" if plan.steps else "no DP-SGD"
         lines.append(f"{cell.name:<{width}}  {noise:<22} {seconds / 60:6.1f} min")
     lines.append(f"{len(cells)} runs in {comparison.out}, about {total / 60:.0f} minutes (classifiers apart)")
     return "\n".join(lines)
-
-
-def _subset_key(cell: Cell) -> str:
-    c = cell.config
-    seed = c.seed if c.public_seed is None else c.public_seed
-    of_seed = c.seed if c.select.mode == "random" or c.select.max_image_ratio is not None else seed
-    labels = (clusters_key(c.query), c.query.votes_per_image)
-    return fingerprint(labels, c.select, c.model, c.pretrain, c.data.public, seed, of_seed)

@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 
 from privimage_fast.config import ConfigError, RunConfig, build_config, check_keys, dotted_keys, load_yaml, merge, nest
+from privimage_fast.stages.clusters import clusters_key
 from privimage_fast.stages.folder import fingerprint
 
 MAX_CELLS = 2000
@@ -57,6 +58,15 @@ class Cell:
     def stamp(self) -> str:
         """Of everything but the place, by which a finished run is known again."""
         return fingerprint(replace(self.config, out=""))
+
+    @property
+    def training_key(self) -> str:
+        """Of the public training that it needs, as far as that is known before: noise may choose other subsets."""
+        c = self.config
+        seed = c.seed if c.public_seed is None else c.public_seed
+        of_seed = c.seed if c.select.mode == "random" or c.select.max_image_ratio is not None else seed
+        labels = (clusters_key(c.query), c.query.votes_per_image)
+        return fingerprint(labels, c.select, c.model, c.pretrain, c.data.public, seed, of_seed)
 
 
 @dataclass(frozen=True)

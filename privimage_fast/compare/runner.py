@@ -1,4 +1,4 @@
-"""Runs the cells of a comparison, one after the other. What is finished is not run again; what fails is reported."""
+"""Runs the cells of a comparison, in turn or several at a time. What is finished is not run again; what fails is reported."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import fcntl
 import json
 import logging
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 from privimage_fast.compare.grid import Cell, Comparison
 from privimage_fast.compare.shared import SharedTraining
+from privimage_fast.compare.workers import Workers
 from privimage_fast.config import DataConfig
 from privimage_fast.data import ImageSet
 from privimage_fast.data.atomic import atomic_write_text
-from privimage_fast.pipeline import Run
+from privimage_fast.pipeline import Run, device_of
 from privimage_fast.stages.folder import RunError, RunFolder
 
 logger = logging.getLogger(__name__)
@@ -31,27 +33,58 @@ class Outcome:
     error: str | None = None
 
 
-def run_comparison(comparison: Comparison, *, wanted: Callable[[Cell], bool] = lambda cell: True) -> list[Outcome]:
+def run_comparison(
+    comparison: Comparison, *, wanted: Callable[[Cell], bool] = lambda cell: True, jobs: int = 1
+) -> list[Outcome]:  # fmt: skip
     """Runs every wanted cell that is not finished; goes on with the next where one fails.
 
     Every run has its own folder, query, noise and ledger. A failed run's traceback is in its folder as error.txt, and the next
     call takes it up again.
 
+    Args:
+        jobs: runs at a time. More than one are made by processes of their own, which share this one's threads; small networks
+            gain by it. A script that asks for it needs the usual ``if __name__ == "__main__":``.
+
     Raises:
-        RunError: another process works on the same comparison, or there is nothing to compare against.
+        RunError: another process works on the same comparison, there is nothing to compare against, or several jobs would each
+            take most of a GPU's memory.
     """
     with _locked(comparison):
-        read, shared, outcomes = read_sets(), SharedTraining(comparison.out / "shared"), []
-        for number, cell in enumerate(comparison.cells, 1):
-            if is_finished(cell):
-                outcomes.append(Outcome(cell, "kept"))
-                continue
-            if not wanted(cell):
-                outcomes.append(Outcome(cell, "open"))
-                continue
-            logger.info("run %d of %d: %s", number, len(comparison.cells), cell.name)
-            outcomes.append(_attempt(cell, read, shared))
-    return outcomes
+        cells = [cell for cell in comparison.cells if wanted(cell) and not is_finished(cell)]
+        done = _side_by_side(cells, comparison.out, jobs) if jobs > 1 and len(cells) > 1 else _in_turn(cells, comparison.out)
+        ended: dict[str, Outcome] = {}
+        for number, outcome in enumerate(done, 1):
+            ended[outcome.cell.name] = outcome
+            logger.info("%d of %d runs: %s %s", number, len(cells), outcome.cell.name, outcome.state)
+            if outcome.error:
+                logger.error("run %s failed and is left out: %s", outcome.cell.name, outcome.error)
+    return [ended.get(outcome.cell.name, outcome) for outcome in states(comparison)]
+
+
+def _in_turn(cells: Sequence[Cell], out: Path) -> Iterator[Outcome]:
+    read, shared = read_sets(), SharedTraining(out / "shared")
+    for cell in cells:
+        logger.info("run %s", cell.name)
+        yield _attempt(cell, read, shared)
+
+
+def _side_by_side(cells: Sequence[Cell], out: Path, jobs: int) -> Iterator[Outcome]:
+    for cell in cells:
+        if device_of(cell.config.device) != "cpu" and cell.config.finetune.memory_budget_mib is None:
+            raise RunError(
+                f"{jobs} jobs on one GPU would each take most of its memory: set finetune.memory_budget_mib in `base`, or run "
+                "one at a time"
+            )
+    # Public training is made once, and whoever needs it meanwhile waits: different training comes first.
+    first = {cell.training_key: cell for cell in reversed(cells)}
+    cells = sorted(cells, key=lambda cell: first[cell.training_key] is not cell)
+    shared = str(out / "shared")
+    workers = Workers(_attempt_elsewhere, jobs=jobs, died=lambda task, why: Outcome(task[0], "failed", why))
+    yield from workers.results([(cell, shared) for cell in cells])
+
+
+def _attempt_elsewhere(task: tuple[Cell, str]) -> Outcome:
+    return _attempt(task[0], _read_here(), SharedTraining(Path(task[1])))
 
 
 def states(comparison: Comparison) -> list[Outcome]:
@@ -76,7 +109,6 @@ def _attempt(cell: Cell, read: Callable[[DataConfig], dict[str, ImageSet]], shar
         return Outcome(cell, "done")
     except Exception as error:  # whatever it is, the other runs are wanted all the same
         reason = f"{type(error).__name__}: {error}"
-        logger.error("run %s failed and is left out: %s", cell.name, reason)
         if folder.path.is_dir():
             atomic_write_text(folder.path / "error.txt", traceback.format_exc())
         return Outcome(cell, "failed", reason)
@@ -87,17 +119,19 @@ def run_cell(run: Run, shared: SharedTraining) -> None:
     with run.opened(resume=True):
         if run.test is None:
             raise RunError("there is nothing to compare by: set data.test or data.holdout in `base`")
-        shared.offer_labels(run)
-        run.query()
-        shared.keep_labels(run)
+        with shared.labels(run):
+            run.query()
         run.select()
-        if shared.offer_pretrain(run):
-            logger.info("pre-training: shared with an earlier run")
-        run.pretrain()
-        shared.keep_pretrain(run)
-        for stage in (run.finetune, run.sample, run.evaluate, run.report):
-            stage()
-        shared.keep_labels(run)
+        with shared.pretraining(run) as found:
+            if found:
+                logger.info("pre-training: shared with an earlier run")
+            run.pretrain()
+        run.warmup()
+        run.finetune()
+        run.sample()
+        with shared.labels(run):  # a run that asks nothing trains its classifier here, to measure distances on
+            run.evaluate()
+        run.report()
 
 
 def read_sets() -> Callable[[DataConfig], dict[str, ImageSet]]:
@@ -114,6 +148,12 @@ def read_sets() -> Callable[[DataConfig], dict[str, ImageSet]]:
         return {name: read(hashable, name) for name in names}
 
     return of
+
+
+@cache
+def _read_here() -> Callable[[DataConfig], dict[str, ImageSet]]:
+    """One reader a process."""
+    return read_sets()
 
 
 @contextmanager

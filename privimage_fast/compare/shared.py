@@ -7,10 +7,13 @@ shared: every run asks its own query, under its own ledger.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from privimage_fast.pipeline import Run
@@ -22,25 +25,37 @@ _RECORD = "stage.json"
 
 
 class SharedTraining:
-    """A folder of checkpoints by fingerprint. Each entry appears whole, by a rename."""
+    """A folder of checkpoints by fingerprint. Each entry appears whole, by a rename; several processes may work with it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def offer_labels(self, run: Run) -> None:
-        """The classifier of the public labels, and their clusters."""
-        for name in ("classifier", "clusters"):
-            self._offer(run, self._labels_key(run, name))
+    @contextmanager
+    def labels(self, run: Run) -> Iterator[None]:
+        """The classifier of public labels and the clusters: taken from here if they are there, else kept when the block ends."""
+        with ExitStack() as stack:
+            for name in ("classifier", "clusters"):
+                stack.enter_context(self._made_once(run, self._labels_key(run, name), name))
+            yield
 
-    def keep_labels(self, run: Run) -> None:
-        for name in ("classifier", "clusters"):
-            self._keep(run, self._labels_key(run, name), [run.folder.checkpoint(name)], None)
+    @contextmanager
+    def pretraining(self, run: Run) -> Iterator[bool]:
+        """The same for the pre-trained network; whether it was there."""
+        with self._made_once(run, self._pretrain_key(run), "pretrain", stage="pretrain") as found:
+            yield found
 
-    def offer_pretrain(self, run: Run) -> bool:
-        return self._offer(run, self._pretrain_key(run), "pretrain")
-
-    def keep_pretrain(self, run: Run) -> None:
-        self._keep(run, self._pretrain_key(run), [run.folder.checkpoint("pretrain")], "pretrain")
+    @contextmanager
+    def _made_once(self, run: Run, key: str, checkpoint: str, *, stage: str | None = None) -> Iterator[bool]:
+        """Who comes while another process is at it waits, and finds it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        entry, path = self.path / key, run.folder.checkpoint(checkpoint)
+        with open(self.path / f".{key}.lock", "w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            found = self._offer(run, entry, path, stage)
+            if found or entry.is_dir():
+                fcntl.flock(handle, fcntl.LOCK_UN)  # nothing is left to make
+            yield found
+            self._keep(run, entry, path, stage)
 
     # ---- keys: of everything that the result depends on, so that offers fit
 
@@ -61,28 +76,21 @@ class SharedTraining:
 
     # ---- files
 
-    def _offer(self, run: Run, key: str, stage: str | None = None) -> bool:
-        entry = self.path / key
-        if not entry.is_dir():
+    def _offer(self, run: Run, entry: Path, path: Path, stage: str | None) -> bool:
+        if path.exists() or not (entry / path.name).exists():
             return False
-        checkpoints = [path for path in entry.iterdir() if path.name != _RECORD]
-        if any((run.folder.path / "checkpoints" / path.name).exists() for path in checkpoints):
-            return False
-        for path in checkpoints:
-            link(path, run.folder.path / "checkpoints" / path.name)
+        link(entry / path.name, path)
         if stage is not None:
             run.folder.record(stage, json.loads((entry / _RECORD).read_text())["fingerprint"], 0.0)
         return True
 
-    def _keep(self, run: Run, key: str, paths: list[Path], stage: str | None) -> None:
-        entry = self.path / key
-        if entry.exists() or not all(path.exists() for path in paths):
+    def _keep(self, run: Run, entry: Path, path: Path, stage: str | None) -> None:
+        if entry.exists() or not path.exists():
             return
-        temporary = self.path / f".{key}.{secrets.token_hex(4)}"
-        temporary.mkdir(parents=True)
+        temporary = entry.with_name(f".{entry.name}.{secrets.token_hex(4)}")
+        temporary.mkdir()
         try:
-            for path in paths:
-                link(path, temporary / path.name)
+            link(path, temporary / path.name)
             if stage is not None:
                 records = json.loads(run.folder.stages.read_text())
                 (temporary / _RECORD).write_text(json.dumps({"fingerprint": records[stage]["fingerprint"]}))

@@ -89,7 +89,7 @@ def _assemble(
     if bad.any():
         images, labels = images[~bad], labels[~bad]
     found = given if given is not None else number_classes(labels, str(path))
-    require_classes(found, str(path))
+    require_classes(found, str(path), limits)
     images = resample(to_channels(images, channels), resolution)
     return ImageSet(images, labels, found, path.name.split(".")[0], tuple(faults.skipped))
 

@@ -26,7 +26,7 @@ def read_tree(
     entries, names = _from_manifest(tree, limits, faults) if MANIFEST in tree.names else _from_folders(tree, faults)
     if len(names) > limits.max_classes:
         raise DataError(f"{tree.path}: {len(names):,} classes, limit {limits.max_classes:,}; raise Limits.max_classes")
-    require_classes(names, tree.path)
+    require_classes(names, tree.path, limits)
     limits.check_set(len(entries), resolution, channels, tree.path)
     images = np.empty((len(entries), resolution, resolution, channels), np.uint8)
     kept = []
@@ -44,9 +44,9 @@ def read_tree(
     return ImageSet(images[kept], labels[kept], names, name, tuple(faults.skipped))
 
 
-def require_classes(names: tuple[str, ...], source: str) -> None:
-    """Refuses a source of one class: the query tells classes apart, so it needs two."""
-    if len(names) < 2:
+def require_classes(names: tuple[str, ...], source: str, limits: Limits) -> None:
+    """Refuses a source of one class, unless one is enough."""
+    if len(names) < limits.min_classes:
         raise DataError(
             f"{source}: only one class, {names[0]!r}, was found; at least two are needed. "
             "If that is the folder around the class folders, give the folder inside it"

@@ -17,6 +17,7 @@ class Limits:
     """
 
     max_images: int = 2_000_000
+    min_classes: int = 2  # the query tells classes apart; one is enough where clusters stand for labels
     max_classes: int = 10_000
     max_pixels: int = 64 * 2**20  # of one encoded image, as its header declares them
     max_file_bytes: int = 128 * 2**20  # one encoded image, or dataset.json

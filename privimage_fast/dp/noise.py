@@ -26,6 +26,7 @@ class Stream(IntEnum):
     STEP = 1  # the flat gradient of a DP-SGD step (all tensors in one stream, told apart by their offset)
     EVALUATION = 2  # a noised measurement on sensitive data
     AUXILIARY = 3
+    MEANS = 4  # the class means
 
 
 class NoiseReuseError(RuntimeError):

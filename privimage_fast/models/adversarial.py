@@ -63,6 +63,7 @@ class GAN(nn.Module):
 
     default_multiplicity = 1
     low_precision = False  # slopes of the gradient penalty, spectral norm
+    learns_means = False
 
     def __init__(
         self, config: GANConfig, adversarial: AdversarialConfig, *, resolution: int, channels: int, num_classes: int

@@ -42,6 +42,7 @@ class Denoiser(nn.Module):
 
     default_multiplicity = 8
     low_precision = True
+    learns_means = True
 
     def __init__(self, unet: UNetConfig, edm: EDMConfig, *, resolution: int, channels: int, num_classes: int) -> None:
         super().__init__()
@@ -77,6 +78,11 @@ class Denoiser(nn.Module):
 
     def public_training(self, *, lr: float, ema_decay: float, label_dropout: float) -> PublicDenoising:
         return PublicDenoising(self, lr=lr, ema_decay=ema_decay, label_dropout=label_dropout)
+
+    def mean_training(
+        self, *, lr: float, ema_decay: float, label_dropout: float, noise_levels: tuple[float, float]
+    ) -> MeanDenoising:  # fmt: skip
+        return MeanDenoising(self, lr=lr, ema_decay=ema_decay, label_dropout=label_dropout, noise_levels=noise_levels)
 
     def private_training(self, *, lr: float, ema_decay: float, label_dropout: float, multiplicity: int) -> PrivateDenoising:
         return PrivateDenoising(self, label_dropout=label_dropout, multiplicity=multiplicity)
@@ -142,6 +148,38 @@ class PublicDenoising:
             label_dropout=self.label_dropout, generator=random,
         )  # fmt: skip
         loss = self.loss(self.model, *batch.args()).mean()
+        self.optimizer.step(loss, lr)
+        return loss.detach()
+
+
+class MeanDenoising(PublicDenoising):
+    """Training on class means where noise is high: the best denoiser answers E[image | noisy image, class], which tends to the
+    class mean as noise drowns the image. Low levels keep what they learned of public images, which are shown there meanwhile.
+    """
+
+    def __init__(
+        self, model: Denoiser, *, lr: float, ema_decay: float, label_dropout: float, noise_levels: tuple[float, float]
+    ) -> None:  # fmt: skip
+        super().__init__(model, lr=lr, ema_decay=ema_decay, label_dropout=label_dropout)
+        self.lowest, self.highest = noise_levels
+
+    def step(  # type: ignore[override]
+        self, means: Tensor, labels: Tensor, images: Tensor, image_labels: Tensor, random: torch.Generator, lr: float
+    ) -> Tensor:  # fmt: skip
+        low, high = (
+            denoising_batch(
+                x, y, edm=self.model.edm, num_classes=self.model.num_classes, multiplicity=1, label_dropout=self.label_dropout,
+                generator=random,
+            )
+            for x, y in ((images, image_labels), (means, labels))
+        )  # fmt: skip
+        share = torch.rand(len(means), generator=random, device=random.device).to(means.device)
+        sigma = self.lowest * (self.highest / self.lowest) ** share  # uniform in ln σ
+        rows = (
+            torch.cat([high.images, low.images]), torch.cat([high.noise, low.noise]),
+            torch.cat([sigma, low.sigma.clamp(max=self.lowest)]), torch.cat([high.labels, low.labels]),
+        )  # fmt: skip
+        loss = self.loss(self.model, *rows).mean()
         self.optimizer.step(loss, lr)
         return loss.detach()
 

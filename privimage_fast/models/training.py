@@ -50,6 +50,25 @@ class PublicTraining(Protocol):
         """Leaves in the model the weights that fine-tuning starts from."""
 
 
+class MeanTraining(Protocol):
+    """Training on class means that are private already, of a family that can learn from them."""
+
+    def step(
+        self, means: Tensor, labels: Tensor, images: Tensor, image_labels: Tensor, random: torch.Generator, lr: float
+    ) -> Tensor:  # fmt: skip
+        """One step on means (B, C, H, W) of the classes labels (B,), beside public images, perhaps none, and their labels.
+
+        Every draw comes from ``random``. Returns a loss to show.
+        """
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+
+    def finish(self) -> None:
+        """Leaves in the model the weights that fine-tuning starts from."""
+
+
 class PrivateTraining(Protocol):
     """DP-SGD of ``module``. Nothing in here reads sensitive images but the loss, and that through ``module``'s clipped gradient.
 
@@ -97,11 +116,17 @@ class ImageModel(Protocol):
     num_classes: int
     default_multiplicity: int  # of DP-SGD
     low_precision: bool  # whether training bears bfloat16 autocast
+    learns_means: bool  # whether there is a mean_training
 
     @property
     def drawable(self) -> Drawable: ...
 
     def public_training(self, *, lr: float, ema_decay: float, label_dropout: float) -> PublicTraining: ...
+
+    def mean_training(
+        self, *, lr: float, ema_decay: float, label_dropout: float, noise_levels: tuple[float, float]
+    ) -> MeanTraining:  # fmt: skip
+        """``noise_levels``: the lowest and highest σ at which a diffusion model is trained on means."""
 
     def private_training(self, *, lr: float, ema_decay: float, label_dropout: float, multiplicity: int) -> PrivateTraining: ...
 

@@ -24,9 +24,9 @@ from privimage_fast.report.privacy import Privacy, read_privacy, without_folder
 
 T = TypeVar("T")
 
-STAGES = ("query", "select", "pretrain", "finetune", "sample", "evaluate")
-READ_REAL_IMAGES = ("query", "finetune", "evaluate")  # their running times say something of those images
-CLASSIFIER = "checkpoints/classifier.safetensors"
+STAGES = ("query", "select", "pretrain", "warmup", "finetune", "sample", "evaluate")
+READ_REAL_IMAGES = ("query", "warmup", "finetune", "evaluate")  # their running times say something of those images
+CLASSIFIER, MEANS = "checkpoints/classifier.safetensors", "means.safetensors"
 # What decoders and the checks below raise on a file that is not what a stage writes.
 _UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, OSError, RecursionError, EOFError, ArithmeticError,
                NotImplementedError, yaml.YAMLError, zipfile.BadZipFile, zlib.error)  # fmt: skip
@@ -81,6 +81,7 @@ class Facts:
     config: dict[str, Any]
     privacy: Privacy
     query: dict[str, Any] | None
+    means: dict[str, float] | None  # of the class means: noise_multiplier, noise_std, max_norm
     heat: HeatMap | None
     selection: dict[str, Any] | None
     check: dict[str, Any] | None
@@ -107,7 +108,13 @@ class Facts:
 
     @property
     def open_stages(self) -> list[str]:
-        return [stage for stage in STAGES if stage not in self.finished]
+        return [stage for stage in STAGES if stage not in self.finished and (stage != "warmup" or self.warms_up)]
+
+    @property
+    def warms_up(self) -> bool:
+        """Whether the configuration asks for class means; one of an earlier version does not know them."""
+        off = self.setting("model", "family") == "gan" or self.setting("privacy", "train") is False
+        return bool(self.setting("warmup", "steps")) and not off
 
     def setting(self, *keys: str) -> Any:
         """A value of the resolved configuration, None where it is not there."""
@@ -124,9 +131,10 @@ class Facts:
                 "a GAN is pre-trained on those public images, its discriminator fine-tuned on the sensitive ones with DP-SGD, "
                 "and its generator, which learns from the discriminator alone, draws the synthetic set."
             )
+        warmed = "warmed up on noisy class means, " if self.means else ""
         return (
-            "a diffusion model is pre-trained on those public images, then fine-tuned on the sensitive ones with DP-SGD, and "
-            "draws the synthetic set."
+            f"a diffusion model is pre-trained on those public images, {warmed}then fine-tuned on the sensitive ones with "
+            "DP-SGD, and draws the synthetic set."
         )
 
     def source(self, which: str) -> str:
@@ -155,9 +163,10 @@ def read_facts(run_dir: Path) -> Facts:
     measured = reader.shaped("metrics.json", lambda: _measured_set(reader.json("metrics.json"))) if metrics else None
     drawn = reader.shaped("stages.json", lambda: _drawn_set(reader.json("stages.json"))) if seconds else None
     counted = reader.shaped("synthetic.npz", lambda: _count(run_dir / "synthetic.npz", query))
-    sheets = {name: run_dir / "samples" / f"{name}.png" for name in ("before", "after", "public")}
+    sheets = {name: run_dir / "samples" / f"{name}.png" for name in ("before", "after", "public", "means")}
+    means = reader.shaped(MEANS, lambda: _means(run_dir / MEANS))
     found = {name: reader.shaped(f"samples/{path.name}", partial(_picture, path)) for name, path in sheets.items()}
-    privacy = read_privacy(run_dir, budget or {}, query, config, "finetune" in seconds)
+    privacy = read_privacy(run_dir, budget or {}, query, means, config, "finetune" in seconds)
     if not privacy.holds:  # "computed from synthetic images alone" is worth nothing then
         metrics = [replace(metric, private=False) for metric in metrics]
     secret_times = any(seconds.get(stage) is not None for stage in READ_REAL_IMAGES)
@@ -167,6 +176,7 @@ def read_facts(run_dir: Path) -> Facts:
         config=config,
         privacy=privacy,
         query=query,
+        means=means,
         heat=heat_map(query, selection) if query else None,
         selection=selection,
         check=reader.shaped("query-check.json", lambda: _check(reader.json("query-check.json"))),
@@ -320,8 +330,8 @@ def _drawn_set(value: Any) -> str | None:
     return None if name is None else str(name)
 
 
-def _classifier(path: Path) -> PublicClassifier | None:
-    """From the header of a safetensors file: its length in 8 bytes, then JSON. No tensor is read."""
+def _described(path: Path) -> dict[str, Any] | None:
+    """What a stage wrote of its tensors, from the header of a safetensors file: its length in 8 bytes, then JSON."""
     if not path.is_file():
         return None
     with path.open("rb") as file:
@@ -329,11 +339,21 @@ def _classifier(path: Path) -> PublicClassifier | None:
         if not 0 < length <= MAX_HEADER_BYTES:
             raise ValueError(f"header of {length} bytes")
         header = json.loads(file.read(length))
-    described = json.loads(header["__metadata__"]["privimage"])
-    if "near_chance" not in described:
+    return _mapping(json.loads(header["__metadata__"]["privimage"]))
+
+
+def _classifier(path: Path) -> PublicClassifier | None:
+    described = _described(path)
+    if described is None or "near_chance" not in described:
         return None  # of a version that did not say
     accuracy, chance = (_fraction(described[name]) for name in ("public_accuracy", "chance"))
     return PublicClassifier(accuracy, chance, int(described["held_out"]), described["near_chance"] is True)
+
+
+def _means(path: Path) -> dict[str, float] | None:
+    described = _described(path)
+    names = ("noise_multiplier", "noise_std", "max_norm")
+    return None if described is None else {name: float(described[name]) for name in names}
 
 
 def _count(path: Path, query: dict[str, Any] | None) -> tuple[list[tuple[str, int]], str] | None:
@@ -382,6 +402,8 @@ def _releases(run_dir: Path, metrics: list[Metric], secret_times: bool) -> list[
         Release("Noisy histogram", "query.json", True, "Gaussian noise was added before it was written; drawn once"),
         Release("Check of the query", "query-check.json", True, "computed from public images and the noisy histogram"),
         Release("Chosen public labels", "selection.json", True, "computed from the noisy histogram alone"),
+        Release("Noisy class means", MEANS, True, "Gaussian noise was added before they were written; drawn once"),
+        Release("Sheet of class means", "samples/means.png", True, "computed from the noisy class means"),
         Release("Sheet before fine-tuning", "samples/before.png", True, "drawn from the model that saw public images only"),
         Release("Sheet of synthetic images", "samples/after.png", True, "drawn from the private model"),
         Release(

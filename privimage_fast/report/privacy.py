@@ -121,12 +121,13 @@ def _difference(value: float | None, reported: float) -> str:
 
 
 def read_privacy(
-    run_dir: Path, budget: dict[str, Any], query: dict[str, Any] | None, config: dict[str, Any], trained: bool
-) -> Privacy:
+    run_dir: Path, budget: dict[str, Any], query: dict[str, Any] | None, means: dict[str, float] | None,
+    config: dict[str, Any], trained: bool,
+) -> Privacy:  # fmt: skip
     """The ledger of `run_dir` and how the plan compares. `trained`: fine-tuning has ended, so its steps must all be there."""
     path = run_dir / "ledger.jsonl"
     if not path.is_file():
-        results = ("query.json", "synthetic.npz", "model", "checkpoints/finetune.safetensors")
+        results = ("query.json", "means.safetensors", "synthetic.npz", "model", "checkpoints/finetune.safetensors")
         touched = [name for name in results if (run_dir / name).exists()]
         text = "There is no ledger.jsonl, so nothing can be said about ε."
         if touched:
@@ -154,7 +155,7 @@ def read_privacy(
         what = "ε cannot be computed" if isinstance(error, BudgetError) else "the ledger is damaged"
         text = f"The ledger cannot be used, so nothing can be said about ε. {without_folder(str(error), run_dir)}"
         return Privacy(banners=[Banner(f"NO STATEMENT: {what}", text)])
-    _compare(privacy, ledger, budget, query, trained)
+    _compare(privacy, ledger, budget, {"query": query, "warmup": means}, trained)
     privacy.banners = _banners(privacy)
     return privacy
 
@@ -188,8 +189,13 @@ def _charges(ledger: Ledger) -> list[Charges]:
     ]
 
 
-def _compare(privacy: Privacy, ledger: Ledger, budget: dict[str, Any], query: dict[str, Any] | None, trained: bool) -> None:
-    """The plan beside the ledger. Steps charged beyond the plan are replays; fewer under a finished model are a gap."""
+def _compare(
+    privacy: Privacy, ledger: Ledger, budget: dict[str, Any], asked: dict[str, dict[str, Any] | None], trained: bool
+) -> None:  # fmt: skip
+    """`asked`: what each question that is drawn once has left.
+
+    The plan beside the ledger. Steps charged beyond the plan are replays; fewer under a finished model are a gap.
+    """
     rows, header = privacy.compared, ledger.header
     target = math.inf if header.target_epsilon is None else header.target_epsilon
 
@@ -207,23 +213,22 @@ def _compare(privacy: Privacy, ledger: Ledger, budget: dict[str, Any], query: di
             rows.append(Compared("target ε", planned, charged, "equal" if equal else "DIFFERS", equal))
         same("δ", budget.get("delta"), header.delta)
         same("N, images (stated)", budget.get("population"), header.population)
-    sigma = query.get("noise_multiplier") if query else None
     for stage, planned, planned_sigma, planned_rate in (
-        ("query", 1 if query else None, sigma, None),
+        *((stage, 1 if left else None, left.get("noise_multiplier") if left else None, None) for stage, left in asked.items()),
         ("finetune", budget.get("steps"), budget.get("noise_multiplier"), budget.get("sample_rate")),
     ):
         charged = [c for c in privacy.charges if c.stage == stage]
         steps = ledger.steps_charged(stage)
-        if not charged and not (stage == "query" and query) and not (stage == "finetune" and trained):
+        if not charged and not asked.get(stage) and not (stage == "finetune" and trained):
             continue
-        label = "query" if stage == "query" else "fine-tuning"
+        label = {"query": "query", "warmup": "class means", "finetune": "fine-tuning"}[stage]
         if charged:
             same(f"{label}: noise multiplier σ", planned_sigma, charged[-1].noise_multiplier)
             same(f"{label}: sample rate q", planned_rate, charged[-1].sample_rate)
         if not isinstance(planned, int) or isinstance(planned, bool):
             continue
         extra = steps - planned
-        what = "draw" if stage == "query" else "step"
+        what = "draw" if stage in asked else "step"
         if extra > 0:
             verdict = f"{extra:,} {what}{'s' if extra > 1 else ''} repeated after an interruption, charged again"
             privacy.replays += extra
@@ -231,7 +236,7 @@ def _compare(privacy: Privacy, ledger: Ledger, budget: dict[str, Any], query: di
         elif extra == 0:
             verdict = "equal"
         else:
-            complete = stage == "query" or trained
+            complete = stage in asked or trained
             verdict = "FEWER CHARGED THAN TAKEN" if complete else f"{-extra:,} still to do"
             rows.append(Compared(f"{label}: {what}s", f"{planned:,}", f"{steps:,}", verdict, not complete))
             continue

@@ -107,7 +107,8 @@ def run_finetune(
 ) -> None:  # fmt: skip
     """Fine-tunes ``model`` in place; leaves its released weights in it and in checkpoints/finetune.safetensors.
 
-    σ is solved from what the ledger holds already, so the query is in it; an infinite ``target_epsilon`` trains without noise.
+    σ is solved from what the ledger holds already, so query and means are in it; an infinite ``target_epsilon`` trains without
+    noise.
     ``autocast``: dtype the network may compute in, if its family bears it; norms, sums and noise stay in float32 or better.
 
     Raises:
@@ -157,17 +158,20 @@ def run_finetune(
 
 def budget_record(
     config: FinetuneConfig, population: int, target_epsilon: float, delta: float, noise_multiplier: float, steps: int,
-    ledger: Ledger | None = None, query_noise_multiplier: float | None = None,
+    ledger: Ledger | None = None, query_noise_multiplier: float | None = None, means_noise_multiplier: float | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The content of budget.json: the public parameters of the run, as planned and as used."""
     if ledger is not None:
-        queries = [r for r in ledger.records() if r.stage == "query"]
-        query_noise_multiplier = queries[-1].event.noise_multiplier if queries else None
+        query_noise_multiplier, means_noise_multiplier = (
+            next((r.event.noise_multiplier for r in reversed(ledger.records()) if r.stage == stage), None)
+            for stage in ("query", "warmup")
+        )
     return {
         "target_epsilon": target_epsilon if np.isfinite(target_epsilon) else "inf", "delta": delta, "population": population,
         "sample_rate": config.sample_rate(population), "steps": steps, "noise_multiplier": noise_multiplier,
         "max_grad_norm": config.max_grad_norm, "multiplicity": config.multiplicity,
         "expected_batch_size": config.batch_size, "query_noise_multiplier": query_noise_multiplier,
+        "means_noise_multiplier": means_noise_multiplier,
     }  # fmt: skip
 
 

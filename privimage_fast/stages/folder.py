@@ -21,7 +21,7 @@ from privimage_fast.data.atomic import atomic_path, atomic_write_text
 
 logger = logging.getLogger(__name__)
 
-SENSITIVE_STAGES = ("query", "finetune", "evaluate")
+SENSITIVE_STAGES = ("query", "warmup", "finetune", "evaluate")
 
 
 class RunError(RuntimeError):
@@ -39,6 +39,7 @@ class RunFolder:
     query = property(lambda self: self.path / "query.json")
     query_check = property(lambda self: self.path / "query-check.json")
     selection = property(lambda self: self.path / "selection.json")
+    means = property(lambda self: self.path / "means.safetensors")
     budget = property(lambda self: self.path / "budget.json")
     metrics = property(lambda self: self.path / "metrics.json")
     synthetic = property(lambda self: self.path / "synthetic.npz")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from privimage_fast.data import ImageSet
 from privimage_fast.models.edm import to_float
-from privimage_fast.models.training import ImageModel, PublicTraining
+from privimage_fast.models.training import ImageModel
 from privimage_fast.stages.folder import RunFolder, fingerprint, set_fingerprint, timed
 
 
@@ -74,34 +77,54 @@ def _train(
     device: str, autocast: torch.dtype | None,
 ) -> None:  # fmt: skip
     training = model.public_training(lr=config.lr, ema_decay=config.ema_decay, label_dropout=config.label_dropout)
-    path = folder.checkpoint("pretrain-progress")
-    start = _restore(folder, stamp, training) if path.exists() else 0
-    saved = time.perf_counter()
-    kind = torch.device(device).type
     pixels, targets = (torch.from_numpy(a).to(device) for a in (images, labels))
-    progress = tqdm(range(start, config.steps), desc="pretrain", unit="step", initial=start, total=config.steps, leave=False)
-    for step in progress:
-        random = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+
+    def step(random: torch.Generator, lr: float) -> Tensor:
         rows = torch.randint(len(images), (config.batch_size,), generator=random, device=device)
-        lr = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
+        return training.step(to_float(pixels[rows]), targets[rows], random, lr)
+
+    train_resumably(
+        folder, "pretrain", stamp, training, step, steps=config.steps, lr=config.lr, warmup=config.warmup, seed=seed,
+        checkpoint_seconds=config.checkpoint_seconds, device=device, autocast=autocast,
+    )  # fmt: skip
+
+
+class Resumable(Protocol):
+    """What a loop needs of a training beside its steps."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+def train_resumably(
+    folder: RunFolder, stage: str, stamp: str, training: Resumable, step: Callable[[torch.Generator, float], Tensor], *,
+    steps: int, lr: float, warmup: int, seed: int, checkpoint_seconds: float, device: str, autocast: torch.dtype | None,
+) -> None:  # fmt: skip
+    """Training without DP-SGD, from its last checkpoint if there is one.
+
+    ``step(random, lr)`` makes one step and returns a loss to show.
+
+    Each step's randomness is a function of (seed, step) alone.
+    """
+    path, kind = folder.checkpoint(f"{stage}-progress"), torch.device(device).type
+    start = 0
+    if path.exists():
+        tensors, metadata = folder.load_tensors(path, stage)
+        if metadata.get("fingerprint") == stamp:  # else of other settings; it may simply begin again
+            training.load_state_dict(tensors)
+            start = int(metadata["steps"])
+    saved = time.perf_counter()
+    progress = tqdm(range(start, steps), desc=stage, unit="step", initial=start, total=steps, leave=False)
+    for number in progress:
+        random = torch.Generator(device).manual_seed(seed * 1_000_003 + number)
         with torch.autocast(kind, autocast, enabled=autocast is not None):
-            loss = training.step(to_float(pixels[rows]), targets[rows], random, lr)
-        if step % 20 == 0:
+            loss = step(random, lr * min(1.0, (number + 1) / max(1, warmup)))
+        if number % 20 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}")
-        if time.perf_counter() - saved > config.checkpoint_seconds:
-            _save(folder, stamp, step + 1, training)
+        if time.perf_counter() - saved > checkpoint_seconds:
+            folder.save_tensors(path, training.state_dict(), {"fingerprint": stamp, "steps": number + 1})
             saved = time.perf_counter()
     training.finish()
-
-
-def _save(folder: RunFolder, stamp: str, steps: int, training: PublicTraining) -> None:
-    path = folder.checkpoint("pretrain-progress")
-    folder.save_tensors(path, training.state_dict(), {"fingerprint": stamp, "steps": steps})
-
-
-def _restore(folder: RunFolder, stamp: str, training: PublicTraining) -> int:
-    tensors, metadata = folder.load_tensors(folder.checkpoint("pretrain-progress"), "pretrain")
-    if metadata.get("fingerprint") != stamp:
-        return 0  # of other settings; public training may simply begin again
-    training.load_state_dict(tensors)
-    return int(metadata["steps"])

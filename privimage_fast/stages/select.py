@@ -66,6 +66,7 @@ def labels_per_class(config: SelectConfig, *, n_labels: int, n_classes: int, clu
             f"{n_classes} classes with {k} labels each need {k * n_classes} public labels, but {found}; "
             + ("lower select.labels_per_class, or " if k > 1 else "")
             + advice
+            + (" (if that is the folder around the label folders, give the folder inside it)" if n_labels == 1 else "")
         )
     return k
 

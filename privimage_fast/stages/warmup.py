@@ -1,0 +1,101 @@
+"""Warming the pre-trained model up on noisy class means, before DP-SGD: after "From easy to hard" (Li et al., DP-FETA, 2025).
+
+Of their idea this keeps that means come before images. Means are asked for once, of all images (``stages.means``), and teach a
+diffusion model at high noise levels only, where the mean is the right answer; the training itself is post-processing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from privimage_fast.models.edm import to_float
+from privimage_fast.models.training import ImageModel
+from privimage_fast.stages.folder import RunFolder, fingerprint, timed
+from privimage_fast.stages.means import STAGE
+from privimage_fast.stages.pretrain import train_resumably
+
+
+@dataclass(frozen=True)
+class WarmupConfig:
+    """Class means of the sensitive images, noisy, and training on them. For the diffusion model; a GAN takes none.
+
+    Args:
+        steps: optimizer steps on the means; 0 asks for none and charges nothing.
+        share: of the budget, as `query.share`, when `noise_multiplier` is null. null takes what leaves noise of about 0.1 on a
+            pixel of a class's mean (of black −1 to white 1), from 2 to 25 %: small sets and a small ε need more.
+        noise_multiplier: σ₂, standard deviation of the noise ÷ what one image can change; null derives it from `share`; 0, no
+            noise, is for non-private bounds only.
+        max_norm: C, to which an image's difference from its class's centre (public images chosen for the class) is scaled
+            down, in units of [−1, 1]; null takes what three quarters of those public images keep to.
+        batch_size: rows a step, of which a third are public images at low noise.
+        lr: learning rate of Adam.
+        ema_decay: decay of the averaged weights that fine-tuning starts from.
+        label_dropout: share of labels replaced by the empty one.
+        lowest_level: the noise level σ of the diffusion from which upwards the means are taught.
+    """
+
+    steps: int = 150
+    share: float | None = None
+    noise_multiplier: float | None = None
+    max_norm: float | None = None
+    batch_size: int = 144
+    lr: float = 1e-3
+    ema_decay: float = 0.98
+    label_dropout: float = 0.1
+    lowest_level: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or self.batch_size < 3:
+            raise ValueError(f"warmup.steps must be ≥ 0 and batch_size ≥ 3, found {self.steps} and {self.batch_size}")
+        if self.share is not None and not 0 < self.share < 1:
+            raise ValueError(f"warmup.share must be in (0, 1) or null, found {self.share}")
+        if self.noise_multiplier is not None and not self.noise_multiplier >= 0:
+            raise ValueError(f"warmup.noise_multiplier must be ≥ 0 or null, found {self.noise_multiplier}")
+        for name in ("max_norm", "lr", "lowest_level"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"warmup.{name} must be positive, found {getattr(self, name)}")
+        if not 0 <= self.ema_decay < 1 or not 0 <= self.label_dropout <= 1:
+            raise ValueError(f"warmup.ema_decay {self.ema_decay} and label_dropout {self.label_dropout} must be in [0, 1)")
+
+
+def run_warmup(
+    folder: RunFolder, config: WarmupConfig, *, model: ImageModel, means: Tensor, images: np.ndarray, labels: np.ndarray,
+    highest_level: float, seed: int, device: str = "cpu", autocast: torch.dtype | None = None,
+) -> None:  # fmt: skip
+    """Trains ``model`` in place and leaves its averaged weights in it and in checkpoints/warmup.safetensors.
+
+    ``images`` (uint8 NHWC), ``labels``: the chosen public images, perhaps none, and the classes they stand for.
+    """
+    weights = {name: p.detach().cpu() for name, p in model.named_parameters()}
+    stamp = fingerprint(
+        config, seed, highest_level, *(fingerprint(a.tobytes()) for a in (images, labels, means.numpy())),
+        [(name, fingerprint(p.numpy().tobytes())) for name, p in weights.items()],
+    )  # fmt: skip
+    path = folder.checkpoint(STAGE)
+    model.to(device)
+    if path.exists() and folder.finished(STAGE, stamp):
+        model.load_state_dict(folder.load_tensors(path, STAGE)[0])
+        return
+    training = model.mean_training(
+        lr=config.lr, ema_decay=config.ema_decay, label_dropout=config.label_dropout,
+        noise_levels=(config.lowest_level, max(highest_level, 2 * config.lowest_level)),
+    )  # fmt: skip
+    pixels, classes, means = torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device), means.to(device)
+    shown = config.batch_size // 3 if len(images) else 0
+
+    def step(random: torch.Generator, lr: float) -> Tensor:
+        of = torch.randint(len(means), (config.batch_size - shown,), generator=random, device=device)
+        rows = torch.randint(max(1, len(pixels)), (shown,), generator=random, device=device)
+        return training.step(means[of], of, to_float(pixels[rows]), classes[rows], random, lr)
+
+    with timed(folder, STAGE, stamp):
+        train_resumably(
+            folder, STAGE, stamp, training, step, steps=config.steps, lr=config.lr, warmup=20, seed=seed,
+            checkpoint_seconds=60.0, device=device, autocast=autocast if model.low_precision else None,
+        )  # fmt: skip
+        folder.save_tensors(path, model.state_dict(), {"fingerprint": stamp, "steps": config.steps})
+    folder.checkpoint(f"{STAGE}-progress").unlink(missing_ok=True)

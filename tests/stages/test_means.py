@@ -1,0 +1,369 @@
+"""Class means: sensitivity, noise and order of charging; what is made of the noisy sums; the warm-up on them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import PRIVATE, PUBLIC, SECTIONS, STEPS, run_all, tiny_config
+
+from privimage_fast.config import ConfigError
+from privimage_fast.data import ImageSet
+from privimage_fast.dp.accounting import BudgetError, GaussianEvent
+from privimage_fast.dp.ledger import Ledger
+from privimage_fast.dp.noise import NoiseKey, Stream
+from privimage_fast.models import edm
+from privimage_fast.models.edm import Denoiser, to_float
+from privimage_fast.pipeline import Run
+from privimage_fast.planning import means_noise_multiplier, query_noise_multiplier
+from privimage_fast.stages import warmup as warmup_module
+from privimage_fast.stages.folder import RunError, RunFolder
+from privimage_fast.stages.means import Question, clipped_sums, denoised, pose, run_means
+from privimage_fast.stages.warmup import WarmupConfig, run_warmup
+
+NOTHING = np.arange(0)
+
+
+def question(max_norm: float | None = 2.0, *, chosen: np.ndarray = NOTHING, labels: np.ndarray = NOTHING) -> Question:
+    return pose(PUBLIC, n_classes=3, chosen=chosen, labels=labels, max_norm=max_norm, seed=0)
+
+
+def ask(folder: Path, sigma: float, *, key: NoiseKey | None = None, max_norm: float = 2.0, **options: Any) -> torch.Tensor:
+    run = RunFolder(folder)
+    run.create()
+    with Ledger(run.ledger, target_epsilon=None, delta=1e-5, population=len(PRIVATE)) as ledger:
+        return run_means(
+            run, question(max_norm), private=options.get("private", PRIVATE), noise_multiplier=sigma,
+            ledger=options.get("ledger", ledger), noise_key=key or NoiseKey.from_os(),
+        )  # fmt: skip
+
+
+def sums(folder: Path) -> torch.Tensor:
+    return RunFolder(folder).load_tensors(RunFolder(folder).means, "warmup")[0]["sums"]
+
+
+def images_like(pixels: np.ndarray, label: int = 0) -> ImageSet:
+    return ImageSet(pixels.astype(np.uint8), np.full(len(pixels), label), PRIVATE.label_names)
+
+
+# -------------------------------------------------------------------------------------------------------- mechanism
+
+
+@given(st.integers(0, 2**31), st.floats(0.01, 30), st.integers(0, 2))
+@settings(max_examples=40, deadline=None)
+def test_one_image_more_changes_its_own_row_by_at_most_the_sensitivity(seed: int, max_norm: float, label: int) -> None:
+    """Of any image beside any others: in L2 C for its pixels and C/2 for the count, to the last bit of a whole number."""
+    random = np.random.default_rng(seed)
+    q = question(max_norm)
+    one = images_like(random.choice([0, 17, 255], (1, 8, 8, 1)), label)
+    others = PRIVATE.subset(random.integers(0, len(PRIVATE), random.integers(1, 9)))
+    both = replace(others, images=np.concatenate([others.images, one.images]), labels=np.concatenate([others.labels, one.labels]))
+    change = clipped_sums(both, q) - clipped_sums(others, q)
+    rows = change.norm(dim=1)
+    assert float(rows[label]) <= q.sensitivity * (1 + 1e-12) and rows.count_nonzero() == 1
+    # What is added does not depend on the others, nor on the order: there is no rounding.
+    torch.testing.assert_close(change[label], clipped_sums(one, q)[label], rtol=0, atol=1e-12 * max(1.0, max_norm))
+    order = random.permutation(len(both))
+    assert torch.equal(clipped_sums(both.subset(order), q), clipped_sums(both, q))
+
+
+def test_the_bound_is_met_by_images_beyond_it_and_not_felt_within() -> None:
+    far = images_like(np.full((1, 8, 8, 1), 255))
+    tight, wide = question(0.5), question(100.0)
+    assert float(clipped_sums(far, tight)[0, :-1].norm()) == pytest.approx(0.5, rel=1e-6)
+    assert float(clipped_sums(far, tight)[0, -1]) == 0.25 and tight.sensitivity == pytest.approx(0.5 * math.sqrt(1.25))
+    residual = to_float(torch.from_numpy(far.images)).flatten().double() - wide.centres[0].flatten()
+    torch.testing.assert_close(clipped_sums(far, wide)[0, :-1], residual, rtol=0, atol=1e-6)
+
+
+def test_noise_is_to_the_last_bit_what_is_charged(tmp_path: Path) -> None:
+    """On every cell, counts too; of a known key, for a hundredth less would hide in the spread of a secret one."""
+    ask(tmp_path, 4.0, key=NoiseKey.from_seed(7))
+    drawn = torch.from_numpy(NoiseKey.from_seed(7).gaussian((3, 65), step=0, stream=Stream.MEANS))
+    exact = clipped_sums(PRIVATE, question())
+    torch.testing.assert_close(sums(tmp_path), exact + 4.0 * math.sqrt(2.0**2 + 1.0**2) * drawn, rtol=0, atol=1e-10)
+    assert 0.8 < float(drawn.std()) < 1.2 and drawn.abs().min() > 0
+    assert [(r.stage, r.event) for r in Ledger.read(tmp_path / "ledger.jsonl").records()] == [("warmup", GaussianEvent(4.0))]
+
+
+def test_noise_is_not_a_public_constant(tmp_path: Path) -> None:
+    tables = []
+    for name in "ab":
+        torch.manual_seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        ask(tmp_path / name, 5.0)
+        tables.append(sums(tmp_path / name))
+    assert (tables[0] - tables[1]).abs().min() > 0
+
+
+def test_the_charge_is_written_before_the_first_sensitive_image_is_read(tmp_path: Path) -> None:
+    class Refusing:
+        def charge(self, event: object, *, stage: str) -> None:
+            raise BudgetError("charged")
+
+    class Unread(ImageSet):
+        def __getattribute__(self, name: str) -> Any:
+            if name in ("images", "labels", "class_counts"):
+                raise AssertionError(f"{name} was read before the charge")
+            return super().__getattribute__(name)
+
+    unread = object.__new__(Unread)
+    object.__setattr__(unread, "label_names", PRIVATE.label_names)
+    with pytest.raises(BudgetError, match="charged"):
+        ask(tmp_path, 5.0, ledger=Refusing(), private=unread)
+    assert not RunFolder(tmp_path).means.exists()
+
+
+def test_it_is_asked_once_and_kept(tmp_path: Path) -> None:
+    first = ask(tmp_path, 2.0)
+    assert torch.equal(ask(tmp_path, 2.0), first)
+    assert len(Ledger.read(tmp_path / "ledger.jsonl").records()) == 1
+    for changes in ({"sigma": 3.0}, {"sigma": 2.0, "max_norm": 3.0}):
+        with pytest.raises(RunError, match="other settings; its privacy is spent"):
+            ask(tmp_path, **changes)
+
+
+# --------------------------------------------------------------------------------------------- what is made of it
+
+
+def test_without_noise_the_means_come_out() -> None:
+    q = question(100.0)
+    means = denoised(clipped_sums(PRIVATE, q), q, 1e-9)
+    x = to_float(torch.from_numpy(PRIVATE.images))
+    exact = torch.stack([x[torch.from_numpy(PRIVATE.labels) == c].mean(0) for c in range(3)])
+    torch.testing.assert_close(means, exact, rtol=0, atol=1e-4)
+
+
+def test_under_noise_alone_the_centres_come_out() -> None:
+    """Means that noise drowns must not teach noise: they fall back to the public images chosen for the class."""
+    labels = np.arange(12) % 3
+    q = question(2.0, chosen=np.arange(12) + 24, labels=labels)
+    std = 1e4
+    noisy = clipped_sums(PRIVATE, q) + std * torch.randn(3, 65, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noisy[:, -1] = 40 * q.count  # counts as they are
+    away = (denoised(noisy, q, std) - q.centres).square().mean().sqrt()
+    assert float(away) < 0.3 * float((noisy[:, :-1] / 40).clamp(-1, 1).square().mean().sqrt())
+    for c in range(3):
+        chosen = to_float(torch.from_numpy(PUBLIC.images[np.arange(12)[labels == c] + 24])).mean(0)
+        torch.testing.assert_close(q.centres[c].float(), chosen)
+
+
+def test_denoising_comes_nearer_to_the_means_than_the_raw_sums(tmp_path: Path) -> None:
+    q = question(6.0)
+    exact = denoised(clipped_sums(PRIVATE, q), q, 1e-9)
+    std, ratios = 3.0 * q.sensitivity, []
+    for seed in range(5):
+        noise = torch.randn(3, 65, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        noisy = clipped_sums(PRIVATE, q) + std * noise
+        raw = noisy[:, :-1] / (noisy[:, -1:] / q.count).clamp(min=1.0) + q.centres.view(3, -1)
+        found = denoised(noisy, q, std)
+        ratios.append(float((found - exact).norm() / (raw.float().view_as(exact) - exact).norm()))
+    assert np.median(ratios) < 0.8
+
+
+@pytest.mark.parametrize("count", [-50.0, 0.0, 0.3])
+def test_a_class_without_images_gives_its_centre_and_nothing_infinite(count: float) -> None:
+    q = question()
+    noisy = clipped_sums(PRIVATE, q)
+    noisy[1] = 0.01
+    noisy[1, -1] = count
+    means = denoised(noisy, q, 2.0)
+    assert torch.isfinite(means).all() and means.abs().max() <= 1
+
+
+def test_the_bound_and_the_basis_come_of_public_images() -> None:
+    q = question(None)
+    residual = to_float(torch.from_numpy(PUBLIC.images)).flatten(1).double()
+    residual = residual - residual.mean(0)
+    assert q.max_norm == pytest.approx(float(residual.norm(dim=1).quantile(0.75)))
+    torch.testing.assert_close(q.basis @ q.basis.T, torch.eye(64, dtype=torch.float64))
+    spread = (residual @ q.basis.T).square().mean(0)
+    assert (spread.diff() <= 1e-9).all()  # most of it first
+    alike = replace(PUBLIC, images=np.full_like(PUBLIC.images, 7))
+    assert pose(alike, n_classes=2, chosen=NOTHING, labels=NOTHING, max_norm=None, seed=0).max_norm > 0
+
+
+def test_many_pixels_take_the_first_components_only() -> None:
+    large = ImageSet(np.random.default_rng(0).integers(0, 256, (40, 24, 24, 3)).astype(np.uint8), np.arange(40) % 2, ("a", "b"))
+    q = pose(large, n_classes=2, chosen=NOTHING, labels=NOTHING, max_norm=None, seed=0)
+    assert q.basis.shape == (40, 24 * 24 * 3)
+    torch.testing.assert_close(q.basis @ q.basis.T, torch.eye(40, dtype=torch.float64), atol=1e-6, rtol=0)
+    assert torch.isfinite(denoised(clipped_sums(large, q), q, 1.0)).all()
+
+
+# ---------------------------------------------------------------------------------------------------------- warm-up
+
+
+def network() -> Denoiser:
+    torch.manual_seed(0)
+    return tiny_config(Path("x")).model.build(resolution=8, channels=1, num_classes=3)  # type: ignore[return-value]
+
+
+def warm(folder: Path, model: Denoiser, steps: int = 60, **options: Any) -> None:
+    means = torch.linspace(-0.8, 0.8, 3).view(3, 1, 1, 1).expand(3, 1, 8, 8).clone()
+    run = RunFolder(folder)
+    run.create()
+    images, labels = options.get("public", (PUBLIC.images[:12], np.arange(12) % 3))
+    run_warmup(
+        run, WarmupConfig(steps=steps, batch_size=18, lr=5e-3, ema_decay=0.9), model=model, means=means, images=images,
+        labels=labels, highest_level=80.0, seed=0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("public", [True, False])
+def test_the_model_answers_with_the_class_mean_where_noise_is_high(tmp_path: Path, public: bool) -> None:
+    model = network()
+    warm(tmp_path, model, **({} if public else {"public": (PUBLIC.images[:0], np.arange(0))}))
+    noise = 20.0 * torch.randn(30, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        answer = model(noise, torch.full((30,), 20.0), torch.arange(30) % 3).flatten(1).mean(1).view(10, 3).mean(0)
+    torch.testing.assert_close(answer, torch.tensor([-0.8, 0.0, 0.8]), atol=0.2, rtol=0)
+
+
+def test_means_are_shown_at_high_noise_only_and_public_images_below(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    loss = edm.DenoisingLoss.__call__
+
+    def watching(self: Any, model: Any, images: Any, noise: Any, sigma: Any, labels: Any) -> Any:
+        seen.append((images.flatten(1).std(1) == 0, sigma))  # the means above are flat, the images are not
+        return loss(self, model, images, noise, sigma, labels)
+
+    monkeypatch.setattr(edm.DenoisingLoss, "__call__", watching)
+    warm(tmp_path, network(), steps=10)
+    flat, sigma = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    assert int(flat.sum()) == 120 and len(flat) == 180
+    assert sigma[flat].min() >= 1.0 and 40 < sigma[flat].max() <= 80.0 and sigma[~flat].max() <= 1.0
+
+
+def test_a_warm_up_that_was_cut_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warm(tmp_path / "whole", whole := network(), steps=6)
+    warm(tmp_path / "whole", again := network(), steps=6)  # finished: loaded
+    original = warmup_module.train_resumably
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            warmup_module,
+            "train_resumably",
+            lambda *a, **k: original(*a, **{**k, "steps": 3, "checkpoint_seconds": 0.0}) or 1 / 0,
+        )
+        with pytest.raises(ZeroDivisionError):
+            warm(tmp_path / "cut", network(), steps=6)
+    assert (tmp_path / "cut" / "checkpoints" / "warmup-progress.safetensors").exists()
+    warm(tmp_path / "cut", cut := network(), steps=6)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, cut.state_dict()[name]) and torch.equal(value, again.state_dict()[name])
+    assert not (tmp_path / "cut" / "checkpoints" / "warmup-progress.safetensors").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- a run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run_all(tmp_path_factory.mktemp("means") / "run")
+
+
+def test_the_means_are_charged_once_and_fine_tuning_is_solved_with_them_in(finished: Run) -> None:
+    ledger = Ledger.read(finished.folder.ledger)
+    assert [r.stage for r in ledger.records()] == ["query", "warmup"] + ["finetune"] * STEPS
+    assert ledger.records()[1].event == GaussianEvent(finished.config.warmup.noise_multiplier or 0.0)
+    assert 4.9 < ledger.epsilon() <= 5.0
+    assert finished.plan().means_noise_multiplier == finished.config.warmup.noise_multiplier
+
+
+def test_fine_tuning_starts_from_the_warmed_up_weights(tmp_path: Path) -> None:
+    run = Run(tiny_config(tmp_path / "run"), public=PUBLIC, private=PRIVATE)
+    with run.opened(resume=True):
+        run.query()
+        run.select()
+        before = run.pretrain().state_dict()
+        after = run.warmup().state_dict()
+        assert any(not torch.equal(before[name], after[name]) for name in before)
+        started: dict[str, torch.Tensor] = {}
+
+        def watching(folder: Any, config: Any, *, model: Any, **rest: Any) -> None:
+            started.update({name: p.clone() for name, p in model.state_dict().items()})
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("privimage_fast.pipeline.run_finetune", watching)
+            run.finetune()
+    assert all(torch.equal(started[name], after[name]) for name in after)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"warmup": {"steps": 0}},
+        {"privacy": {"train": False}},
+        {"model": {"family": "gan", "preset": "custom", "gan": {"generator_channels": 4, "discriminator_channels": 4}}},
+    ],
+    ids=["off", "public only", "gan"],
+)
+def test_where_there_is_no_warm_up_nothing_is_asked(tmp_path: Path, sections: dict[str, Any]) -> None:
+    run = Run(tiny_config(tmp_path / "run", **sections), public=PUBLIC, private=PRIVATE)
+    with run.opened(resume=True):
+        run.select() if run.query() else None
+        run.pretrain()
+        run.warmup()
+    assert [r.stage for r in Ledger.read(run.folder.ledger).records()] == ["query"]
+    assert not run.folder.means.exists() and run.plan().means_noise_multiplier is None
+
+
+def test_the_share_is_what_little_noise_needs_within_limits() -> None:
+    """From public numbers alone: the stated size, the classes, the pixels."""
+
+    def sigma(epsilon: float, population: int, **warmup: Any) -> float:
+        config = tiny_config(Path("x"), privacy={"epsilon": epsilon}, warmup=warmup)
+        return means_noise_multiplier(config, 1e-5, population=population, n_classes=10)
+
+    assert sigma(10.0, 4000) == pytest.approx(0.1 * 400 / 4.0) == 10.0  # residuals of 8×8 pixels: about 4 long
+    assert sigma(1.0, 4000) == pytest.approx(sigma(1.0, 4000, share=0.25))
+    assert sigma(1.0, 10**7) == pytest.approx(sigma(1.0, 1, share=0.02))
+    assert sigma(1.0, 4000, share=0.1) == pytest.approx(query_noise_multiplier(1.0, 1e-5, 0.1))
+
+
+def test_means_that_the_ledger_does_not_charge_are_refused(finished: Run, tmp_path: Path) -> None:
+    run = run_all(tmp_path / "run", test=None)
+    lines = run.folder.ledger.read_bytes().splitlines(keepends=True)
+    run.folder.ledger.write_bytes(b"".join(lines[:2]))  # the header and the query
+    with pytest.raises(RunError, match=r"means.safetensors holds an answer with σ = 4.87\d+ that the ledger does not charge"):
+        run_all(tmp_path / "run", resume=True, test=None)
+
+
+def test_a_run_of_before_there_was_a_warm_up_goes_on_without(tmp_path: Path) -> None:
+    run = run_all(tmp_path / "run", test=None, warmup={"steps": 0})
+    saved = yaml.safe_load(run.folder.config.read_text())
+    del saved["warmup"]
+    run.folder.config.write_text(yaml.safe_dump(saved))
+    with pytest.raises(RunError, match="warmup.steps"):
+        run_all(tmp_path / "run", resume=True, test=None)
+    run_all(tmp_path / "run", resume=True, test=None, warmup={"steps": 0, "lr": 0.5})  # what is off may change
+    assert Ledger.read(run.folder.ledger).steps_charged("warmup") == 0
+
+
+def test_the_report_says_what_was_asked(finished: Run) -> None:
+    page, card = (finished.folder.path / name for name in ("report.html", "README.md"))
+    assert "Noisy class means" in page.read_text() and "class means: draws" in page.read_text()
+    assert "warmed up on noisy class means" in card.read_text()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": -1}, "steps must be ≥ 0"),
+        ({"share": 0.0}, r"warmup.share must be in \(0, 1\)"),
+        ({"max_norm": 0.0}, "warmup.max_norm must be positive"),
+        ({"noise_multiplier": -1.0}, "warmup.noise_multiplier must be ≥ 0"),
+        ({"ema_decay": 1.0}, "ema_decay"),
+    ],
+)
+def test_bad_values_name_the_key(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tiny_config(Path("x"), warmup={**SECTIONS["warmup"], **values})

@@ -1,0 +1,119 @@
+"""Runs side by side: workers that die or are left, and public training made once by whoever comes first."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_compare import inode, write
+
+from privimage_fast.cli import main
+from privimage_fast.compare import load_comparison, run_comparison
+from privimage_fast.compare.shared import SharedTraining
+from privimage_fast.compare.workers import Workers
+from privimage_fast.pipeline import Run
+from privimage_fast.stages.folder import RunError
+
+
+def work(task: tuple[str, Any]) -> Any:
+    what, value = task
+    if what == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "exit":
+        os._exit(3)
+    if what == "sleep":
+        time.sleep(value)
+    if what == "threads":
+        return os.getpid(), torch.get_num_threads(), os.environ["OMP_NUM_THREADS"], os.environ["TQDM_DISABLE"]
+    return value
+
+
+def workers(jobs: int) -> Workers[Any, Any]:
+    return Workers(work, jobs=jobs, died=lambda task, why: (task[0], why))
+
+
+def test_a_worker_that_dies_costs_one_task() -> None:
+    found = list(workers(1).results([("echo", 1), ("kill", None), ("echo", 2), ("exit", None)]))
+    assert found[0] == 1 and found[2] == 2
+    assert found[1][0] == "kill" and "runs out of memory: try fewer jobs" in found[1][1]
+    assert found[3] == ("exit", "its process ended with status 3")
+    assert not multiprocessing.active_children()
+
+
+def test_workers_share_the_threads_and_leave_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(5)
+    try:
+        found = list(workers(2).results([("threads", None)] * 2))
+    finally:
+        torch.set_num_threads(before)
+    assert len({pid for pid, *_ in found}) == 2 and {tuple(rest) for _, *rest in found} == {(2, "2", "1")}
+    assert os.environ["OMP_NUM_THREADS"] == "7" and "TQDM_DISABLE" not in os.environ
+
+
+def test_workers_that_are_left_end() -> None:
+    """As an interruption leaves them."""
+    results = workers(2).results([("echo", 1), ("sleep", 600)])
+    assert next(results) == 1
+    results.close()  # type: ignore[attr-defined]
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_a_comparison_of_two_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, variants=["pdp-diffusion", "dpdm", "random"], seeds=[0, 1])
+    assert main(["compare", "--config", str(path), "--jobs", "2"]) == 0
+    assert "pdp-diffusion" in capsys.readouterr().out
+    runs = [f"{v}_epsilon=5_seed={s}" for v in ("pdp-diffusion", "dpdm", "random") for s in (0, 1)]
+    assert sorted(p.name for p in (tmp_path / "out" / "runs").iterdir()) == sorted(runs)
+    assert len({inode(tmp_path, run, "classifier") for run in runs}) == 1  # made once, by whoever came first
+    assert inode(tmp_path, runs[0], "pretrain") == inode(tmp_path, runs[1], "pretrain")
+    assert len({inode(tmp_path, run, "finetune") for run in runs}) == len(runs)
+    assert {o.state for o in run_comparison(load_comparison(path), jobs=2)} == {"kept"}
+
+
+def test_who_comes_second_waits_for_the_first(tmp_path: Path) -> None:
+    """Two processes on one entry: one trains, the other finds what it left."""
+    cells = load_comparison(write(tmp_path, variants=["dpdm"], seeds=[0, 1])).cells
+    record = tmp_path / "order.txt"
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_pretrain, args=(cell, tmp_path / "shared", record)) for cell in cells]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    assert lines == [False, "made", True, "made"]
+
+
+def _pretrain(cell: Any, shared: Path, record: Path) -> None:
+    def note(value: Any) -> None:
+        with open(record, "a") as handle:
+            handle.write(json.dumps(value) + "\n")
+
+    run = Run(cell.config)
+    with run.opened(resume=True):
+        run.select()
+        with SharedTraining(shared).pretraining(run) as found:
+            note(found)
+            time.sleep(0.5)
+            run.pretrain()
+            note("made")
+
+
+def test_jobs_that_cannot_be_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, variants=["dpdm", "random"])
+    assert main(["compare", "--config", str(path), "--jobs", "0"]) == 2
+    assert "--jobs must be ≥ 1, found 0" in capsys.readouterr().err
+    monkeypatch.setattr("privimage_fast.compare.runner.device_of", lambda name: "cuda")
+    with pytest.raises(RunError, match=r"2 jobs on one GPU .* set finetune.memory_budget_mib"):
+        run_comparison(load_comparison(path), jobs=2)
