@@ -94,9 +94,8 @@ class Run:
         source = source or getattr(data, name)
         if not source:
             raise ConfigError(f"data.{name} is not set; give a folder, a file or embedded:NAME")
-        limits = (
-            Limits(min_classes=1) if name == "public" else None
-        )  # clusters need no labels, and a list of sets may have one each
+        # Clusters need no labels, and sets in a list may have one each.
+        limits = Limits(min_classes=1) if name == "public" else None
         sets = [
             open_image_set(
                 s, resolution=data.resolution, channels=data.channels, format=data.format, skip_bad=data.skip_bad, limits=limits
