@@ -105,7 +105,8 @@ def test_data_that_is_not_there_is_named_before_the_first_run(tmp_path: Path, ca
 @pytest.mark.parametrize("name", sorted(built_in_variants()))
 def test_built_in_variants_are_configuration(name: str) -> None:
     changes = built_in_variants()[name]
-    assert build_config(changes) != build_config({}) or name == "privimage"
+    assert build_config(changes) != build_config({}) or name == "privimage-means"
+    assert build_config(changes).warms_up is name.endswith("-means")
 
 
 @pytest.mark.parametrize(

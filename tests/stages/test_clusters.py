@@ -204,8 +204,8 @@ def test_a_run_asks_for_clusters(tmp_path: Path) -> None:
     chosen = [entry["labels"] for entry in json.loads(run.folder.selection.read_text())["classes"]]
     bar = [set(PUBLIC.labels[run.asked.labels == run.asked.label_names.index(label)].tolist()) for (label,) in chosen]
     assert bar == [{0}, {1}, {2}]
-    events = Ledger.read(run.folder.ledger).events()
-    assert [e for e in events if isinstance(e, GaussianEvent)] == [GaussianEvent(query["noise_multiplier"])]
+    queries = [r.event for r in Ledger.read(run.folder.ledger).records() if r.stage == "query"]
+    assert queries == [GaussianEvent(query["noise_multiplier"])]
     assert "the nearest of 6 clusters" in report.read_text()
     again = Run(config, public=shuffled, private=PRIVATE, test=TEST)
     with again.opened(resume=True):

@@ -324,7 +324,7 @@ def test_the_share_is_what_little_noise_needs_within_limits() -> None:
         config = tiny_config(Path("x"), privacy={"epsilon": epsilon}, warmup=warmup)
         return means_noise_multiplier(config, 1e-5, population=population, n_classes=10)
 
-    assert sigma(10.0, 4000) == pytest.approx(0.1 * 400 / 4.0) == 10.0  # residuals of 8×8 pixels: about 4 long
+    assert sigma(10.0, 800) == pytest.approx(0.1 * 80 / 4.0) == 2.0  # residuals of 8×8 pixels: about 4 long
     assert sigma(1.0, 4000) == pytest.approx(sigma(1.0, 4000, share=0.25))
     assert sigma(1.0, 10**7) == pytest.approx(sigma(1.0, 1, share=0.02))
     assert sigma(1.0, 4000, share=0.1) == pytest.approx(query_noise_multiplier(1.0, 1e-5, 0.1))
@@ -334,7 +334,7 @@ def test_means_that_the_ledger_does_not_charge_are_refused(finished: Run, tmp_pa
     run = run_all(tmp_path / "run", test=None)
     lines = run.folder.ledger.read_bytes().splitlines(keepends=True)
     run.folder.ledger.write_bytes(b"".join(lines[:2]))  # the header and the query
-    with pytest.raises(RunError, match=r"means.safetensors holds an answer with σ = 4.87\d+ that the ledger does not charge"):
+    with pytest.raises(RunError, match=r"means.safetensors holds an answer with σ = 1.37\d+ that the ledger does not charge"):
         run_all(tmp_path / "run", resume=True, test=None)
 
 
