@@ -167,7 +167,7 @@ class RunConfig:
     @property
     def warms_up(self) -> bool:
         """Whether noisy class means are asked for, and charged."""
-        return self.warmup.steps > 0 and self.privacy.train and FAMILIES[self.model.family].learns_means
+        return self.warmup.steps > 0 and self.privacy.train
 
     def to_yaml(self) -> str:
         """YAML that :func:`load_yaml` reads back to an equal configuration."""

@@ -418,8 +418,9 @@ class Run:
             noise_key=self.noise_key,
         )  # fmt: skip
         save_sheet(self.folder, "means", ImageSet(to_uint8(means).numpy(), np.arange(len(names)), names, name="means"))
+        model.means = means
         run_warmup(
-            self.folder, c.warmup, model=model, means=means, images=self.public.images[indices], labels=labels,
+            self.folder, c.warmup, model=model, images=self.public.images[indices], labels=labels,
             highest_level=c.sample.sampler.sigma_max, seed=self._public_seed,
             device=self.device, autocast=self.autocast,
         )  # fmt: skip
@@ -429,6 +430,8 @@ class Run:
         c, model = self.config, self.model()
         before = "warmup" if c.warms_up else "pretrain"
         model.load_state_dict(self.folder.load_tensors(self.folder.checkpoint(before), before)[0])
+        if c.warms_up:
+            model.means = self.folder.load_tensors(self.folder.means, "warmup")[0]["means"].to(self.device)
         assert c.privacy.population is not None and c.privacy.delta is not None
         if not c.privacy.train:
             self._keep_public(model)

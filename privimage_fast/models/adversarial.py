@@ -32,6 +32,8 @@ class AdversarialConfig:
         gradient_penalty: weight of ‖∇ₓD‖² at real and fake images (R1 + R2); 0 is none. It doubles the discriminator's work.
         diversity: weight of ‖z − z'‖₁ / ‖G(z) − G(z')‖₁ in the generator's loss (mode seeking, Mao et al. 2019); 0 is none.
             Without it a class of a short training looks all alike.
+        moments: weight, in the generator's loss, of the squared difference between the mean of a class's images and its noisy
+            class mean, where those were asked for (`warmup`).
         pretrain_discriminator_steps: discriminator steps for each generator step on public images.
     """
 
@@ -43,6 +45,7 @@ class AdversarialConfig:
     spectral_norm: bool = True
     gradient_penalty: float = 0.0
     diversity: float = 0.1
+    moments: float = 20.0
     pretrain_discriminator_steps: int = 1
 
     def __post_init__(self) -> None:
@@ -53,7 +56,7 @@ class AdversarialConfig:
             raise ValueError(f"model.adversarial.generator_lr must be positive, found {self.generator_lr}")
         if not 0 <= self.beta1 < 1:
             raise ValueError(f"model.adversarial.beta1 must be in [0, 1), found {self.beta1}")
-        for name in ("gradient_penalty", "diversity"):
+        for name in ("gradient_penalty", "diversity", "moments"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"model.adversarial.{name} must be ≥ 0, found {getattr(self, name)}")
 
@@ -63,7 +66,7 @@ class GAN(nn.Module):
 
     default_multiplicity = 1
     low_precision = False  # slopes of the gradient penalty, spectral norm
-    learns_means = False
+    means: Tensor | None = None
 
     def __init__(
         self, config: GANConfig, adversarial: AdversarialConfig, *, resolution: int, channels: int, num_classes: int
@@ -81,6 +84,11 @@ class GAN(nn.Module):
 
     def public_training(self, *, lr: float, ema_decay: float, label_dropout: float) -> PublicAdversarial:
         return PublicAdversarial(self, lr=lr, ema_decay=ema_decay, label_dropout=label_dropout)
+
+    def mean_training(
+        self, *, lr: float, ema_decay: float, label_dropout: float, rows: int, noise_levels: tuple[float, float]
+    ) -> MeanAdversarial:  # fmt: skip
+        return MeanAdversarial(self, lr=lr, ema_decay=ema_decay, label_dropout=label_dropout, rows=rows)
 
     def private_training(self, *, lr: float, ema_decay: float, label_dropout: float, multiplicity: int) -> PrivateAdversarial:
         return PrivateAdversarial(self, lr=lr, ema_decay=ema_decay, label_dropout=label_dropout, pairs=multiplicity)
@@ -126,22 +134,42 @@ def real_and_fake(
     return torch.stack([images, fakes], 1).flatten(0, 1), labels.repeat_interleave(2, 0), sign
 
 
-def generator_loss(model: GAN, labels: Tensor, random: torch.Generator) -> Tensor:
-    """−D(G(z, label), label) on average, and what keeps images of a label apart. Reads no image.
+def generator_loss(model: GAN, labels: Tensor, random: torch.Generator, *, judged: bool = True) -> Tensor:
+    """−D(G(z, label), label) on average, what keeps images of a label apart, and what their mean should be. Reads no image.
 
-    With ``diversity`` the second half of the labels is replaced by the first, so that each has two images.
+    With ``diversity`` or class means the second half of the labels is replaced by the first, so that each has two images.
+    ``judged``: whether there is a discriminator that has seen images.
     """
     labels = labels.to(model.generator.device)
-    pairs, weight = len(labels) // 2, model.adversarial.diversity
-    if weight and pairs:
+    pairs, options = len(labels) // 2, model.adversarial
+    paired = pairs > 0 and bool(options.diversity or (options.moments and model.means is not None))
+    if paired:
         labels = labels[:pairs].repeat(2)
     latents = model.generator.latents(len(labels), random)
     fakes = model.generator(latents, labels)
-    loss = -model.discriminator(fakes, labels).mean()
-    if weight and pairs:
+    loss = -model.discriminator(fakes, labels).mean() if judged else fakes.new_zeros(())
+    if paired and options.diversity:
         apart = _difference(latents, pairs) / (_difference(fakes, pairs) + _ALIKE)
-        loss = loss + weight * apart.mean()
+        loss = loss + options.diversity * apart.mean()
+    if paired and options.moments and model.means is not None:
+        loss = loss + options.moments * moment_loss(fakes, labels[:pairs], model.means)
     return loss
+
+
+def moment_loss(fakes: Tensor, labels: Tensor, means: Tensor) -> Tensor:
+    """An unbiased estimate of ‖E[fake | class] − mean of the class‖² a pixel, averaged over the classes that are there.
+
+    fakes: two halves of rows with the same labels (pairs,). The halves are drawn independently, so the product of their
+    differences from the mean has no variance of the images in it, which a square would, and which would press them together.
+    """
+    known = labels < len(means)
+    count = torch.bincount(labels[known], minlength=len(means))
+    differences = []
+    for half in fakes.chunk(2):
+        total = torch.zeros_like(means).index_add(0, labels[known], half[known].to(means.dtype))
+        differences.append((total / count.clamp(min=1).view(-1, 1, 1, 1) - means).flatten(1))
+    products = (differences[0] * differences[1]).mean(1)[count > 0]
+    return products.sum() / max(1, len(products))
 
 
 def _difference(t: Tensor, pairs: int) -> Tensor:
@@ -184,6 +212,23 @@ class PublicAdversarial:
 
     def finish(self) -> None:
         self.generator.use_average()
+
+
+class MeanAdversarial(PublicAdversarial):
+    """More of the public training, with the class means in the generator's loss; without public images, on the means alone."""
+
+    def __init__(self, model: GAN, *, lr: float, ema_decay: float, label_dropout: float, rows: int) -> None:
+        super().__init__(model, lr=lr, ema_decay=ema_decay, label_dropout=label_dropout)
+        self.rows = rows
+
+    def step(self, images: Tensor, labels: Tensor, random: torch.Generator, lr: float) -> Tensor:
+        if len(images):
+            return super().step(images, labels, random, lr)
+        model = self.model
+        labels = torch.randint(model.num_classes, (self.rows,), generator=random, device=random.device)
+        loss = generator_loss(model, labels, random, judged=False)
+        self.generator.step(loss, model.adversarial.generator_lr * lr)
+        return loss.detach()
 
 
 class PrivateAdversarial:

@@ -42,7 +42,7 @@ class Denoiser(nn.Module):
 
     default_multiplicity = 8
     low_precision = True
-    learns_means = True
+    means: Tensor | None = None
 
     def __init__(self, unet: UNetConfig, edm: EDMConfig, *, resolution: int, channels: int, num_classes: int) -> None:
         super().__init__()
@@ -80,9 +80,9 @@ class Denoiser(nn.Module):
         return PublicDenoising(self, lr=lr, ema_decay=ema_decay, label_dropout=label_dropout)
 
     def mean_training(
-        self, *, lr: float, ema_decay: float, label_dropout: float, noise_levels: tuple[float, float]
+        self, *, lr: float, ema_decay: float, label_dropout: float, rows: int, noise_levels: tuple[float, float]
     ) -> MeanDenoising:  # fmt: skip
-        return MeanDenoising(self, lr=lr, ema_decay=ema_decay, label_dropout=label_dropout, noise_levels=noise_levels)
+        return MeanDenoising(self, lr=lr, ema_decay=ema_decay, label_dropout=label_dropout, rows=rows, noise_levels=noise_levels)
 
     def private_training(self, *, lr: float, ema_decay: float, label_dropout: float, multiplicity: int) -> PrivateDenoising:
         return PrivateDenoising(self, label_dropout=label_dropout, multiplicity=multiplicity)
@@ -158,22 +158,22 @@ class MeanDenoising(PublicDenoising):
     """
 
     def __init__(
-        self, model: Denoiser, *, lr: float, ema_decay: float, label_dropout: float, noise_levels: tuple[float, float]
+        self, model: Denoiser, *, lr: float, ema_decay: float, label_dropout: float, rows: int, noise_levels: tuple[float, float]
     ) -> None:  # fmt: skip
         super().__init__(model, lr=lr, ema_decay=ema_decay, label_dropout=label_dropout)
-        self.lowest, self.highest = noise_levels
+        assert model.means is not None
+        self.means, self.rows, (self.lowest, self.highest) = model.means, rows, noise_levels
 
-    def step(  # type: ignore[override]
-        self, means: Tensor, labels: Tensor, images: Tensor, image_labels: Tensor, random: torch.Generator, lr: float
-    ) -> Tensor:  # fmt: skip
+    def step(self, images: Tensor, labels: Tensor, random: torch.Generator, lr: float) -> Tensor:
+        of = torch.randint(len(self.means), (self.rows,), generator=random, device=random.device).to(self.means.device)
         low, high = (
             denoising_batch(
                 x, y, edm=self.model.edm, num_classes=self.model.num_classes, multiplicity=1, label_dropout=self.label_dropout,
                 generator=random,
             )
-            for x, y in ((images, image_labels), (means, labels))
+            for x, y in ((images, labels), (self.means[of], of))
         )  # fmt: skip
-        share = torch.rand(len(means), generator=random, device=random.device).to(means.device)
+        share = torch.rand(self.rows, generator=random, device=random.device).to(self.means.device)
         sigma = self.lowest * (self.highest / self.lowest) ** share  # uniform in ln σ
         rows = (
             torch.cat([high.images, low.images]), torch.cat([high.noise, low.noise]),

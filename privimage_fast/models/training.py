@@ -51,12 +51,10 @@ class PublicTraining(Protocol):
 
 
 class MeanTraining(Protocol):
-    """Training on class means that are private already, of a family that can learn from them."""
+    """Training on the class means that a model has, which are private already, beside public images."""
 
-    def step(
-        self, means: Tensor, labels: Tensor, images: Tensor, image_labels: Tensor, random: torch.Generator, lr: float
-    ) -> Tensor:  # fmt: skip
-        """One step on means (B, C, H, W) of the classes labels (B,), beside public images, perhaps none, and their labels.
+    def step(self, images: Tensor, labels: Tensor, random: torch.Generator, lr: float) -> Tensor:
+        """One step on the means and on public images (B, C, H, W), perhaps none, of the classes labels (B,).
 
         Every draw comes from ``random``. Returns a loss to show.
         """
@@ -116,7 +114,7 @@ class ImageModel(Protocol):
     num_classes: int
     default_multiplicity: int  # of DP-SGD
     low_precision: bool  # whether training bears bfloat16 autocast
-    learns_means: bool  # whether there is a mean_training
+    means: Tensor | None  # (classes, C, H, W) in [−1, 1], private already: for mean_training, and for what is no private step
 
     @property
     def drawable(self) -> Drawable: ...
@@ -124,9 +122,9 @@ class ImageModel(Protocol):
     def public_training(self, *, lr: float, ema_decay: float, label_dropout: float) -> PublicTraining: ...
 
     def mean_training(
-        self, *, lr: float, ema_decay: float, label_dropout: float, noise_levels: tuple[float, float]
+        self, *, lr: float, ema_decay: float, label_dropout: float, rows: int, noise_levels: tuple[float, float]
     ) -> MeanTraining:  # fmt: skip
-        """``noise_levels``: the lowest and highest σ at which a diffusion model is trained on means."""
+        """Of a model that has ``means``; ``rows`` of them in a step, a diffusion model's at noise levels σ from low to high."""
 
     def private_training(self, *, lr: float, ema_decay: float, label_dropout: float, multiplicity: int) -> PrivateTraining: ...
 

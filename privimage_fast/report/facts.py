@@ -113,8 +113,7 @@ class Facts:
     @property
     def warms_up(self) -> bool:
         """Whether the configuration asks for class means; one of an earlier version does not know them."""
-        off = self.setting("model", "family") == "gan" or self.setting("privacy", "train") is False
-        return bool(self.setting("warmup", "steps")) and not off
+        return bool(self.setting("warmup", "steps")) and self.setting("privacy", "train") is not False
 
     def setting(self, *keys: str) -> Any:
         """A value of the resolved configuration, None where it is not there."""
@@ -127,9 +126,10 @@ class Facts:
     def method(self) -> str:
         """How the second half of the method was done."""
         if self.setting("model", "family") == "gan":
+            learns = "the discriminator and from noisy class means" if self.means else "the discriminator alone"
             return (
                 "a GAN is pre-trained on those public images, its discriminator fine-tuned on the sensitive ones with DP-SGD, "
-                "and its generator, which learns from the discriminator alone, draws the synthetic set."
+                f"and its generator, which learns from {learns}, draws the synthetic set."
             )
         warmed = "warmed up on noisy class means, " if self.means else ""
         return (

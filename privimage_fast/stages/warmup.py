@@ -1,7 +1,8 @@
 """Warming the pre-trained model up on noisy class means, before DP-SGD: after "From easy to hard" (Li et al., DP-FETA, 2025).
 
-Of their idea this keeps that means come before images. Means are asked for once, of all images (``stages.means``), and teach a
-diffusion model at high noise levels only, where the mean is the right answer; the training itself is post-processing.
+Of their idea this keeps that means come before images. Means are asked for once, of all images (``stages.means``). A diffusion
+model is taught them at high noise levels only, where the mean is the right answer; a GAN's images are held to them on average,
+here and while it is fine-tuned. The training is post-processing.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ class WarmupConfig:
             noise, is for non-private bounds only.
         max_norm: C, to which an image's difference from its class's centre (public images chosen for the class) is scaled
             down, in units of [−1, 1]; null takes what three quarters of those public images keep to.
-        batch_size: rows a step, of which a third are public images at low noise.
+        batch_size: rows a step, of which a third are public images.
         lr: learning rate of Adam.
         ema_decay: decay of the averaged weights that fine-tuning starts from.
         label_dropout: share of labels replaced by the empty one.
-        lowest_level: the noise level σ of the diffusion from which upwards the means are taught.
+        lowest_level: the noise level σ from which upwards a diffusion model is taught the means.
     """
 
     steps: int = 150
@@ -63,34 +64,36 @@ class WarmupConfig:
 
 
 def run_warmup(
-    folder: RunFolder, config: WarmupConfig, *, model: ImageModel, means: Tensor, images: np.ndarray, labels: np.ndarray,
+    folder: RunFolder, config: WarmupConfig, *, model: ImageModel, images: np.ndarray, labels: np.ndarray,
     highest_level: float, seed: int, device: str = "cpu", autocast: torch.dtype | None = None,
 ) -> None:  # fmt: skip
-    """Trains ``model`` in place and leaves its averaged weights in it and in checkpoints/warmup.safetensors.
+    """Trains ``model``, which has its ``means``, in place; leaves its averaged weights there and in checkpoints/warmup.safetensors.
 
     ``images`` (uint8 NHWC), ``labels``: the chosen public images, perhaps none, and the classes they stand for.
     """
+    means = model.means
+    assert means is not None
     weights = {name: p.detach().cpu() for name, p in model.named_parameters()}
     stamp = fingerprint(
-        config, seed, highest_level, *(fingerprint(a.tobytes()) for a in (images, labels, means.numpy())),
+        config, seed, highest_level, *(fingerprint(a.tobytes()) for a in (images, labels, means.cpu().numpy())),
         [(name, fingerprint(p.numpy().tobytes())) for name, p in weights.items()],
     )  # fmt: skip
     path = folder.checkpoint(STAGE)
     model.to(device)
+    model.means = means.to(device)
     if path.exists() and folder.finished(STAGE, stamp):
         model.load_state_dict(folder.load_tensors(path, STAGE)[0])
         return
+    shown = config.batch_size // 3 if len(images) else 0
     training = model.mean_training(
-        lr=config.lr, ema_decay=config.ema_decay, label_dropout=config.label_dropout,
+        lr=config.lr, ema_decay=config.ema_decay, label_dropout=config.label_dropout, rows=config.batch_size - shown,
         noise_levels=(config.lowest_level, max(highest_level, 2 * config.lowest_level)),
     )  # fmt: skip
-    pixels, classes, means = torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device), means.to(device)
-    shown = config.batch_size // 3 if len(images) else 0
+    pixels, classes = torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
 
     def step(random: torch.Generator, lr: float) -> Tensor:
-        of = torch.randint(len(means), (config.batch_size - shown,), generator=random, device=device)
         rows = torch.randint(max(1, len(pixels)), (shown,), generator=random, device=device)
-        return training.step(means[of], of, to_float(pixels[rows]), classes[rows], random, lr)
+        return training.step(to_float(pixels[rows]), classes[rows], random, lr)
 
     with timed(folder, STAGE, stamp):
         train_resumably(

@@ -20,7 +20,8 @@ from privimage_fast.data import ImageSet
 from privimage_fast.dp.accounting import BudgetError, GaussianEvent
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.dp.noise import NoiseKey, Stream
-from privimage_fast.models import edm
+from privimage_fast.models import adversarial, edm
+from privimage_fast.models.adversarial import moment_loss
 from privimage_fast.models.edm import Denoiser, to_float
 from privimage_fast.pipeline import Run
 from privimage_fast.planning import means_noise_multiplier, query_noise_multiplier
@@ -208,13 +209,13 @@ def network() -> Denoiser:
 
 
 def warm(folder: Path, model: Denoiser, steps: int = 60, **options: Any) -> None:
-    means = torch.linspace(-0.8, 0.8, 3).view(3, 1, 1, 1).expand(3, 1, 8, 8).clone()
+    model.means = torch.linspace(-0.8, 0.8, 3).view(3, 1, 1, 1).expand(3, 1, 8, 8).clone()
     run = RunFolder(folder)
     run.create()
     images, labels = options.get("public", (PUBLIC.images[:12], np.arange(12) % 3))
     run_warmup(
-        run, WarmupConfig(steps=steps, batch_size=18, lr=5e-3, ema_decay=0.9), model=model, means=means, images=images,
-        labels=labels, highest_level=80.0, seed=0,
+        run, WarmupConfig(steps=steps, batch_size=18, lr=5e-3, ema_decay=0.9), model=model, images=images, labels=labels,
+        highest_level=80.0, seed=0,
     )  # fmt: skip
 
 
@@ -263,6 +264,61 @@ def test_a_warm_up_that_was_cut_goes_on_to_the_same_weights(tmp_path: Path, monk
     assert not (tmp_path / "cut" / "checkpoints" / "warmup-progress.safetensors").exists()
 
 
+# -------------------------------------------------------------------------------------------------------- the GAN
+
+GAN_MODEL = {"family": "gan", "preset": "custom", "gan": {"generator_channels": 8, "discriminator_channels": 8, "latent": 8}}
+
+
+def test_the_moments_are_estimated_without_the_images_own_variance() -> None:
+    """Of images with the right mean zero on average, whatever their spread; of wrong ones the squared difference."""
+    random = torch.Generator().manual_seed(0)
+    means = torch.tensor([0.5, -0.5]).view(2, 1, 1, 1).expand(2, 1, 4, 4)
+    labels = torch.arange(8) % 3  # 2 is the empty label, of which nothing is known
+
+    def estimate(shift: float) -> float:
+        found = []
+        for _ in range(400):
+            at = torch.cat([means, torch.full((1, 1, 4, 4), 9.0)])[labels.repeat(2)] + shift
+            found.append(float(moment_loss(at + torch.randn(16, 1, 4, 4, generator=random), labels, means)))
+        return float(np.mean(found))
+
+    assert abs(estimate(0.0)) < 0.02  # a square would give 1/3
+    assert estimate(0.4) == pytest.approx(0.16, abs=0.03)
+    assert float(moment_loss(torch.ones(2, 1, 4, 4), torch.tensor([2]), means)) == 0.0
+
+
+@pytest.mark.parametrize("public", [True, False])
+def test_the_gans_images_come_nearer_to_the_means(tmp_path: Path, public: bool) -> None:
+    torch.manual_seed(0)
+    model = tiny_config(Path("x"), model=GAN_MODEL).model.build(resolution=8, channels=1, num_classes=3)
+
+    def distance() -> float:
+        random = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            found = model.generator(model.generator.latents(90, random), torch.arange(90) % 3).view(30, 3, 1, 8, 8).mean(0)
+        return float((found - torch.linspace(-0.8, 0.8, 3).view(3, 1, 1, 1)).square().mean())
+
+    before = distance()
+    warm(tmp_path, model, **({} if public else {"public": (PUBLIC.images[:0], np.arange(0))}))  # type: ignore[arg-type]
+    assert distance() < 0.5 * before
+
+
+def test_a_gan_is_held_to_the_means_while_it_is_fine_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+    original = adversarial.moment_loss
+    monkeypatch.setattr(
+        adversarial, "moment_loss", lambda fakes, labels, means: seen.append(means) or original(fakes, labels, means)
+    )
+    sections: dict[str, Any] = {"model": {**GAN_MODEL, "adversarial": {"discriminator_steps": 2}}}
+    run = run_all(tmp_path / "run", test=None, warmup={"steps": 0}, **sections)
+    assert not seen and not run.folder.means.exists()
+    run = run_all(tmp_path / "with", test=None, **sections)
+    means = run.folder.load_tensors(run.folder.means, "x")[0]["means"]
+    assert len(seen) == SECTIONS["warmup"]["steps"] + STEPS // 2 and all(torch.equal(m, means) for m in seen)
+    assert [r.stage for r in Ledger.read(run.folder.ledger).records()] == ["query", "warmup"] + ["finetune"] * STEPS
+    assert "from noisy class means" in (run.folder.path / "README.md").read_text()
+
+
 # ---------------------------------------------------------------------------------------------------------- a run
 
 
@@ -303,9 +359,8 @@ def test_fine_tuning_starts_from_the_warmed_up_weights(tmp_path: Path) -> None:
     [
         {"warmup": {"steps": 0}},
         {"privacy": {"train": False}},
-        {"model": {"family": "gan", "preset": "custom", "gan": {"generator_channels": 4, "discriminator_channels": 4}}},
     ],
-    ids=["off", "public only", "gan"],
+    ids=["off", "public only"],
 )
 def test_where_there_is_no_warm_up_nothing_is_asked(tmp_path: Path, sections: dict[str, Any]) -> None:
     run = Run(tiny_config(tmp_path / "run", **sections), public=PUBLIC, private=PRIVATE)
@@ -325,7 +380,7 @@ def test_the_share_is_what_little_noise_needs_within_limits() -> None:
         return means_noise_multiplier(config, 1e-5, population=population, n_classes=10)
 
     assert sigma(10.0, 800) == pytest.approx(0.1 * 80 / 4.0) == 2.0  # residuals of 8×8 pixels: about 4 long
-    assert sigma(1.0, 4000) == pytest.approx(sigma(1.0, 4000, share=0.25))
+    assert sigma(1.0, 800) == pytest.approx(sigma(1.0, 1, share=0.25)) > 2.0
     assert sigma(1.0, 10**7) == pytest.approx(sigma(1.0, 1, share=0.02))
     assert sigma(1.0, 4000, share=0.1) == pytest.approx(query_noise_multiplier(1.0, 1e-5, 0.1))
 
