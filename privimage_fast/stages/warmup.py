@@ -67,7 +67,7 @@ def run_warmup(
     folder: RunFolder, config: WarmupConfig, *, model: ImageModel, images: np.ndarray, labels: np.ndarray,
     highest_level: float, seed: int, device: str = "cpu", autocast: torch.dtype | None = None,
 ) -> None:  # fmt: skip
-    """Trains ``model``, which has its ``means``, in place; leaves its averaged weights there and in checkpoints/warmup.safetensors.
+    """Trains ``model``, which has its ``means``, in place; leaves its averaged weights in it and in the folder.
 
     ``images`` (uint8 NHWC), ``labels``: the chosen public images, perhaps none, and the classes they stand for.
     """

@@ -380,7 +380,7 @@ def test_the_share_is_what_little_noise_needs_within_limits() -> None:
         return means_noise_multiplier(config, 1e-5, population=population, n_classes=10)
 
     assert sigma(10.0, 800) == pytest.approx(0.1 * 80 / 4.0) == 2.0  # residuals of 8×8 pixels: about 4 long
-    assert sigma(1.0, 800) == pytest.approx(sigma(1.0, 1, share=0.25)) > 2.0
+    assert 2.0 < sigma(1.0, 800) == pytest.approx(sigma(1.0, 1, share=0.25))
     assert sigma(1.0, 10**7) == pytest.approx(sigma(1.0, 1, share=0.02))
     assert sigma(1.0, 4000, share=0.1) == pytest.approx(query_noise_multiplier(1.0, 1e-5, 0.1))
 
