@@ -180,7 +180,10 @@ TABLES: dict[str, Callable[[Entry], str]] = {"dp_step": dp_step, "ops": ops, "gr
 
 # The baselines' names with the diffusion model and with the GAN.
 VARIANTS = {
-    "the selected subset (PrivImage)": ("privimage", "privimage-gan"),
+    "**the selected subset, class means**": ("privimage-means", "privimage-gan-means"),
+    "**a subset chosen by clusters, class means**": ("privimage-clusters-means", "privimage-clusters-gan-means"),
+    "no public images, class means": ("dpdm-means", "dpgan-means"),
+    "the selected subset (PrivImage as published)": ("privimage", "privimage-gan"),
     "a subset chosen by clusters": ("privimage-clusters", "privimage-clusters-gan"),
     "as many public images, blindly": ("random", "random-gan"),
     "all public images (PDP-Diffusion)": ("pdp-diffusion", "pdp-gan"),
@@ -199,9 +202,11 @@ def grids(folder: Path) -> str:
         path = folder / name / "results.json"
         for run in json.loads(path.read_text())["runs"] if path.exists() else []:
             accuracy = next(v for key, v in run["metrics"].items() if key.startswith("accuracy, trained on synthetic, tested"))
-            if run["settings"].get("select.max_image_ratio") in (None, 0.1) and accuracy is not None:
-                epsilon = run["settings"]["privacy.epsilon"]
-                column = f"{title}, ε = {10 if epsilon == 'inf' else epsilon:g}"
+            epsilon = run["settings"]["privacy.epsilon"]
+            if run["variant"].startswith("non-private"):
+                epsilon = 10
+            if run["settings"].get("select.max_image_ratio") in (None, 0.1) and accuracy is not None and epsilon in (1, 10):
+                column = f"{title}, ε = {epsilon:g}"
                 columns.setdefault(column, defaultdict(list))[run["variant"]].append(100 * accuracy)
     rows = []
     for label, names in VARIANTS.items():

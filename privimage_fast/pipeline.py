@@ -30,7 +30,6 @@ from privimage_fast.dp.ledger import Ledger
 from privimage_fast.dp.noise import NoiseKey
 from privimage_fast.dp.sampling import OSRandom, SeededRandom
 from privimage_fast.models.classifier import Classifier
-from privimage_fast.models.edm import to_uint8
 from privimage_fast.models.replay import forget
 from privimage_fast.models.training import Drawable, ImageModel
 from privimage_fast.planning import Plan, make_plan, means_noise_multiplier, query_noise_multiplier
@@ -39,7 +38,7 @@ from privimage_fast.stages.clusters import check_clusters, public_clusters
 from privimage_fast.stages.evaluate import run_evaluate
 from privimage_fast.stages.finetune import budget_record, run_finetune
 from privimage_fast.stages.folder import RunError, RunFolder, fingerprint, timed
-from privimage_fast.stages.means import pose, run_means
+from privimage_fast.stages.means import pictures, pose, run_means
 from privimage_fast.stages.pretrain import run_pretrain
 from privimage_fast.stages.query import SemanticFunction, public_classifier, run_query, semantic_function_of
 from privimage_fast.stages.sample import draw, run_sample, save_sheet
@@ -417,7 +416,7 @@ class Run:
             self.folder, question, private=self.private, noise_multiplier=c.warmup.noise_multiplier, ledger=self.ledger,
             noise_key=self.noise_key,
         )  # fmt: skip
-        save_sheet(self.folder, "means", ImageSet(to_uint8(means).numpy(), np.arange(len(names)), names, name="means"))
+        save_sheet(self.folder, "means", pictures(self.folder, question, names))
         model.means = means
         run_warmup(
             self.folder, c.warmup, model=model, images=self.public.images[indices], labels=labels,

@@ -20,7 +20,7 @@ from privimage_fast.data import ImageSet
 from privimage_fast.dp.accounting import GaussianEvent
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.dp.noise import NoiseKey, Stream
-from privimage_fast.models.edm import to_float
+from privimage_fast.models.edm import to_float, to_uint8
 from privimage_fast.stages.folder import RunError, RunFolder, fingerprint, set_fingerprint
 
 STAGE = "warmup"
@@ -112,6 +112,14 @@ def run_means(
     return means
 
 
+def pictures(folder: RunFolder, question: Question, class_names: tuple[str, ...]) -> ImageSet:
+    """Three a class, for looking at: its centre, the noisy mean as it came, and what was made of it."""
+    tensors, _ = folder.load_tensors(folder.means, STAGE)
+    raw = _noisy_means(tensors["sums"], question)[0].view_as(question.centres) + question.centres
+    three = torch.stack([question.centres.float(), raw.float(), tensors["means"]], 1).flatten(0, 1)
+    return ImageSet(to_uint8(three).numpy(), np.repeat(np.arange(len(class_names)), 3), class_names, name="means")
+
+
 def clipped_sums(images: ImageSet, question: Question) -> Tensor:
     """The exact table (classes, pixels + 1) float64: sums of clipped residuals, and b for each image in the last column."""
     scale = 127.5 * _UNIT
@@ -135,9 +143,8 @@ def denoised(sums: Tensor, question: Question, std: float) -> Tensor:
 
     In the public images' principal components the means vary most in the first ones; what varies no more than noise is noise.
     """
-    pixels = question.centres[0].numel()
-    counts = (sums[:, pixels:] / question.count).clamp(min=1.0)
-    found, noise = sums[:, :pixels] / counts @ question.basis.T, std / counts
+    residuals, counts = _noisy_means(sums, question)
+    found, noise = residuals @ question.basis.T, std / counts
     for first, last in pairwise(_blocks(found.shape[1])):
         part, weight = found[:, first:last], 1 / noise.clamp(min=1e-9) ** 4
         signal = ((part**2 - noise**2) * weight).sum() / (weight.sum() * (last - first))
@@ -145,6 +152,12 @@ def denoised(sums: Tensor, question: Question, std: float) -> Tensor:
         part *= signal / (signal + noise**2).clamp(min=1e-30)
     means = (found @ question.basis).view_as(question.centres) + question.centres
     return means.clamp(-1, 1).to(torch.float32)
+
+
+def _noisy_means(sums: Tensor, question: Question) -> tuple[Tensor, Tensor]:
+    """Mean residuals (classes, pixels) and noisy counts (classes, 1), which are taken to be one at least."""
+    counts = (sums[:, -1:] / question.count).clamp(min=1.0)
+    return sums[:, :-1] / counts, counts
 
 
 def _blocks(components: int) -> list[int]:
