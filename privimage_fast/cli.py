@@ -89,7 +89,7 @@ def _parse_run(command: str, argv: list[str], description: str, *, base: str | N
     each over those before it)."""
     import yaml
 
-    from privimage_fast.config import ConfigError, build_config, check_keys, load_yaml, nest
+    from privimage_fast.config import ConfigError, build_config, check_keys, load_config, load_yaml, nest
 
     parser = argparse.ArgumentParser(f"privimage {command}", description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML; keys as in `privimage keys`")
@@ -134,7 +134,7 @@ def _parse_run(command: str, argv: list[str], description: str, *, base: str | N
             raise ConfigError(f"--config: no file {path}")
         config = build_config(load_yaml(path.read_text(), str(path)), config)
     elif saved is not None and saved.exists() and (flags.resume or command in STAGES):
-        config = build_config(load_yaml(saved.read_text(), str(saved)))
+        config = load_config(saved)
     elif base is None and "data.private" not in overrides and command != "report":
         raise ConfigError(
             "give --config FILE, or --out DIR of a run that was begun, or at least --data.public and --data.private"
@@ -278,6 +278,7 @@ def _budget(argv: list[str]) -> None:
     goal.add_argument("--epsilon", type=float, help="target ε: answers σ")
     goal.add_argument("--noise-multiplier", type=float, help="σ: answers ε")
     parser.add_argument("--query-noise-multiplier", type=float, help="σ₁ of one semantic query")
+    parser.add_argument("--means-noise-multiplier", type=float, help="σ₂ of the class means")
     a = parser.parse_args(argv)
     from privimage_fast.dp import accounting as acc
     from privimage_fast.report import epsilon_text
@@ -289,7 +290,8 @@ def _budget(argv: list[str]) -> None:
     rate = a.batch_size / a.population
     steps = a.steps if a.steps is not None else max(1, round(a.epochs / rate))
     delta = a.delta if a.delta is not None else acc.default_delta(a.population)
-    queries = [acc.GaussianEvent(a.query_noise_multiplier)] if a.query_noise_multiplier is not None else []
+    asked = {"σ₁": a.query_noise_multiplier, "σ₂": a.means_noise_multiplier}
+    queries = [acc.GaussianEvent(sigma) for sigma in asked.values() if sigma is not None]
     sigma = a.noise_multiplier
     if sigma is None:
         sigma = acc.solve_noise_multiplier(
@@ -303,13 +305,13 @@ def _budget(argv: list[str]) -> None:
         shown = "n/a" if checks[name] is None else epsilon_text(checks[name])
         print(f"  {shown}  ({name.upper()} of Opacus, a cross-check)")
     if queries:
-        print(
-            f"without the query (σ₁ {queries[0].noise_multiplier:g}) the same σ costs "
-            f"ε {epsilon_text(acc.epsilon([training], delta))}"
-        )
+        words = {"σ₁": "the query", "σ₂": "the class means"}
+        named = " and ".join(f"{words[name]} ({name} {sigma:g})" for name, sigma in asked.items() if sigma is not None)
+        print(f"without {named} the same σ costs ε {epsilon_text(acc.epsilon([training], delta))}")
         if a.epsilon is not None:
             alone = acc.solve_noise_multiplier(target_epsilon=a.epsilon, delta=delta, sample_rate=rate, steps=steps)
-            print(f"without the query, σ {alone:.4f} would do for ε {a.epsilon:g}")
+            both = " and ".join(words[name] for name, sigma in asked.items() if sigma is not None)
+            print(f"without {both}, σ {alone:.4f} would do for ε {a.epsilon:g}")
 
 
 def _data(argv: list[str]) -> None:

@@ -7,6 +7,7 @@ import math
 import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -167,7 +168,8 @@ class RunConfig:
     @property
     def warms_up(self) -> bool:
         """Whether noisy class means are asked for, and charged."""
-        return self.warmup.steps > 0 and self.privacy.train
+        unused = self.model.family == "gan" and not self.model.adversarial.moments
+        return self.warmup.steps > 0 and self.privacy.train and not unused
 
     def to_yaml(self) -> str:
         """YAML that :func:`load_yaml` reads back to an equal configuration."""
@@ -190,6 +192,11 @@ def load_yaml(text: str, source: str = "configuration") -> dict[str, Any]:
         raise ConfigError(f"{source} must hold keys such as `data:` and `privacy:`, found {type(values).__name__}")
     check_keys(dotted_keys(values), source)
     return values
+
+
+def load_config(path: Path) -> RunConfig:
+    """A run's saved configuration. One without the section `warmup` was saved before there was a warm-up: it had none."""
+    return build_config({"warmup": {"steps": 0}} | load_yaml(path.read_text(), str(path)))
 
 
 def valid_keys(config: type = RunConfig, prefix: str = "") -> list[str]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from privimage_fast import report
-from privimage_fast.config import ConfigError, DataConfig, RunConfig, build_config, differing_keys, load_yaml
+from privimage_fast.config import ConfigError, DataConfig, RunConfig, differing_keys, load_config
 from privimage_fast.data import ImageSet, Limits, holdout_split, join, open_image_set
 from privimage_fast.data.atomic import atomic_write_text
 from privimage_fast.dp.accounting import (
@@ -32,13 +32,13 @@ from privimage_fast.dp.sampling import OSRandom, SeededRandom
 from privimage_fast.models.classifier import Classifier
 from privimage_fast.models.replay import forget
 from privimage_fast.models.training import Drawable, ImageModel
-from privimage_fast.planning import Plan, make_plan, means_noise_multiplier, query_noise_multiplier
+from privimage_fast.planning import Plan, check_questions, make_plan, means_noise_multiplier, query_noise_multiplier
 from privimage_fast.stages.agreement import check_text, question, stand_in_tables
 from privimage_fast.stages.clusters import check_clusters, public_clusters
 from privimage_fast.stages.evaluate import run_evaluate
 from privimage_fast.stages.finetune import budget_record, run_finetune
 from privimage_fast.stages.folder import RunError, RunFolder, fingerprint, timed
-from privimage_fast.stages.means import pictures, pose, run_means
+from privimage_fast.stages.means import load_means, pictures, run_means
 from privimage_fast.stages.pretrain import run_pretrain
 from privimage_fast.stages.query import SemanticFunction, public_classifier, run_query, semantic_function_of
 from privimage_fast.stages.sample import draw, run_sample, save_sheet
@@ -204,6 +204,8 @@ class Run:
                     )
             self._check_ledger()
             self.check_inputs()
+            if saved is None:
+                check_questions(self.config)
             atomic_write_text(self.folder.config, self.config.to_yaml())
             try:
                 yield self
@@ -409,18 +411,13 @@ class Run:
             raise RunError(f"{self.folder.path} was fine-tuned without a warm-up; go on with --warmup.steps 0")
         assert c.warmup.noise_multiplier is not None
         indices, labels, names = *self._subset(), self.private.label_names
-        question = pose(
-            self.public, n_classes=len(names), chosen=indices, labels=labels, max_norm=c.warmup.max_norm, seed=self._public_seed
-        )
-        means = run_means(
-            self.folder, question, private=self.private, noise_multiplier=c.warmup.noise_multiplier, ledger=self.ledger,
-            noise_key=self.noise_key,
+        model.means = run_means(
+            self.folder, public=self.public, chosen=indices, labels=labels, max_norm=c.warmup.max_norm, seed=self._public_seed,
+            private=self.private, noise_multiplier=c.warmup.noise_multiplier, ledger=self.ledger, noise_key=self.noise_key,
         )  # fmt: skip
-        save_sheet(self.folder, "means", pictures(self.folder, question, names))
-        model.means = means
+        save_sheet(self.folder, "means", pictures(self.folder, names))
         run_warmup(
-            self.folder, c.warmup, model=model, images=self.public.images[indices], labels=labels,
-            highest_level=c.sample.sampler.sigma_max, seed=self._public_seed,
+            self.folder, c.warmup, model=model, images=self.public.images[indices], labels=labels, seed=self._public_seed,
             device=self.device, autocast=self.autocast,
         )  # fmt: skip
         return model
@@ -430,7 +427,7 @@ class Run:
         before = "warmup" if c.warms_up else "pretrain"
         model.load_state_dict(self.folder.load_tensors(self.folder.checkpoint(before), before)[0])
         if c.warms_up:
-            model.means = self.folder.load_tensors(self.folder.means, "warmup")[0]["means"].to(self.device)
+            model.means = load_means(self.folder).to(self.device)
         assert c.privacy.population is not None and c.privacy.delta is not None
         if not c.privacy.train:
             self._keep_public(model)
@@ -505,6 +502,7 @@ class Run:
         """Needs the sizes of both sets, and spends nothing."""
         self.check_inputs()
         c = self._resolved(None)
+        check_questions(c)
         return make_plan(c, self.model().to(self.device), n_labels=self._n_labels, n_classes=self.private.n_classes)
 
     def write_plan(self, plan: Plan) -> None:
@@ -515,12 +513,6 @@ class Run:
             query_noise_multiplier=plan.query_noise_multiplier, means_noise_multiplier=plan.means_noise_multiplier,
         )  # fmt: skip
         self.folder.write_json(self.folder.budget, record)
-
-
-def load_config(path: Path) -> RunConfig:
-    """A run's saved configuration. One without the section `warmup` was saved before there was a warm-up: it had none."""
-    values = load_yaml(path.read_text(), str(path))
-    return build_config({"warmup": {"steps": 0}} | values)
 
 
 def device_of(name: str) -> str:

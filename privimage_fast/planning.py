@@ -11,7 +11,7 @@ import torch
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from privimage_fast.config import RunConfig
+from privimage_fast.config import ConfigError, RunConfig
 from privimage_fast.dp.accounting import DPSGDEvent, GaussianEvent, epsilon, solve_noise_multiplier
 from privimage_fast.dp.engine import accumulate_clipped
 from privimage_fast.dp.planner import Plan as StepPlan
@@ -73,8 +73,7 @@ def make_plan(c: RunConfig, model: ImageModel, *, n_labels: int, n_classes: int)
     assert c.privacy.population and c.privacy.delta and c.finetune.steps and c.select.labels_per_class
     rate = c.finetune.sample_rate(c.privacy.population)
     queried = c.select.mode == "semantic"
-    asked = [c.query.noise_multiplier if queried else None, c.warmup.noise_multiplier if c.warms_up else None]
-    prior = [GaussianEvent(noise) for noise in asked if noise is not None]
+    prior = questions(c)
     sigma, steps = 0.0, c.finetune.steps if c.privacy.train else 0
     if math.isfinite(c.privacy.epsilon) and steps:
         sigma = solve_noise_multiplier(
@@ -92,7 +91,8 @@ def make_plan(c: RunConfig, model: ImageModel, *, n_labels: int, n_classes: int)
     return Plan(
         epsilon=c.privacy.epsilon, delta=c.privacy.delta, population=c.privacy.population, sample_rate=rate,
         steps=steps, noise_multiplier=sigma,
-        query_noise_multiplier=asked[0], means_noise_multiplier=asked[1],
+        query_noise_multiplier=c.query.noise_multiplier if queried else None,
+        means_noise_multiplier=c.warmup.noise_multiplier if c.warms_up else None,
         epsilon_without_query=epsilon([DPSGDEvent(sigma, rate, steps)] if steps else [], c.privacy.delta),
         labels_per_class=c.select.labels_per_class,
         selection=_selection_text(c, n_labels=n_labels, n_classes=n_classes),
@@ -206,8 +206,35 @@ def means_noise_multiplier(c: RunConfig, delta: float, *, population: int, n_cla
     # Residuals are about half as long as an image of ones, whatever C will be.
     length = 0.5 * c.data.resolution * math.sqrt(c.data.channels)
     wanted = _PIXEL_NOISE * population / (n_classes * length)
-    most, least = (query_noise_multiplier(c.privacy.epsilon, delta, share) for share in (_LEAST_SHARE, _MOST_SHARE))
+    asked = c.query.share if c.select.mode == "semantic" and c.query.noise_multiplier is None else 0.0
+    shares = min(_LEAST_SHARE, (1 - asked) / 2), min(_MOST_SHARE, (1 - asked) / 2)  # the query's share is taken
+    most, least = (query_noise_multiplier(c.privacy.epsilon, delta, share) for share in shares)
     return min(max(wanted, least), most)
+
+
+def questions(c: RunConfig) -> list[GaussianEvent]:
+    """What a resolved configuration asks of the whole set before fine-tuning."""
+    asked = [c.query.noise_multiplier if c.select.mode == "semantic" else None, c.warmup.noise_multiplier if c.warms_up else None]
+    return [GaussianEvent(noise) for noise in asked if noise is not None]
+
+
+def check_questions(c: RunConfig) -> None:
+    """Before anything is spent.
+
+    Raises:
+        ConfigError: query and class means leave nothing of the budget for the fine-tuning.
+    """
+    assert c.privacy.delta is not None
+    asked = questions(c)
+    if not (asked and c.privacy.train and math.isfinite(c.privacy.epsilon)):
+        return
+    spent = epsilon(asked, c.privacy.delta)
+    if spent >= c.privacy.epsilon:
+        names = "query and class means" if len(asked) > 1 else "the query" if c.select.mode == "semantic" else "the class means"
+        raise ConfigError(
+            f"{names} alone cost ε = {spent:.4g} of {c.privacy.epsilon:g}, and nothing is left to fine-tune with: lower "
+            "query.share or warmup.share (or raise their noise_multiplier), or leave the means out with warmup.steps 0"
+        )
 
 
 def _minutes(seconds: float) -> str:

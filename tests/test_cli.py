@@ -39,6 +39,10 @@ def test_budget_solves_sigma_with_and_without_the_query(capsys: pytest.CaptureFi
     assert main(arguments.split()) == 0
     out = capsys.readouterr().out
     assert "steps 100" in out and "without the query, σ" in out
+    assert main([*arguments.split(), "--means-noise-multiplier", "5"]) == 0
+    both = capsys.readouterr().out
+    assert "without the query (σ₁ 5) and the class means (σ₂ 5) the same σ costs ε 2." in both
+    assert "without the query and the class means, σ" in both
 
 
 @pytest.mark.parametrize(

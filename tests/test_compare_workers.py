@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import fcntl
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,8 @@ def work(task: tuple[str, Any]) -> Any:
         os._exit(3)
     if what == "sleep":
         time.sleep(value)
+    if what == "pid":
+        return os.getpid()
     if what == "threads":
         return os.getpid(), torch.get_num_threads(), os.environ["OMP_NUM_THREADS"], os.environ["TQDM_DISABLE"]
     return value
@@ -53,7 +58,7 @@ def test_workers_share_the_threads_and_leave_the_environment(monkeypatch: pytest
     before = torch.get_num_threads()
     torch.set_num_threads(5)
     try:
-        found = list(workers(2).results([("threads", None)] * 2))
+        found = list(workers(3).results([("threads", None)] * 2))  # one job more than there is to do
     finally:
         torch.set_num_threads(before)
     assert len({pid for pid, *_ in found}) == 2 and {tuple(rest) for _, *rest in found} == {(2, "2", "1")}
@@ -64,7 +69,7 @@ def test_workers_that_are_left_end() -> None:
     """As an interruption leaves them."""
     results = workers(2).results([("echo", 1), ("sleep", 600)])
     assert next(results) == 1
-    results.close()  # type: ignore[attr-defined]
+    results.close()
     assert not multiprocessing.active_children()
 
 
@@ -81,33 +86,90 @@ def test_a_comparison_of_two_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert {o.state for o in run_comparison(load_comparison(path), jobs=2)} == {"kept"}
 
 
+PARENT = """
+import sys
+from test_compare_workers import work, workers
+if __name__ == "__main__":
+    for result in workers(2).results([("pid", None), ("sleep", 600), ("sleep", 600)]):
+        print(result, flush=True)
+"""
+
+
+def test_workers_end_with_their_parent_however_it_ends(tmp_path: Path) -> None:
+    """Left alone they would go on charging, and hold what they have locked."""
+    (tmp_path / "parent.py").write_text(PARENT)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "parent.py")], stdout=subprocess.PIPE, env=environment, text=True)
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait(30)
+    deadline = time.monotonic() + 30
+    while _alive(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _alive(worker)
+
+
+def _alive(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def test_who_comes_second_waits_for_the_first(tmp_path: Path) -> None:
-    """Two processes on one entry: one trains, the other finds what it left."""
-    cells = load_comparison(write(tmp_path, variants=["dpdm"], seeds=[0, 1])).cells
-    record = tmp_path / "order.txt"
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_pretrain, args=(cell, tmp_path / "shared", record)) for cell in cells]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    lines = [json.loads(line) for line in record.read_text().splitlines()]
-    assert lines == [False, "made", True, "made"]
+    """Two on one entry: one trains, the other finds what it left. What is there already is not waited for."""
+    cells = load_comparison(write(tmp_path, variants=["dpdm"], seeds=[0, 1, 2])).cells
+    shared, order = SharedTraining(tmp_path / "shared"), []
 
+    def pretrain(cell: Any, hold: float) -> None:
+        run = Run(cell.config)
+        with run.opened(resume=True):
+            run.select()
+            with shared.pretraining(run) as found:
+                order.append(found)
+                time.sleep(hold)
+                run.pretrain()
+                order.append("done")
 
-def _pretrain(cell: Any, shared: Path, record: Path) -> None:
-    def note(value: Any) -> None:
-        with open(record, "a") as handle:
-            handle.write(json.dumps(value) + "\n")
-
-    run = Run(cell.config)
+    threads = [threading.Thread(target=pretrain, args=(cell, 1.0)) for cell in cells[:2]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert order == [False, "done", True, "done"]
+    waiting = threading.Thread(target=pretrain, args=(cells[2], 3.0))
+    waiting.start()
+    while len(order) < 5:
+        time.sleep(0.01)
+    run = Run(cells[0].config)
     with run.opened(resume=True):
-        run.select()
-        with SharedTraining(shared).pretraining(run) as found:
-            note(found)
-            time.sleep(0.5)
-            run.pretrain()
-            note("made")
+        shared.labels(run)
+        with shared.pretraining(run) as found:
+            assert found is False  # its own is there
+    assert len(order) == 5 and waiting.is_alive()
+    waiting.join()
+
+
+def test_queries_and_evaluations_are_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what is made of public images is locked, and only while it is made."""
+    (cell,) = load_comparison(write(tmp_path, variants=["privimage"], seeds=[0])).cells
+    locked = []
+
+    def unlocked(stage: str) -> None:
+        for path in (tmp_path / "out" / "shared").glob(".*.lock"):
+            with open(path) as handle:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    locked.append((stage, path.name))
+
+    for stage in ("query", "finetune", "evaluate"):
+        original = getattr(Run, stage)
+        monkeypatch.setattr(Run, stage, lambda self, stage=stage, original=original: (unlocked(stage), original(self))[1])
+    assert [o.state for o in run_comparison(load_comparison(tmp_path / "grid.yaml"))] == ["done"]
+    assert not locked and (tmp_path / "out" / "shared").is_dir() and cell.variant == "privimage"
 
 
 def test_jobs_that_cannot_be_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

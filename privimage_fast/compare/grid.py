@@ -18,6 +18,7 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ class Cell:
         """Of everything but the place, by which a finished run is known again."""
         return fingerprint(replace(self.config, out=""))
 
-    @property
+    @cached_property
     def training_key(self) -> str:
         """Of the public training that it needs, as far as that is known before: noise may choose other subsets."""
         c = self.config

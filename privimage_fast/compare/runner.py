@@ -79,11 +79,18 @@ def _side_by_side(cells: Sequence[Cell], out: Path, jobs: int) -> Iterator[Outco
     first = {cell.training_key: cell for cell in reversed(cells)}
     cells = sorted(cells, key=lambda cell: first[cell.training_key] is not cell)
     shared = str(out / "shared")
-    workers = Workers(_attempt_elsewhere, jobs=jobs, died=lambda task, why: Outcome(task[0], "failed", why))
+    workers = Workers(_attempt_elsewhere, jobs=jobs, died=_died)
     yield from workers.results([(cell, shared) for cell in cells])
 
 
+def _died(task: tuple[Cell, str], why: str) -> Outcome:
+    _leave_error(task[0], why)
+    return Outcome(task[0], "failed", why)
+
+
 def _attempt_elsewhere(task: tuple[Cell, str]) -> Outcome:
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(logging.Formatter(f"{task[0].name}: %(message)s"))
     return _attempt(task[0], _read_here(), SharedTraining(Path(task[1])))
 
 
@@ -109,9 +116,14 @@ def _attempt(cell: Cell, read: Callable[[DataConfig], dict[str, ImageSet]], shar
         return Outcome(cell, "done")
     except Exception as error:  # whatever it is, the other runs are wanted all the same
         reason = f"{type(error).__name__}: {error}"
-        if folder.path.is_dir():
-            atomic_write_text(folder.path / "error.txt", traceback.format_exc())
+        _leave_error(cell, traceback.format_exc())
         return Outcome(cell, "failed", reason)
+
+
+def _leave_error(cell: Cell, text: str) -> None:
+    folder = Path(cell.config.out)
+    if folder.is_dir():
+        atomic_write_text(folder / "error.txt", text)
 
 
 def run_cell(run: Run, shared: SharedTraining) -> None:
@@ -119,19 +131,15 @@ def run_cell(run: Run, shared: SharedTraining) -> None:
     with run.opened(resume=True):
         if run.test is None:
             raise RunError("there is nothing to compare by: set data.test or data.holdout in `base`")
-        with shared.labels(run):
-            run.query()
+        shared.labels(run)
+        run.query()
         run.select()
         with shared.pretraining(run) as found:
             if found:
                 logger.info("pre-training: shared with an earlier run")
             run.pretrain()
-        run.warmup()
-        run.finetune()
-        run.sample()
-        with shared.labels(run):  # a run that asks nothing trains its classifier here, to measure distances on
-            run.evaluate()
-        run.report()
+        for stage in (run.warmup, run.finetune, run.sample, run.evaluate, run.report):
+            stage()
 
 
 def read_sets() -> Callable[[DataConfig], dict[str, ImageSet]]:

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from privimage_fast.pipeline import Run
 from privimage_fast.stages.clusters import clusters_key
 from privimage_fast.stages.folder import fingerprint
 from privimage_fast.stages.select import selected_subset
+
+logger = logging.getLogger(__name__)
 
 _RECORD = "stage.json"
 
@@ -30,13 +33,13 @@ class SharedTraining:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    @contextmanager
-    def labels(self, run: Run) -> Iterator[None]:
-        """The classifier of public labels and the clusters: taken from here if they are there, else kept when the block ends."""
-        with ExitStack() as stack:
-            for name in ("classifier", "clusters"):
-                stack.enter_context(self._made_once(run, self._labels_key(run, name), name))
-            yield
+    def labels(self, run: Run) -> None:
+        """The classifier of public labels and the clusters: taken from here, or made and kept. Reads no sensitive image."""
+        if run.config.query.clusters is not None and run.config.select.mode == "semantic":
+            with self._made_once(run, self._labels_key(run, "clusters"), "clusters"):
+                run.asked  # noqa: B018 - found, and left in the folder
+        with self._made_once(run, self._labels_key(run, "classifier"), "classifier"):
+            run.feature_network()
 
     @contextmanager
     def pretraining(self, run: Run) -> Iterator[bool]:
@@ -50,7 +53,11 @@ class SharedTraining:
         self.path.mkdir(parents=True, exist_ok=True)
         entry, path = self.path / key, run.folder.checkpoint(checkpoint)
         with open(self.path / f".{key}.lock", "w") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                logger.info("waiting for another run that makes the same %s", checkpoint)
+                fcntl.flock(handle, fcntl.LOCK_EX)
             found = self._offer(run, entry, path, stage)
             if found or entry.is_dir():
                 fcntl.flock(handle, fcntl.LOCK_UN)  # nothing is left to make

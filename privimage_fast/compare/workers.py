@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Generic, TypeVar
@@ -40,28 +41,30 @@ class Workers(Generic[Task, Result]):
     """
 
     def __init__(self, work: Callable[[Task], Result], *, jobs: int, died: Callable[[Task, str], Result]) -> None:
-        self._work, self._jobs, self._died = work, jobs, died
-        self._threads = max(1, torch.get_num_threads() // jobs)
+        self._work, self._jobs, self._died, self._threads = work, jobs, died, 1
         self._busy: dict[Connection, tuple[_Worker, Task]] = {}
 
-    def results(self, tasks: Sequence[Task]) -> Iterator[Result]:
+    def results(self, tasks: Sequence[Task]) -> Generator[Result, None, None]:
         """In the order in which they end. Leaving early ends the processes; what they were at can be gone on with."""
         waiting = deque(tasks)
+        jobs = min(self._jobs, len(waiting))
+        self._threads = max(1, torch.get_num_threads() // max(1, jobs))
         try:
-            for _ in range(min(self._jobs, len(waiting))):
+            for _ in range(jobs):
                 self._give(self._started(), waiting.popleft())
             while self._busy:
                 for connection in wait(list(self._busy)):
                     assert isinstance(connection, Connection)
-                    worker, task = self._busy.pop(connection)
+                    worker, task = self._busy[connection]
                     try:
                         result, alive = connection.recv(), True
-                    except (EOFError, ConnectionResetError):
+                    except (EOFError, OSError):
                         result, alive = self._died(task, self._why(worker)), False
+                    del self._busy[connection]
                     if waiting:
                         self._give(worker if alive else self._started(), waiting.popleft())
-                    elif alive:
-                        worker.connection.close()  # tells it to end
+                    else:
+                        connection.close()  # tells it to end
                         worker.process.join()
                     yield result
         finally:
@@ -71,11 +74,12 @@ class Workers(Generic[Task, Result]):
             self._busy.clear()
 
     def _give(self, worker: _Worker, task: Task) -> None:
-        self._busy[worker.connection] = (worker, task)
         try:
             worker.connection.send(task)
-        except BrokenPipeError:  # it died before it was given anything; the next wait sees that
-            pass
+        except OSError:  # it died between two tasks
+            worker = self._started()
+            worker.connection.send(task)
+        self._busy[worker.connection] = (worker, task)
 
     def _started(self) -> _Worker:
         context = get_context("spawn")
@@ -98,6 +102,7 @@ class Workers(Generic[Task, Result]):
 
 def _serve(connection: Connection, work: Callable[[Task], Result], threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is the parent's to handle: it ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     while True:
@@ -106,6 +111,14 @@ def _serve(connection: Connection, work: Callable[[Task], Result], threads: int)
         except EOFError:
             return
         connection.send(work(task))
+
+
+def _end_with_parent() -> None:
+    """However the parent ends: a run that nobody waits for would go on spending its budget, and hold what it has locked."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 @contextmanager

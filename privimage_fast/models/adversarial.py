@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from privimage_fast.models.gan import Discriminator, GANConfig, Generator
-from privimage_fast.models.training import AveragedAdam, below, prefixed
+from privimage_fast.models.training import AveragedAdam, ClassMeans, below, prefixed, step_generator
 
 _ALIKE = 0.05  # of images in [−1, 1]: the slope stays finite where two are the same
 
@@ -66,7 +66,7 @@ class GAN(nn.Module):
 
     default_multiplicity = 1
     low_precision = False  # slopes of the gradient penalty, spectral norm
-    means: Tensor | None = None
+    means: ClassMeans | None = None
 
     def __init__(
         self, config: GANConfig, adversarial: AdversarialConfig, *, resolution: int, channels: int, num_classes: int
@@ -134,15 +134,18 @@ def real_and_fake(
     return torch.stack([images, fakes], 1).flatten(0, 1), labels.repeat_interleave(2, 0), sign
 
 
-def generator_loss(model: GAN, labels: Tensor, random: torch.Generator, *, judged: bool = True) -> Tensor:
+def generator_loss(
+    model: GAN, labels: Tensor, random: torch.Generator, *, judged: bool = True, held: bool = True
+) -> Tensor:  # fmt: skip
     """−D(G(z, label), label) on average, what keeps images of a label apart, and what their mean should be. Reads no image.
 
     With ``diversity`` or class means the second half of the labels is replaced by the first, so that each has two images.
-    ``judged``: whether there is a discriminator that has seen images.
+    judged: whether the discriminator has a say. held: whether the class means have, where there are any.
     """
     labels = labels.to(model.generator.device)
     pairs, options = len(labels) // 2, model.adversarial
-    paired = pairs > 0 and bool(options.diversity or (options.moments and model.means is not None))
+    means = model.means if held and options.moments else None
+    paired = pairs > 0 and (options.diversity > 0 or means is not None)
     if paired:
         labels = labels[:pairs].repeat(2)
     latents = model.generator.latents(len(labels), random)
@@ -151,25 +154,27 @@ def generator_loss(model: GAN, labels: Tensor, random: torch.Generator, *, judge
     if paired and options.diversity:
         apart = _difference(latents, pairs) / (_difference(fakes, pairs) + _ALIKE)
         loss = loss + options.diversity * apart.mean()
-    if paired and options.moments and model.means is not None:
-        loss = loss + options.moments * moment_loss(fakes, labels[:pairs], model.means)
+    if paired and means is not None:
+        loss = loss + options.moments * moment_loss(fakes, labels[:pairs], means)
     return loss
 
 
-def moment_loss(fakes: Tensor, labels: Tensor, means: Tensor) -> Tensor:
+def moment_loss(fakes: Tensor, labels: Tensor, means: ClassMeans) -> Tensor:
     """An unbiased estimate of ‖E[fake | class] − mean of the class‖² a pixel, averaged over the classes that are there.
+
+    Each weighs as much as its mean can be trusted.
 
     fakes: two halves of rows with the same labels (pairs,). The halves are drawn independently, so the product of their
     differences from the mean has no variance of the images in it, which a square would, and which would press them together.
     """
-    known = labels < len(means)
-    count = torch.bincount(labels[known], minlength=len(means))
+    known = labels < len(means.images)
+    count = torch.bincount(labels[known], minlength=len(means.images))
     differences = []
     for half in fakes.chunk(2):
-        total = torch.zeros_like(means).index_add(0, labels[known], half[known].to(means.dtype))
-        differences.append((total / count.clamp(min=1).view(-1, 1, 1, 1) - means).flatten(1))
-    products = (differences[0] * differences[1]).mean(1)[count > 0]
-    return products.sum() / max(1, len(products))
+        total = torch.zeros_like(means.images).index_add(0, labels[known], half[known].to(means.images.dtype))
+        differences.append((total / count.clamp(min=1).view(-1, 1, 1, 1) - means.images).flatten(1))
+    products = means.trust * (differences[0] * differences[1]).mean(1)
+    return products[count > 0].sum() / (count > 0).sum().clamp(min=1)
 
 
 def _difference(t: Tensor, pairs: int) -> Tensor:
@@ -188,6 +193,12 @@ class PublicAdversarial:
         self.discriminator = AveragedAdam(model.discriminator, lr=lr, ema_decay=0.0, betas=(model.adversarial.beta1, 0.999))
 
     def step(self, images: Tensor, labels: Tensor, random: torch.Generator, lr: float) -> Tensor:
+        loss, labels = self.discriminate(images, labels, random, lr)
+        self.generator.step(generator_loss(self.model, labels, random), self.model.adversarial.generator_lr * lr)
+        return loss
+
+    def discriminate(self, images: Tensor, labels: Tensor, random: torch.Generator, lr: float) -> tuple[Tensor, Tensor]:
+        """The discriminator's steps: its last loss, and the labels as it was shown them."""
         model = self.model
         options = {"pairs": 1, "label_dropout": self.label_dropout, "random": random}
         for _ in range(model.adversarial.pretrain_discriminator_steps):
@@ -195,8 +206,7 @@ class PublicAdversarial:
             loss = self.loss(model.discriminator, *batch).mean()
             self.discriminator.step(loss, lr)
             model.discriminator.iterate()
-        self.generator.step(generator_loss(model, batch[1][::2], random), model.adversarial.generator_lr * lr)
-        return loss.detach()
+        return loss.detach(), batch[1][::2]
 
     def state_dict(self) -> dict[str, Tensor]:
         networks = {"generator/": self.generator, "discriminator/": self.discriminator}
@@ -215,18 +225,22 @@ class PublicAdversarial:
 
 
 class MeanAdversarial(PublicAdversarial):
-    """More of the public training, with the class means in the generator's loss; without public images, on the means alone."""
+    """More of the public training, and ``rows`` images of the generator whose class means are to be the right ones.
+
+    The discriminator judges labels that it was shown, and with none, or no public images, it judges nothing.
+    """
 
     def __init__(self, model: GAN, *, lr: float, ema_decay: float, label_dropout: float, rows: int) -> None:
         super().__init__(model, lr=lr, ema_decay=ema_decay, label_dropout=label_dropout)
         self.rows = rows
 
     def step(self, images: Tensor, labels: Tensor, random: torch.Generator, lr: float) -> Tensor:
-        if len(images):
-            return super().step(images, labels, random, lr)
         model = self.model
-        labels = torch.randint(model.num_classes, (self.rows,), generator=random, device=random.device)
-        loss = generator_loss(model, labels, random, judged=False)
+        drawn = torch.randint(model.num_classes, (self.rows,), generator=random, device=random.device)
+        loss = generator_loss(model, drawn, random, judged=False)
+        if len(images):
+            _, shown = self.discriminate(images, labels, random, lr)
+            loss = loss + generator_loss(model, shown, random, held=False)
         self.generator.step(loss, model.adversarial.generator_lr * lr)
         return loss.detach()
 
@@ -257,7 +271,7 @@ class PrivateAdversarial:
         self.model.discriminator.iterate()
         if (step + 1) % self.round:
             return
-        random = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        random = step_generator("generator", seed, step)
         for _ in range(options.generator_steps):
             # As many of each class: how often a class occurs is not to be taken from the sensitive set.
             labels = torch.randint(self.model.num_classes, (options.generator_batch,), generator=random)

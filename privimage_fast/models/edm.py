@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from privimage_fast.models.replay import replayed
-from privimage_fast.models.training import AveragedAdam
+from privimage_fast.models.training import AveragedAdam, ClassMeans
 from privimage_fast.models.unet import UNet, UNetConfig
 
 
@@ -42,7 +42,7 @@ class Denoiser(nn.Module):
 
     default_multiplicity = 8
     low_precision = True
-    means: Tensor | None = None
+    means: ClassMeans | None = None
 
     def __init__(self, unet: UNetConfig, edm: EDMConfig, *, resolution: int, channels: int, num_classes: int) -> None:
         super().__init__()
@@ -165,21 +165,23 @@ class MeanDenoising(PublicDenoising):
         self.means, self.rows, (self.lowest, self.highest) = model.means, rows, noise_levels
 
     def step(self, images: Tensor, labels: Tensor, random: torch.Generator, lr: float) -> Tensor:
-        of = torch.randint(len(self.means), (self.rows,), generator=random, device=random.device).to(self.means.device)
+        device = self.means.images.device
+        of = torch.randint(len(self.means.images), (self.rows,), generator=random, device=random.device).to(device)
         low, high = (
             denoising_batch(
                 x, y, edm=self.model.edm, num_classes=self.model.num_classes, multiplicity=1, label_dropout=self.label_dropout,
                 generator=random,
             )
-            for x, y in ((images, labels), (self.means[of], of))
+            for x, y in ((images, labels), (self.means.images[of], of))
         )  # fmt: skip
-        share = torch.rand(self.rows, generator=random, device=random.device).to(self.means.device)
+        share = torch.rand(self.rows, generator=random, device=random.device).to(device)
         sigma = self.lowest * (self.highest / self.lowest) ** share  # uniform in ln σ
         rows = (
             torch.cat([high.images, low.images]), torch.cat([high.noise, low.noise]),
             torch.cat([sigma, low.sigma.clamp(max=self.lowest)]), torch.cat([high.labels, low.labels]),
         )  # fmt: skip
-        loss = self.loss(self.model, *rows).mean()
+        weight = torch.cat([self.means.trust[of], torch.ones(len(images), device=device)])
+        loss = (weight * self.loss(self.model, *rows)).mean()
         self.optimizer.step(loss, lr)
         return loss.detach()
 

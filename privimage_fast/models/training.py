@@ -6,6 +6,8 @@ sensitive images, on which rows, with which loss. Charging, drawing batches, cli
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any, Protocol
 
 import torch
@@ -37,7 +39,7 @@ class Drawable(Protocol):
 
 
 class PublicTraining(Protocol):
-    """Ordinary training on public images."""
+    """Training without DP-SGD: on public images, and on what is private already."""
 
     def step(self, images: Tensor, labels: Tensor, random: torch.Generator, lr: float) -> Tensor:
         """One step on images (B, C, H, W) and labels (B,); every draw comes from ``random``. Returns a loss to show."""
@@ -50,21 +52,20 @@ class PublicTraining(Protocol):
         """Leaves in the model the weights that fine-tuning starts from."""
 
 
-class MeanTraining(Protocol):
-    """Training on the class means that a model has, which are private already, beside public images."""
+@dataclass(frozen=True)
+class ClassMeans:
+    """Means of the sensitive classes that are private already.
 
-    def step(self, images: Tensor, labels: Tensor, random: torch.Generator, lr: float) -> Tensor:
-        """One step on the means and on public images (B, C, H, W), perhaps none, of the classes labels (B,).
+    Args:
+        images: (classes, C, H, W) float32 in [−1, 1].
+        trust: (classes,) float32 in [0, 1]: which part of what sets a mean apart is more than noise; 0 where it says nothing.
+    """
 
-        Every draw comes from ``random``. Returns a loss to show.
-        """
+    images: Tensor
+    trust: Tensor
 
-    def state_dict(self) -> dict[str, Tensor]: ...
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
-
-    def finish(self) -> None:
-        """Leaves in the model the weights that fine-tuning starts from."""
+    def to(self, device: torch.device | str) -> ClassMeans:
+        return ClassMeans(self.images.to(device), self.trust.to(device))
 
 
 class PrivateTraining(Protocol):
@@ -114,7 +115,7 @@ class ImageModel(Protocol):
     num_classes: int
     default_multiplicity: int  # of DP-SGD
     low_precision: bool  # whether training bears bfloat16 autocast
-    means: Tensor | None  # (classes, C, H, W) in [−1, 1], private already: for mean_training, and for what is no private step
+    means: ClassMeans | None  # for mean_training, and for whatever is no private step
 
     @property
     def drawable(self) -> Drawable: ...
@@ -123,10 +124,19 @@ class ImageModel(Protocol):
 
     def mean_training(
         self, *, lr: float, ema_decay: float, label_dropout: float, rows: int, noise_levels: tuple[float, float]
-    ) -> MeanTraining:  # fmt: skip
-        """Of a model that has ``means``; ``rows`` of them in a step, a diffusion model's at noise levels σ from low to high."""
+    ) -> PublicTraining:  # fmt: skip
+        """Training on the ``means`` that the model has, ``rows`` of them a step, beside public images, which may be none.
+
+        A diffusion model learns them at ``noise_levels``, from the lowest σ to the highest.
+        """
 
     def private_training(self, *, lr: float, ema_decay: float, label_dropout: float, multiplicity: int) -> PrivateTraining: ...
+
+
+def step_generator(stage: str, seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """The public randomness of one step of a stage: the same when it is repeated, and no other stage's."""
+    digest = sha256(f"{stage} {seed} {step}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def averaging_decay(decay: float, step: int) -> float:

@@ -113,7 +113,8 @@ class Facts:
     @property
     def warms_up(self) -> bool:
         """Whether the configuration asks for class means; one of an earlier version does not know them."""
-        return bool(self.setting("warmup", "steps")) and self.setting("privacy", "train") is not False
+        unused = self.setting("model", "family") == "gan" and self.setting("model", "adversarial", "moments") == 0
+        return bool(self.setting("warmup", "steps")) and self.setting("privacy", "train") is not False and not unused
 
     def setting(self, *keys: str) -> Any:
         """A value of the resolved configuration, None where it is not there."""
@@ -394,11 +395,11 @@ def _picture(path: Path) -> Picture | None:
 
 
 def _releases(run_dir: Path, metrics: list[Metric], secret_times: bool) -> list[Release]:
-    training = "trained on noised gradient sums only; all intermediate weights are covered"
+    training = "trained on noised gradient sums and noisy class means only; all intermediate weights are covered"
     rows = [
         Release("Synthetic images", "synthetic.npz", True, "drawn from the private model; drawing more costs nothing"),
         Release("Model weights", "model/", True, training),
-        Release("Checkpoints", "checkpoints/", True, training + "; those of earlier stages saw the noisy histogram at most"),
+        Release("Checkpoints", "checkpoints/", True, training + "; the pre-trained ones saw the noisy histogram at most"),
         Release("Noisy histogram", "query.json", True, "Gaussian noise was added before it was written; drawn once"),
         Release("Check of the query", "query-check.json", True, "computed from public images and the noisy histogram"),
         Release("Chosen public labels", "selection.json", True, "computed from the noisy histogram alone"),

@@ -1,4 +1,4 @@
-"""Noisy class means of the sensitive images, which a diffusion model is warmed up on.
+"""Noisy class means of the sensitive images, which a model is warmed up on.
 
 Formal guarantee: an image adds one vector to the row of its class — its pixels less the class's centre, which is known
 beforehand, scaled to an L2 norm of at most C, and a constant b that counts it — and nothing to any other row. So one image more
@@ -21,6 +21,7 @@ from privimage_fast.dp.accounting import GaussianEvent
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.dp.noise import NoiseKey, Stream
 from privimage_fast.models.edm import to_float, to_uint8
+from privimage_fast.models.training import ClassMeans
 from privimage_fast.stages.folder import RunError, RunFolder, fingerprint, set_fingerprint
 
 STAGE = "warmup"
@@ -42,13 +43,11 @@ class Question:
             earlier noisy answers.
         max_norm: C.
         basis: (components, channels·height·width) float64, orthonormal rows in which public images vary, most of it first.
-        stamp: of what the others were made from; their last bits may differ on another machine.
     """
 
     centres: Tensor
     max_norm: float
     basis: Tensor
-    stamp: str = ""
 
     @property
     def count(self) -> float:
@@ -69,54 +68,68 @@ def pose(
     chosen, labels: indices into ``public`` and their classes, as the selection left them. A ``max_norm`` of None takes what three
     quarters of those images keep to.
     """
-    stamp = fingerprint(set_fingerprint(public), chosen.tobytes(), labels.tobytes(), max_norm, seed)
     rest = _floats(public.images[np.random.default_rng(seed).permutation(len(public))[:4096]])
-    centres = rest.mean(0).repeat(n_classes, 1)
-    residuals = [rest - rest.mean(0)]
+    mean = rest.mean(0)
+    centres, norms = mean.repeat(n_classes, 1), []
     for c in np.unique(labels[labels < n_classes]):
-        own = _floats(public.images[chosen[labels == c]])
-        centres[c] = own.mean(0)
-        residuals.append(own - centres[c])
-    centres = ((centres + 1) * 127.5 * _UNIT).round() / (127.5 * _UNIT) - 1
+        own = [public.images[part] for part in _parts(chosen[labels == c])]
+        centres[c] = sum(_floats(part).sum(0) for part in own) / sum(map(len, own))
+        norms += [(_floats(part) - centres[c]).norm(dim=1) for part in own]
     if max_norm is None:
-        norms = torch.cat(residuals[1:] or residuals).norm(dim=1)
-        max_norm = max(float(norms.quantile(0.75) if len(norms) < 2**23 else norms.median()), 1e-3)
-    return Question(centres.view(n_classes, *_shape(public)), max_norm, _components(residuals[0], seed), stamp)
+        lengths = torch.cat(norms) if norms else (rest - mean).norm(dim=1)
+        max_norm = max(float(np.quantile(lengths.numpy(), 0.75)), 1e-3)
+    centres = ((centres + 1) * 127.5 * _UNIT).round() / (127.5 * _UNIT) - 1
+    shape = public.channels, public.resolution, public.resolution
+    return Question(centres.view(n_classes, *shape), max_norm, _components(rest - mean, seed))
 
 
 def run_means(
-    folder: RunFolder, question: Question, *, private: ImageSet, noise_multiplier: float, ledger: Ledger, noise_key: NoiseKey
-) -> Tensor:  # fmt: skip
-    """Asks once, or returns what was answered: estimated class means (classes, channels, height, width) float32 in [−1, 1].
+    folder: RunFolder, *, public: ImageSet, chosen: np.ndarray, labels: np.ndarray, max_norm: float | None, seed: int,
+    private: ImageSet, noise_multiplier: float, ledger: Ledger, noise_key: NoiseKey,
+) -> ClassMeans:  # fmt: skip
+    """Asks once, or returns what was answered. ``public`` to ``seed``: of :func:`pose`.
 
     Raises:
         RunError: the folder holds the answer to another question (its cost is spent).
     """
-    stamp = fingerprint(question.stamp, noise_multiplier, private.label_names)
+    # Of what the question is made from: its own last bits may differ on another machine.
+    posed = (set_fingerprint(public), fingerprint(chosen.tobytes(), labels.tobytes()), max_norm, seed)
+    stamp = fingerprint(posed, noise_multiplier, private.label_names)
     if folder.means.exists():
-        tensors, metadata = folder.load_tensors(folder.means, STAGE)
-        if metadata["fingerprint"] != stamp:
+        if folder.load_tensors(folder.means, STAGE)[1]["fingerprint"] != stamp:
             raise RunError(
                 f"{folder.means} answers a question with other settings; its privacy is spent, so it is not asked again here. "
                 "Restore the settings, or start over with another --out"
             )
-        return tensors["means"]
+        return load_means(folder)
+    question = pose(
+        public, n_classes=len(private.label_names), chosen=chosen, labels=labels, max_norm=max_norm, seed=seed
+    )  # fmt: skip
     event = GaussianEvent(noise_multiplier)
     ledger.charge(event, stage=STAGE)  # before the data is touched
     std = event.noise_multiplier * question.sensitivity
     sums = clipped_sums(private, question)
     sums += std * torch.from_numpy(noise_key.gaussian(tuple(sums.shape), step=0, stream=Stream.MEANS))
     means = denoised(sums, question, std)
-    metadata = {"fingerprint": stamp, "noise_multiplier": noise_multiplier, "noise_std": std, "max_norm": question.max_norm}
-    folder.save_tensors(folder.means, {"means": means, "sums": sums}, metadata)
+    folder.save_tensors(
+        folder.means,
+        {"means": means.images, "trust": means.trust, "sums": sums, "centres": question.centres},
+        {"fingerprint": stamp, "noise_multiplier": noise_multiplier, "noise_std": std, "max_norm": question.max_norm},
+    )
     return means
 
 
-def pictures(folder: RunFolder, question: Question, class_names: tuple[str, ...]) -> ImageSet:
-    """Three a class, for looking at: its centre, the noisy mean as it came, and what was made of it."""
+def load_means(folder: RunFolder) -> ClassMeans:
     tensors, _ = folder.load_tensors(folder.means, STAGE)
-    raw = _noisy_means(tensors["sums"], question)[0].view_as(question.centres) + question.centres
-    three = torch.stack([question.centres.float(), raw.float(), tensors["means"]], 1).flatten(0, 1)
+    return ClassMeans(tensors["means"], tensors["trust"])
+
+
+def pictures(folder: RunFolder, class_names: tuple[str, ...]) -> ImageSet:
+    """Three a class, for looking at: its centre, the noisy mean as it came, and what was made of both."""
+    tensors, metadata = folder.load_tensors(folder.means, STAGE)
+    centres = tensors["centres"]
+    raw = _noisy_means(tensors["sums"], _COUNT * metadata["max_norm"])[0].view_as(centres) + centres
+    three = torch.stack([centres.float(), raw.float(), tensors["means"]], 1).flatten(0, 1)
     return ImageSet(to_uint8(three).numpy(), np.repeat(np.arange(len(class_names)), 3), class_names, name="means")
 
 
@@ -125,9 +138,9 @@ def clipped_sums(images: ImageSet, question: Question) -> Tensor:
     scale = 127.5 * _UNIT
     centres = np.rint((question.centres.flatten(1).numpy() + 1) * scale).astype(np.int64)
     table = np.zeros(centres.shape, np.int64)
-    for start in range(0, len(images), _IMAGES):
-        labels = images.labels[start : start + _IMAGES]
-        pixels = images.images[start : start + _IMAGES].transpose(0, 3, 1, 2).reshape(len(labels), -1)
+    for part in _parts(np.arange(len(images))):
+        labels = images.labels[part]
+        pixels = images.images[part].transpose(0, 3, 1, 2).reshape(len(labels), -1)
         residual = pixels.astype(np.int64) * _UNIT - centres[labels]
         norm = np.sqrt(np.square(residual).sum(1).astype(np.float64))
         # A whisker below C for what the root and the product round; towards zero, so that no entry grows.
@@ -138,26 +151,35 @@ def clipped_sums(images: ImageSet, question: Question) -> Tensor:
     return torch.from_numpy(sums)
 
 
-def denoised(sums: Tensor, question: Question, std: float) -> Tensor:
+def denoised(sums: Tensor, question: Question, std: float) -> ClassMeans:
     """Class means from the noisy table, shrunk towards the centres by what its own noise leaves of it (empirical Bayes).
 
     In the public images' principal components the means vary most in the first ones; what varies no more than noise is noise.
     """
-    residuals, counts = _noisy_means(sums, question)
+    residuals, counts = _noisy_means(sums, question.count)
     found, noise = residuals @ question.basis.T, std / counts
+    doubt = torch.zeros_like(counts)
     for first, last in pairwise(_blocks(found.shape[1])):
         part, weight = found[:, first:last], 1 / noise.clamp(min=1e-9) ** 4
         signal = ((part**2 - noise**2) * weight).sum() / (weight.sum() * (last - first))
         signal = signal.clamp(0.0, question.max_norm**2 / (last - first))  # a mean of clipped residuals is no longer than C
-        part *= signal / (signal + noise**2).clamp(min=1e-30)
-    means = (found @ question.basis).view_as(question.centres) + question.centres
-    return means.clamp(-1, 1).to(torch.float32)
+        kept = signal / (signal + noise**2).clamp(min=1e-30)
+        part *= kept
+        doubt += (last - first) * kept * noise**2  # the posterior's variance
+    images = (found @ question.basis).view_as(question.centres) + question.centres
+    length = found.square().sum(1)
+    trust = length / (length + doubt[:, 0]).clamp(min=1e-30)
+    return ClassMeans(images.clamp(-1, 1).to(torch.float32), trust.to(torch.float32))
 
 
-def _noisy_means(sums: Tensor, question: Question) -> tuple[Tensor, Tensor]:
+def _noisy_means(sums: Tensor, count: float) -> tuple[Tensor, Tensor]:
     """Mean residuals (classes, pixels) and noisy counts (classes, 1), which are taken to be one at least."""
-    counts = (sums[:, -1:] / question.count).clamp(min=1.0)
+    counts = (sums[:, -1:] / count).clamp(min=1.0)
     return sums[:, :-1] / counts, counts
+
+
+def _parts(rows: np.ndarray) -> list[np.ndarray]:
+    return [rows[start : start + _IMAGES] for start in range(0, len(rows), _IMAGES)]
 
 
 def _blocks(components: int) -> list[int]:
@@ -179,7 +201,3 @@ def _components(residuals: Tensor, seed: int, most: int = 512) -> Tensor:
 def _floats(images: np.ndarray) -> Tensor:
     """uint8 NHWC → float64 (images, channels·height·width) in [−1, 1]."""
     return to_float(torch.from_numpy(images)).flatten(1).to(torch.float64)
-
-
-def _shape(images: ImageSet) -> tuple[int, int, int]:
-    return images.channels, images.resolution, images.resolution

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from privimage_fast.data import ImageSet
 from privimage_fast.models.edm import to_float
-from privimage_fast.models.training import ImageModel
+from privimage_fast.models.training import ImageModel, PublicTraining, step_generator
 from privimage_fast.stages.folder import RunFolder, fingerprint, set_fingerprint, timed
 
 
@@ -89,18 +88,8 @@ def _train(
     )  # fmt: skip
 
 
-class Resumable(Protocol):
-    """What a loop needs of a training beside its steps."""
-
-    def state_dict(self) -> dict[str, Tensor]: ...
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
-
-    def finish(self) -> None: ...
-
-
 def train_resumably(
-    folder: RunFolder, stage: str, stamp: str, training: Resumable, step: Callable[[torch.Generator, float], Tensor], *,
+    folder: RunFolder, stage: str, stamp: str, training: PublicTraining, step: Callable[[torch.Generator, float], Tensor], *,
     steps: int, lr: float, warmup: int, seed: int, checkpoint_seconds: float, device: str, autocast: torch.dtype | None,
 ) -> None:  # fmt: skip
     """Training without DP-SGD, from its last checkpoint if there is one.
@@ -119,7 +108,7 @@ def train_resumably(
     saved = time.perf_counter()
     progress = tqdm(range(start, steps), desc=stage, unit="step", initial=start, total=steps, leave=False)
     for number in progress:
-        random = torch.Generator(device).manual_seed(seed * 1_000_003 + number)
+        random = step_generator(stage, seed, number, device)
         with torch.autocast(kind, autocast, enabled=autocast is not None):
             loss = step(random, lr * min(1.0, (number + 1) / max(1, warmup)))
         if number % 20 == 0:

@@ -7,6 +7,7 @@ here and while it is fine-tuned. The training is post-processing.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,11 +33,11 @@ class WarmupConfig:
             noise, is for non-private bounds only.
         max_norm: C, to which an image's difference from its class's centre (public images chosen for the class) is scaled
             down, in units of [−1, 1]; null takes what three quarters of those public images keep to.
-        batch_size: rows a step, of which a third are public images.
+        batch_size: images a step, of which a third are public; of a GAN the generator draws the others.
         lr: learning rate of Adam.
         ema_decay: decay of the averaged weights that fine-tuning starts from.
         label_dropout: share of labels replaced by the empty one.
-        lowest_level: the noise level σ from which upwards a diffusion model is taught the means.
+        lowest_level, highest_level: the noise levels σ at which a diffusion model is taught the means.
     """
 
     steps: int = 150
@@ -48,46 +49,46 @@ class WarmupConfig:
     ema_decay: float = 0.98
     label_dropout: float = 0.1
     lowest_level: float = 1.0
+    highest_level: float = 80.0
 
     def __post_init__(self) -> None:
         if self.steps < 0 or self.batch_size < 3:
             raise ValueError(f"warmup.steps must be ≥ 0 and batch_size ≥ 3, found {self.steps} and {self.batch_size}")
         if self.share is not None and not 0 < self.share < 1:
             raise ValueError(f"warmup.share must be in (0, 1) or null, found {self.share}")
-        if self.noise_multiplier is not None and not self.noise_multiplier >= 0:
-            raise ValueError(f"warmup.noise_multiplier must be ≥ 0 or null, found {self.noise_multiplier}")
+        if self.noise_multiplier is not None and not 0 <= self.noise_multiplier < math.inf:
+            raise ValueError(f"warmup.noise_multiplier must be ≥ 0 and finite, or null, found {self.noise_multiplier}")
         for name in ("max_norm", "lr", "lowest_level"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"warmup.{name} must be positive, found {getattr(self, name)}")
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"warmup.{name} must be positive and finite, found {getattr(self, name)}")
+        if not self.lowest_level < self.highest_level < math.inf:
+            raise ValueError(f"warmup.highest_level must be above lowest_level {self.lowest_level}, found {self.highest_level}")
         if not 0 <= self.ema_decay < 1 or not 0 <= self.label_dropout <= 1:
             raise ValueError(f"warmup.ema_decay {self.ema_decay} and label_dropout {self.label_dropout} must be in [0, 1)")
 
 
 def run_warmup(
     folder: RunFolder, config: WarmupConfig, *, model: ImageModel, images: np.ndarray, labels: np.ndarray,
-    highest_level: float, seed: int, device: str = "cpu", autocast: torch.dtype | None = None,
+    seed: int, device: str = "cpu", autocast: torch.dtype | None = None,
 ) -> None:  # fmt: skip
     """Trains ``model``, which has its ``means``, in place; leaves its averaged weights in it and in the folder.
 
     ``images`` (uint8 NHWC), ``labels``: the chosen public images, perhaps none, and the classes they stand for.
     """
-    means = model.means
-    assert means is not None
-    weights = {name: p.detach().cpu() for name, p in model.named_parameters()}
-    stamp = fingerprint(
-        config, seed, highest_level, *(fingerprint(a.tobytes()) for a in (images, labels, means.cpu().numpy())),
-        [(name, fingerprint(p.numpy().tobytes())) for name, p in weights.items()],
-    )  # fmt: skip
+    assert model.means is not None
+    inputs = (images, labels, model.means.images.cpu().numpy(), model.means.trust.cpu().numpy())
+    weights = [(name, fingerprint(t.detach().cpu().numpy().tobytes())) for name, t in model.state_dict().items()]
+    stamp = fingerprint(config, seed, [fingerprint(a.tobytes()) for a in inputs], weights)
     path = folder.checkpoint(STAGE)
     model.to(device)
-    model.means = means.to(device)
+    model.means = model.means.to(device)
     if path.exists() and folder.finished(STAGE, stamp):
         model.load_state_dict(folder.load_tensors(path, STAGE)[0])
         return
     shown = config.batch_size // 3 if len(images) else 0
     training = model.mean_training(
         lr=config.lr, ema_decay=config.ema_decay, label_dropout=config.label_dropout, rows=config.batch_size - shown,
-        noise_levels=(config.lowest_level, max(highest_level, 2 * config.lowest_level)),
+        noise_levels=(config.lowest_level, config.highest_level),
     )  # fmt: skip
     pixels, classes = torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
 

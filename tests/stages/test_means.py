@@ -13,21 +13,23 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import PRIVATE, PUBLIC, SECTIONS, STEPS, run_all, tiny_config
+from tiny import PRIVATE, PUBLIC, SECTIONS, STEPS, TEST, run_all, tiny_config
 
+from privimage_fast.cli import main
 from privimage_fast.config import ConfigError
-from privimage_fast.data import ImageSet
+from privimage_fast.data import ImageSet, save_npz
 from privimage_fast.dp.accounting import BudgetError, GaussianEvent
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.dp.noise import NoiseKey, Stream
 from privimage_fast.models import adversarial, edm
 from privimage_fast.models.adversarial import moment_loss
 from privimage_fast.models.edm import Denoiser, to_float
+from privimage_fast.models.training import ClassMeans, ImageModel
 from privimage_fast.pipeline import Run
 from privimage_fast.planning import means_noise_multiplier, query_noise_multiplier
 from privimage_fast.stages import warmup as warmup_module
 from privimage_fast.stages.folder import RunError, RunFolder
-from privimage_fast.stages.means import Question, clipped_sums, denoised, pose, run_means
+from privimage_fast.stages.means import Question, clipped_sums, denoised, load_means, pose, run_means
 from privimage_fast.stages.warmup import WarmupConfig, run_warmup
 
 NOTHING = np.arange(0)
@@ -42,9 +44,10 @@ def ask(folder: Path, sigma: float, *, key: NoiseKey | None = None, max_norm: fl
     run.create()
     with Ledger(run.ledger, target_epsilon=None, delta=1e-5, population=len(PRIVATE)) as ledger:
         return run_means(
-            run, question(max_norm), private=options.get("private", PRIVATE), noise_multiplier=sigma,
-            ledger=options.get("ledger", ledger), noise_key=key or NoiseKey.from_os(),
-        )  # fmt: skip
+            run, public=PUBLIC, chosen=options.get("chosen", NOTHING), labels=options.get("labels", NOTHING), max_norm=max_norm,
+            seed=0, private=options.get("private", PRIVATE), noise_multiplier=sigma, ledger=options.get("ledger", ledger),
+            noise_key=key or NoiseKey.from_os(),
+        ).images  # fmt: skip
 
 
 def sums(folder: Path) -> torch.Tensor:
@@ -127,7 +130,12 @@ def test_it_is_asked_once_and_kept(tmp_path: Path) -> None:
     first = ask(tmp_path, 2.0)
     assert torch.equal(ask(tmp_path, 2.0), first)
     assert len(Ledger.read(tmp_path / "ledger.jsonl").records()) == 1
-    for changes in ({"sigma": 3.0}, {"sigma": 2.0, "max_norm": 3.0}):
+    renamed = replace(PRIVATE, label_names=("a", "b", "c"))
+    chosen, labels = np.arange(6), np.arange(6) % 3
+    for changes in (
+        {"sigma": 3.0}, {"sigma": 2.0, "max_norm": 3.0}, {"sigma": 2.0, "private": renamed},
+        {"sigma": 2.0, "chosen": chosen, "labels": labels},
+    ):  # fmt: skip
         with pytest.raises(RunError, match="other settings; its privacy is spent"):
             ask(tmp_path, **changes)
 
@@ -137,7 +145,9 @@ def test_it_is_asked_once_and_kept(tmp_path: Path) -> None:
 
 def test_without_noise_the_means_come_out() -> None:
     q = question(100.0)
-    means = denoised(clipped_sums(PRIVATE, q), q, 1e-9)
+    found = denoised(clipped_sums(PRIVATE, q), q, 1e-9)
+    means = found.images
+    assert found.trust.min() > 0.999
     x = to_float(torch.from_numpy(PRIVATE.images))
     exact = torch.stack([x[torch.from_numpy(PRIVATE.labels) == c].mean(0) for c in range(3)])
     torch.testing.assert_close(means, exact, rtol=0, atol=1e-4)
@@ -150,8 +160,9 @@ def test_under_noise_alone_the_centres_come_out() -> None:
     std = 1e4
     noisy = clipped_sums(PRIVATE, q) + std * torch.randn(3, 65, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     noisy[:, -1] = 40 * q.count  # counts as they are
-    away = (denoised(noisy, q, std) - q.centres).square().mean().sqrt()
-    assert float(away) < 0.3 * float((noisy[:, :-1] / 40).clamp(-1, 1).square().mean().sqrt())
+    found = denoised(noisy, q, std)
+    torch.testing.assert_close(found.images, q.centres.float(), atol=0.05, rtol=0)
+    assert found.trust.max() < 0.05
     for c in range(3):
         chosen = to_float(torch.from_numpy(PUBLIC.images[np.arange(12)[labels == c] + 24])).mean(0)
         torch.testing.assert_close(q.centres[c].float(), chosen)
@@ -159,13 +170,13 @@ def test_under_noise_alone_the_centres_come_out() -> None:
 
 def test_denoising_comes_nearer_to_the_means_than_the_raw_sums(tmp_path: Path) -> None:
     q = question(6.0)
-    exact = denoised(clipped_sums(PRIVATE, q), q, 1e-9)
+    exact = denoised(clipped_sums(PRIVATE, q), q, 1e-9).images
     std, ratios = 3.0 * q.sensitivity, []
     for seed in range(5):
         noise = torch.randn(3, 65, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         noisy = clipped_sums(PRIVATE, q) + std * noise
         raw = noisy[:, :-1] / (noisy[:, -1:] / q.count).clamp(min=1.0) + q.centres.view(3, -1)
-        found = denoised(noisy, q, std)
+        found = denoised(noisy, q, std).images
         ratios.append(float((found - exact).norm() / (raw.float().view_as(exact) - exact).norm()))
     assert np.median(ratios) < 0.8
 
@@ -177,7 +188,8 @@ def test_a_class_without_images_gives_its_centre_and_nothing_infinite(count: flo
     noisy[1] = 0.01
     noisy[1, -1] = count
     means = denoised(noisy, q, 2.0)
-    assert torch.isfinite(means).all() and means.abs().max() <= 1
+    assert torch.isfinite(means.images).all() and means.images.abs().max() <= 1
+    assert means.trust.min() >= 0 and means.trust.max() <= 1
 
 
 def test_the_bound_and_the_basis_come_of_public_images() -> None:
@@ -197,7 +209,7 @@ def test_many_pixels_take_the_first_components_only() -> None:
     q = pose(large, n_classes=2, chosen=NOTHING, labels=NOTHING, max_norm=None, seed=0)
     assert q.basis.shape == (40, 24 * 24 * 3)
     torch.testing.assert_close(q.basis @ q.basis.T, torch.eye(40, dtype=torch.float64), atol=1e-6, rtol=0)
-    assert torch.isfinite(denoised(clipped_sums(large, q), q, 1.0)).all()
+    assert torch.isfinite(denoised(clipped_sums(large, q), q, 1.0).images).all()
 
 
 # ---------------------------------------------------------------------------------------------------------- warm-up
@@ -208,14 +220,17 @@ def network() -> Denoiser:
     return tiny_config(Path("x")).model.build(resolution=8, channels=1, num_classes=3)  # type: ignore[return-value]
 
 
-def warm(folder: Path, model: Denoiser, steps: int = 60, **options: Any) -> None:
-    model.means = torch.linspace(-0.8, 0.8, 3).view(3, 1, 1, 1).expand(3, 1, 8, 8).clone()
+MEANS = ClassMeans(torch.linspace(-0.8, 0.8, 3).view(3, 1, 1, 1).expand(3, 1, 8, 8).clone(), torch.ones(3))
+
+
+def warm(folder: Path, model: ImageModel, steps: int = 60, **options: Any) -> None:
+    model.means = options.get("means", MEANS)
     run = RunFolder(folder)
     run.create()
     images, labels = options.get("public", (PUBLIC.images[:12], np.arange(12) % 3))
     run_warmup(
         run, WarmupConfig(steps=steps, batch_size=18, lr=5e-3, ema_decay=0.9), model=model, images=images, labels=labels,
-        highest_level=80.0, seed=0,
+        seed=options.get("seed", 0),
     )  # fmt: skip
 
 
@@ -272,23 +287,26 @@ GAN_MODEL = {"family": "gan", "preset": "custom", "gan": {"generator_channels": 
 def test_the_moments_are_estimated_without_the_images_own_variance() -> None:
     """Of images with the right mean zero on average, whatever their spread; of wrong ones the squared difference."""
     random = torch.Generator().manual_seed(0)
-    means = torch.tensor([0.5, -0.5]).view(2, 1, 1, 1).expand(2, 1, 4, 4)
-    labels = torch.arange(8) % 3  # 2 is the empty label, of which nothing is known
+    images = torch.tensor([0.5, -0.5]).view(2, 1, 1, 1).expand(2, 1, 4, 4)
+    means, labels = ClassMeans(images, torch.ones(2)), torch.arange(8) % 3  # 2 is the empty label, of which nothing is known
 
     def estimate(shift: float) -> float:
         found = []
         for _ in range(400):
-            at = torch.cat([means, torch.full((1, 1, 4, 4), 9.0)])[labels.repeat(2)] + shift
+            at = torch.cat([images, torch.full((1, 1, 4, 4), 9.0)])[labels.repeat(2)] + shift
             found.append(float(moment_loss(at + torch.randn(16, 1, 4, 4, generator=random), labels, means)))
         return float(np.mean(found))
 
     assert abs(estimate(0.0)) < 0.02  # a square would give 1/3
     assert estimate(0.4) == pytest.approx(0.16, abs=0.03)
     assert float(moment_loss(torch.ones(2, 1, 4, 4), torch.tensor([2]), means)) == 0.0
+    # What cannot be trusted does not count.
+    half = ClassMeans(images, torch.tensor([0.5, 0.0]))
+    assert float(moment_loss(torch.ones(4, 1, 4, 4), torch.tensor([0, 1]), half)) == pytest.approx(0.5 * 0.25 / 2)
 
 
-@pytest.mark.parametrize("public", [True, False])
-def test_the_gans_images_come_nearer_to_the_means(tmp_path: Path, public: bool) -> None:
+@pytest.mark.parametrize("public", ["chosen", "unlabelled", "none"])
+def test_the_gans_images_come_nearer_to_the_means(tmp_path: Path, public: str) -> None:
     torch.manual_seed(0)
     model = tiny_config(Path("x"), model=GAN_MODEL).model.build(resolution=8, channels=1, num_classes=3)
 
@@ -299,12 +317,14 @@ def test_the_gans_images_come_nearer_to_the_means(tmp_path: Path, public: bool) 
         return float((found - torch.linspace(-0.8, 0.8, 3).view(3, 1, 1, 1)).square().mean())
 
     before = distance()
-    warm(tmp_path, model, **({} if public else {"public": (PUBLIC.images[:0], np.arange(0))}))  # type: ignore[arg-type]
+    shown = {"chosen": 12, "unlabelled": 12, "none": 0}[public]
+    labels = np.arange(shown) % 3 if public == "chosen" else np.full(shown, 3)
+    warm(tmp_path, model, public=(PUBLIC.images[:shown], labels))
     assert distance() < 0.5 * before
 
 
 def test_a_gan_is_held_to_the_means_while_it_is_fine_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[torch.Tensor] = []
+    seen: list[ClassMeans] = []
     original = adversarial.moment_loss
     monkeypatch.setattr(
         adversarial, "moment_loss", lambda fakes, labels, means: seen.append(means) or original(fakes, labels, means)
@@ -313,8 +333,8 @@ def test_a_gan_is_held_to_the_means_while_it_is_fine_tuned(tmp_path: Path, monke
     run = run_all(tmp_path / "run", test=None, warmup={"steps": 0}, **sections)
     assert not seen and not run.folder.means.exists()
     run = run_all(tmp_path / "with", test=None, **sections)
-    means = run.folder.load_tensors(run.folder.means, "x")[0]["means"]
-    assert len(seen) == SECTIONS["warmup"]["steps"] + STEPS // 2 and all(torch.equal(m, means) for m in seen)
+    means = load_means(run.folder)
+    assert len(seen) == SECTIONS["warmup"]["steps"] + STEPS // 2 and all(torch.equal(m.images, means.images) for m in seen)
     assert [r.stage for r in Ledger.read(run.folder.ledger).records()] == ["query", "warmup"] + ["finetune"] * STEPS
     assert "from noisy class means" in (run.folder.path / "README.md").read_text()
 
@@ -359,8 +379,9 @@ def test_fine_tuning_starts_from_the_warmed_up_weights(tmp_path: Path) -> None:
     [
         {"warmup": {"steps": 0}},
         {"privacy": {"train": False}},
+        {"model": {**GAN_MODEL, "adversarial": {"moments": 0.0}}},
     ],
-    ids=["off", "public only"],
+    ids=["off", "public only", "a GAN that would not use them"],
 )
 def test_where_there_is_no_warm_up_nothing_is_asked(tmp_path: Path, sections: dict[str, Any]) -> None:
     run = Run(tiny_config(tmp_path / "run", **sections), public=PUBLIC, private=PRIVATE)
@@ -404,6 +425,58 @@ def test_a_run_of_before_there_was_a_warm_up_goes_on_without(tmp_path: Path) -> 
     assert Ledger.read(run.folder.ledger).steps_charged("warmup") == 0
 
 
+def test_a_folder_of_before_serves_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, images in (("public", PUBLIC), ("private", PRIVATE), ("test", PRIVATE)):
+        save_npz(images, tmp_path / f"{name}.npz")
+    data = {**SECTIONS["data"], **{name: str(tmp_path / f"{name}.npz") for name in ("public", "private", "test")}}
+    run = run_all(tmp_path / "run", test=None, warmup={"steps": 0}, data=data)
+    saved = yaml.safe_load(run.folder.config.read_text())
+    del saved["warmup"]
+    run.folder.config.write_text(yaml.safe_dump(saved))
+    for command in ("sample", "evaluate"):
+        assert main([command, "--out", str(tmp_path / "run"), "--sample.per_class", "3"]) == 0, capsys.readouterr().err
+
+
+def test_sampling_otherwise_leaves_the_warm_up_alone(finished: Run) -> None:
+    path = finished.folder.checkpoint("warmup")
+    before = path.read_bytes()
+    sample = {**SECTIONS["sample"], "sampler": {"steps": 3, "sigma_max": 20.0}}
+    run = Run(tiny_config(finished.folder.path, sample=sample), public=PUBLIC, private=PRIVATE, test=TEST)
+    with run.opened(resume=True):
+        run.warmup()
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("changed", ["weights", "means", "trust", "images", "seed"])
+def test_a_warm_up_from_something_else_is_made_anew(tmp_path: Path, changed: str) -> None:
+    warm(tmp_path, first := network(), steps=2)
+    again, options = network(), {}
+    if changed == "weights":
+        with torch.no_grad():
+            next(again.parameters()).add_(0.1)
+    if changed in ("means", "trust"):
+        half = {"means": MEANS.images, "trust": MEANS.trust}[changed] / 2
+        options["means"] = ClassMeans(half, MEANS.trust) if changed == "means" else ClassMeans(MEANS.images, half)
+    if changed == "images":
+        options["public"] = (PUBLIC.images[12:24], np.arange(12) % 3)
+    warm(tmp_path, again, steps=2, seed=1 if changed == "seed" else 0, **options)
+    assert any(not torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_questions_that_leave_nothing_are_refused_before_anything_is_spent(tmp_path: Path) -> None:
+    for sections in ({"query": {"share": 0.9}, "warmup": {"share": 0.5}}, {"warmup": {"noise_multiplier": 0.2}}):
+        run = Run(tiny_config(tmp_path / "run", **sections), public=PUBLIC, private=PRIVATE)
+        with (
+            pytest.raises(ConfigError, match=r"query and class means alone cost ε = \d.* of 5, and nothing is left"),
+            run.opened(resume=False),
+        ):
+            pass
+        with pytest.raises(ConfigError, match="nothing is left"):
+            run.plan()
+    assert not (tmp_path / "run" / "ledger.jsonl").exists()
+    assert Run(tiny_config(tmp_path / "b", query={"share": 0.85}), public=PUBLIC, private=PRIVATE).plan()  # the means take less
+
+
 def test_the_report_says_what_was_asked(finished: Run) -> None:
     page, card = (finished.folder.path / name for name in ("report.html", "README.md"))
     assert "Noisy class means" in page.read_text() and "class means: draws" in page.read_text()
@@ -416,6 +489,9 @@ def test_the_report_says_what_was_asked(finished: Run) -> None:
         ({"steps": -1}, "steps must be ≥ 0"),
         ({"share": 0.0}, r"warmup.share must be in \(0, 1\)"),
         ({"max_norm": 0.0}, "warmup.max_norm must be positive"),
+        ({"max_norm": math.inf}, "warmup.max_norm must be positive and finite"),
+        ({"noise_multiplier": math.inf}, "warmup.noise_multiplier must be ≥ 0 and finite"),
+        ({"highest_level": 0.5}, "warmup.highest_level must be above lowest_level 1"),
         ({"noise_multiplier": -1.0}, "warmup.noise_multiplier must be ≥ 0"),
         ({"ema_decay": 1.0}, "ema_decay"),
     ],
