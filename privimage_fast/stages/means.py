@@ -65,8 +65,8 @@ def pose(
 ) -> Question:  # fmt: skip
     """What will be asked: around the mean of each class's chosen public images, or of all public ones where it has none.
 
-    chosen, labels: indices into ``public`` and their classes, as the selection left them. A ``max_norm`` of None takes what three
-    quarters of those images keep to.
+    chosen, labels: indices into ``public`` and their classes, as the selection left them. A ``max_norm`` of None takes what nine
+    in ten of those images keep to.
     """
     rest = _floats(public.images[np.random.default_rng(seed).permutation(len(public))[:4096]])
     mean = rest.mean(0)
@@ -77,7 +77,7 @@ def pose(
         norms += [(_floats(part) - centres[c]).norm(dim=1) for part in own]
     if max_norm is None:
         lengths = torch.cat(norms) if norms else (rest - mean).norm(dim=1)
-        max_norm = max(float(np.quantile(lengths.numpy(), 0.75)), 1e-3)
+        max_norm = max(float(np.quantile(lengths.numpy(), 0.9)), 1e-3)
     centres = ((centres + 1) * 127.5 * _UNIT).round() / (127.5 * _UNIT) - 1
     shape = public.channels, public.resolution, public.resolution
     return Question(centres.view(n_classes, *shape), max_norm, _components(rest - mean, seed))

@@ -32,7 +32,7 @@ class WarmupConfig:
         noise_multiplier: σ₂, standard deviation of the noise ÷ what one image can change; null derives it from `share`; 0, no
             noise, is for non-private bounds only.
         max_norm: C, to which an image's difference from its class's centre (public images chosen for the class) is scaled
-            down, in units of [−1, 1]; null takes what three quarters of those public images keep to.
+            down, in units of [−1, 1]; null takes what nine in ten of those public images keep to.
         batch_size: images a step, of which a third are public; of a GAN the generator draws the others.
         lr: learning rate of Adam.
         ema_decay: decay of the averaged weights that fine-tuning starts from.
