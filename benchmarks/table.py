@@ -182,6 +182,8 @@ TABLES: dict[str, Callable[[Entry], str]] = {"dp_step": dp_step, "ops": ops, "gr
 VARIANTS = {
     "**the selected subset, class means**": ("privimage-means", "privimage-gan-means"),
     "**a subset chosen by clusters, class means**": ("privimage-clusters-means", "privimage-clusters-gan-means"),
+    "as many public images, blindly; class means": ("random-means", "random-gan-means"),
+    "all public images, class means": ("pdp-means", "pdp-gan-means"),
     "no public images, class means": ("dpdm-means", "dpgan-means"),
     "the selected subset (PrivImage as published)": ("privimage", "privimage-gan"),
     "a subset chosen by clusters": ("privimage-clusters", "privimage-clusters-gan"),

@@ -237,14 +237,21 @@ def test_what_runs_is_what_is_charged(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_secure_runs_of_one_seed_differ(tmp_path: Path) -> None:
     """Neither the noise nor the batches nor the noise levels of a run follow from its configuration."""
-    runs = [run_all(tmp_path / name, test=None) for name in "ab"]
-    assert runs[0].folder.query.read_text() != runs[1].folder.query.read_text()
-    noise = run_all(tmp_path / "c", test=None, select={"mode": "none"}, privacy={"epsilon": math.inf})
-    again = run_all(tmp_path / "d", test=None, select={"mode": "none"}, privacy={"epsilon": math.inf})
-    a, b = (r.folder.load_tensors(r.folder.checkpoint("finetune"), "x")[0] for r in (noise, again))
-    assert any(not torch.equal(a[n], b[n]) for n in a)  # without noise: the draws alone differ
-    with runs[0].opened(resume=True):
-        assert runs[0].noise_key.seeded is False
+    for name in "ab":
+        run = Run(tiny_config(tmp_path / name), public=PUBLIC, private=PRIVATE)
+        with run.opened(resume=False):
+            run.query()
+            assert run.noise_key.seeded is False
+    assert (tmp_path / "a" / "query.json").read_text() != (tmp_path / "b" / "query.json").read_text()
+    weights = []
+    for name in "cd":
+        off = {"select": {"mode": "none"}, "warmup": {"steps": 0}, "privacy": {"epsilon": math.inf}}
+        run = Run(tiny_config(tmp_path / name, **off), public=PUBLIC, private=PRIVATE)
+        with run.opened(resume=False):
+            run.select()
+            run.pretrain()
+            weights.append(run.finetune().state_dict())
+    assert any(not torch.equal(weights[0][n], weights[1][n]) for n in weights[0])  # without noise: the draws alone differ
 
 
 def test_loss_draws_come_from_the_secret_randomness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
