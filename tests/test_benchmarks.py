@@ -88,7 +88,7 @@ def test_comparisons_are_means_over_seeds_at_the_ratio_of_the_base(tmp_path: Pat
     assert table.grids(tmp_path).splitlines() == [
         "| public images used | MNIST +D, ε = 10 | MNIST +D, ε = 1 |",
         "| --- | --- | --- |",
-        "| the selected subset (PrivImage) | 55.0 ± 7.1 | 30.0 |",
+        "| the selected subset (PrivImage as published) | 55.0 ± 7.1 | 30.0 |",
         "| all public images (PDP-Diffusion) | 20.0 | – |",
         "| the subset, no noise: *not private* | 70.0 | – |",
     ]

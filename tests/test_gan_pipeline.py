@@ -23,14 +23,14 @@ from privimage_fast.models import adversarial
 from privimage_fast.models.gan import Generator
 from privimage_fast.pipeline import Run
 from privimage_fast.stages import finetune as finetune_module
-from privimage_fast.stages.folder import RunError
+from privimage_fast.stages.folder import RunError, RunFolder
 from privimage_fast.stages.saved import load_pretrained
 
 EVERY = 3
 ADVERSARIAL = {"discriminator_steps": EVERY, "generator_batch": 16, "spectral_norm": True, "gradient_penalty": 0.1}
 SIZES = {"latent": 4, "generator_channels": 4, "discriminator_channels": 4, "max_mult": 1, "features": 4}
 MODEL = {"family": "gan", "preset": "custom", "gan": SIZES, "adversarial": ADVERSARIAL}
-# What the families share is tested on +D; these runs leave the query out and draw from public or seeded randomness.
+# What the families share is tested on +D; these runs ask nothing before fine-tuning and draw from public or seeded randomness.
 PUBLIC_ONLY = {"select": {"mode": "none"}, "privacy": {"secure": False}}
 
 
@@ -50,7 +50,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def fine_tuned(out: Path, *, private: ImageSet = PRIVATE, resume: bool = False, **sections: Any) -> dict[str, torch.Tensor]:
     """Everything that fine-tuning leaves."""
-    config = tiny_config(out, **{"model": MODEL, "finetune": {"multiplicity": None}, **sections})
+    config = tiny_config(out, **{"model": MODEL, "finetune": {"multiplicity": None}, "warmup": {"steps": 0}, **sections})
     run = Run(config, public=PUBLIC, private=private)
     with run.opened(resume=resume):
         run.query()
@@ -87,9 +87,9 @@ def test_the_run_folder_holds_what_a_diffusion_run_holds(finished: Run) -> None:
 
 def test_the_ledger_holds_the_discriminator_steps_and_no_other(finished: Run) -> None:
     records = Ledger.read(finished.folder.ledger).records()
-    assert [r.stage for r in records] == ["query"] + ["finetune"] * STEPS
+    assert [r.stage for r in records] == ["query", "warmup"] + ["finetune"] * STEPS
     budget = json.loads(finished.folder.budget.read_text())
-    assert {r.event for r in records[1:]} == {DPSGDEvent(budget["noise_multiplier"], 30 / 120, 1)}
+    assert {r.event for r in records[2:]} == {DPSGDEvent(budget["noise_multiplier"], 30 / 120, 1)}
     assert 4.97 < Ledger.read(finished.folder.ledger).epsilon() <= 5.0
 
 
@@ -240,8 +240,6 @@ def test_a_resumed_run_keeps_the_budget(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_pretraining_resumes_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from privimage_fast.stages import pretrain as pretrain_module
-
     def pretrained(out: Path, resume: bool = False) -> dict[str, torch.Tensor]:
         run = Run(tiny_config(out, model=MODEL, select={"mode": "all"}), public=PUBLIC, private=PRIVATE)
         with run.opened(resume=resume):
@@ -249,15 +247,15 @@ def test_pretraining_resumes_to_the_same_weights(tmp_path: Path, monkeypatch: py
             run.pretrain()
         return run.folder.load_tensors(run.folder.checkpoint("pretrain"), "pretrain")[0]
 
-    whole, original = pretrained(tmp_path / "whole"), pretrain_module._save
+    whole, original = pretrained(tmp_path / "whole"), RunFolder.save_tensors
 
-    def failing(folder: Any, stamp: str, steps: int, *rest: Any) -> None:
-        original(folder, stamp, steps, *rest)
-        if steps == 4:
+    def failing(self: RunFolder, path: Path, tensors: Any, metadata: dict[str, Any]) -> None:
+        original(self, path, tensors, metadata)
+        if path.stem == "pretrain-progress" and metadata["steps"] == 4:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain_module, "_save", failing)
+        patch.setattr(RunFolder, "save_tensors", failing)
         with pytest.raises(KeyboardInterrupt):
             pretrained(tmp_path / "cut")
     assert same(whole, pretrained(tmp_path / "cut", resume=True))

@@ -105,11 +105,11 @@ def test_nothing_private_is_written_unmarked(finished: Run) -> None:
     for name, keys in allowed.items():
         assert set(json.loads((finished.folder.path / name).read_text())) == set(keys.split()), name
     for stage, record in json.loads(finished.folder.stages.read_text()).items():
-        sensitive = stage in ("query", "finetune", "evaluate")
+        sensitive = stage in ("query", "warmup", "finetune", "evaluate")
         assert set(record) == {"fingerprint"} | (set() if sensitive else {"seconds"})
     for metric in json.loads(finished.folder.metrics.read_text())["metrics"]:
         assert metric["private"] == (metric["name"] == "accuracy, trained and tested on synthetic")
-    assert {p.name for p in finished.folder.samples.iterdir()} == {"after.png", "before.png", "public.png"}
+    assert {p.name for p in finished.folder.samples.iterdir()} == {"after.png", "before.png", "means.png", "public.png"}
 
 
 def test_no_key_is_stored_and_nothing_is_pickled(finished: Run) -> None:
