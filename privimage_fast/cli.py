@@ -61,9 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         commands[argv[0]](argv[1:])
     except KeyboardInterrupt:
+        again = "the same command" if argv[0] == "compare" else "the same command with --resume"
         print(
-            "\nprivimage: interrupted; the same command with --resume goes on. DP-SGD steps since the "
-            "last checkpoint are repeated, and charged again",
+            f"\nprivimage: interrupted; {again} goes on. DP-SGD steps since the last checkpoint are repeated, and charged again",
             file=sys.stderr,
         )
         return 130

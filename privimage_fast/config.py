@@ -176,6 +176,26 @@ class RunConfig:
         return yaml.safe_dump(_plain(asdict(self)), sort_keys=False, allow_unicode=True)
 
 
+class _OnceLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice: of two sections the last would count, and the first be forgotten without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+            if key in lines:
+                raise yaml.YAMLError(f"{key!r} is given twice, in lines {lines[key]} and {line}; put both under one")
+            lines[key] = line
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str) -> Any:
+    """As ``yaml.safe_load``. Raises yaml.YAMLError also for a key given twice."""
+    return yaml.load(text, _OnceLoader)
+
+
 def load_yaml(text: str, source: str = "configuration") -> dict[str, Any]:
     """Parses YAML into a nested dict with known keys only.
 
@@ -183,7 +203,7 @@ def load_yaml(text: str, source: str = "configuration") -> dict[str, Any]:
         ConfigError: not YAML, not a mapping, or an unknown key (with the nearest valid one).
     """
     try:
-        values = yaml.safe_load(text)
+        values = read_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{source} is not valid YAML: {error}") from error
     if values is None:

@@ -246,6 +246,13 @@ class Run:
         filled = saved or c
         population = c.privacy.population or filled.privacy.population or len(self.private)
         delta = c.privacy.delta or filled.privacy.delta or default_delta(population)
+        if delta >= 1 / population:
+            raise ConfigError(
+                f"privacy.delta is {delta:g}, which lets one of the {population} images be published as it is: it must be well "
+                f"below 1/N = {1 / population:.3g}; null takes 1/(N ln N) = {default_delta(population):.3g}"
+            )
+        if population < len(self.private):
+            logger.warning("privacy.population states %d images, but %d were found", population, len(self.private))
         each = c.select.labels_per_class or filled.select.labels_per_class
         if each is None or (saved is None and c.select.mode in ("semantic", "random")):
             each = labels_per_class(

@@ -43,3 +43,13 @@ def test_yaml_that_is_none() -> None:
             load_yaml(text)
     assert load_yaml("") == {}
     assert "finetune.max_grad_norm" in valid_keys() and "query.classifier.width" in valid_keys()
+
+
+def test_a_key_given_twice_is_refused() -> None:
+    """Of two sections the last would count: an ε of 1 above it would silently be 10."""
+    text = "privacy:\n  epsilon: 1\nseed: 2\nprivacy:\n  delta: 1.0e-4\n"
+    with pytest.raises(ConfigError, match=r"'privacy' is given twice, in lines 1 and 4"):
+        load_yaml(text)
+    with pytest.raises(ConfigError, match="'epsilon' is given twice"):
+        load_yaml("privacy: {epsilon: 10, epsilon: 3}")
+    assert load_yaml("a: &x {b: 1}\n".replace("a", "privacy").replace("b", "epsilon")) == {"privacy": {"epsilon": 1}}

@@ -300,6 +300,22 @@ def test_what_would_stop_a_later_stage_is_found_before_anything_is_spent(tmp_pat
     assert not list(tmp_path.rglob("ledger.jsonl"))
 
 
+def test_a_delta_that_promises_nothing_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = Run(tiny_config(tmp_path / "a", privacy={"delta": 1 / 120}), public=PUBLIC, private=PRIVATE)
+    with pytest.raises(ConfigError, match=r"privacy\.delta is 0\.00833.*well below 1/N"):
+        run.plan()
+    Run(tiny_config(tmp_path / "a", privacy={"population": 100}), public=PUBLIC, private=PRIVATE).plan()
+    assert "states 100 images, but 120 were found" in caplog.text
+
+
+def test_the_card_says_what_the_weights_have_seen(tmp_path: Path) -> None:
+    run = Run(tiny_config(tmp_path / "a", privacy={"train": False}), public=PUBLIC, private=PRIVATE)
+    with run.opened(resume=False):
+        run.all()
+    card = (run.folder.path / "README.md").read_text()
+    assert "trained on public images only" in card and "class means" not in card and "fine-tuned on the sensitive" not in card
+
+
 # ------------------------------------------------------------------------------------------- options and comparisons
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from privimage_fast.config import ConfigError, RunConfig, build_config, check_keys, dotted_keys, load_yaml, merge, nest
+from privimage_fast.config import ConfigError, RunConfig, build_config, check_keys, dotted_keys, load_yaml, merge, nest, read_yaml
 from privimage_fast.stages.clusters import clusters_key
 from privimage_fast.stages.folder import fingerprint
 
@@ -111,7 +111,7 @@ def load_comparison(path: str | Path, *, out: str | Path | None = None) -> Compa
     if not path.is_file():
         raise GridError(f"--config: no file {path}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise GridError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):

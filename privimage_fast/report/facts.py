@@ -126,12 +126,16 @@ class Facts:
     @property
     def method(self) -> str:
         """How the second half of the method was done."""
+        if self.setting("model", "family") == "gan" and self.setting("privacy", "train") is False:
+            return "and a GAN that is trained on those public images draws the synthetic set."
         if self.setting("model", "family") == "gan":
             learns = "the discriminator and from noisy class means" if self.means else "the discriminator alone"
             return (
                 "a GAN is pre-trained on those public images, its discriminator fine-tuned on the sensitive ones with DP-SGD, "
                 f"and its generator, which learns from {learns}, draws the synthetic set."
             )
+        if self.setting("privacy", "train") is False:
+            return "and a diffusion model that is trained on those public images draws the synthetic set."
         warmed = "warmed up on noisy class means, " if self.means else ""
         return (
             f"a diffusion model is pre-trained on those public images, {warmed}then fine-tuned on the sensitive ones with "
@@ -189,7 +193,7 @@ def read_facts(run_dir: Path) -> Facts:
         image_shape=counted[1] if counted else None,
         timings=[(stage, seconds.get(stage), stage in READ_REAL_IMAGES) for stage in STAGES],
         secret_times=secret_times,
-        releases=_releases(run_dir, metrics, secret_times),
+        releases=_releases(run_dir, metrics, secret_times, {charges.stage for charges in privacy.charges}),
         problems=problems,
         finished=frozenset(seconds),
         has_neighbours=(run_dir / "samples" / "neighbours-not-private.png").exists(),
@@ -394,8 +398,11 @@ def _picture(path: Path) -> Picture | None:
     return Picture(Markup(base64.b64encode(data).decode()), width, height)
 
 
-def _releases(run_dir: Path, metrics: list[Metric], secret_times: bool) -> list[Release]:
-    training = "trained on noised gradient sums and noisy class means only; all intermediate weights are covered"
+def _releases(run_dir: Path, metrics: list[Metric], secret_times: bool, asked: set[str]) -> list[Release]:
+    """``asked``: the stages that the ledger charges."""
+    learned = {"warmup": "noisy class means", "finetune": "noised gradient sums"}
+    seen = " and ".join(text for stage, text in learned.items() if stage in asked)
+    training = f"trained on {seen} only; all intermediate weights are covered" if seen else "trained on public images only"
     rows = [
         Release("Synthetic images", "synthetic.npz", True, "drawn from the private model; drawing more costs nothing"),
         Release("Model weights", "model/", True, training),
@@ -403,7 +410,7 @@ def _releases(run_dir: Path, metrics: list[Metric], secret_times: bool) -> list[
         Release("Noisy histogram", "query.json", True, "Gaussian noise was added before it was written; drawn once"),
         Release("Check of the query", "query-check.json", True, "computed from public images and the noisy histogram"),
         Release("Chosen public labels", "selection.json", True, "computed from the noisy histogram alone"),
-        Release("Noisy class means", MEANS, True, "Gaussian noise was added before they were written; drawn once"),
+        Release("Noisy class means and counts", MEANS, True, "Gaussian noise was added before they were written; drawn once"),
         Release("Sheet of class means", "samples/means.png", True, "computed from the noisy class means"),
         Release("Sheet before fine-tuning", "samples/before.png", True, "drawn from the model that saw public images only"),
         Release("Sheet of synthetic images", "samples/after.png", True, "drawn from the private model"),

@@ -24,7 +24,7 @@ class SampleConfig:
     """What is sampled and how it is written.
 
     Args:
-        per_class: images of each class; equal counts, so that the sizes of the sensitive classes stay unsaid.
+        per_class: images of each class; equal counts, so that the images do not tell the sizes of the sensitive classes.
         batch_size: images sampled at a time.
         formats: any of npz, zip (EDM layout) and folder (class per sub-folder); npz is always written.
         sampler: method, steps, noise levels, guidance.
