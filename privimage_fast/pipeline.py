@@ -7,7 +7,6 @@ import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,20 +18,15 @@ from privimage_fast import report
 from privimage_fast.config import ConfigError, DataConfig, RunConfig, differing_keys, load_config
 from privimage_fast.data import ImageSet, Limits, holdout_split, join, open_image_set
 from privimage_fast.data.atomic import atomic_write_text
-from privimage_fast.dp.accounting import (
-    ADJACENCY,
-    UNIT,
-    DPSGDEvent,
-    GaussianEvent,
-    default_delta,
-)
+from privimage_fast.dp.accounting import ADJACENCY, UNIT
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.dp.noise import NoiseKey
 from privimage_fast.dp.sampling import OSRandom, SeededRandom
 from privimage_fast.models.classifier import Classifier
 from privimage_fast.models.replay import forget
 from privimage_fast.models.training import Drawable, ImageModel
-from privimage_fast.planning import Plan, check_questions, make_plan, means_noise_multiplier, query_noise_multiplier
+from privimage_fast.opening import check_ledger, check_public_numbers, resolve
+from privimage_fast.planning import Plan, make_plan, query_noise_multiplier
 from privimage_fast.stages.agreement import check_text, question, stand_in_tables
 from privimage_fast.stages.clusters import check_clusters, public_clusters
 from privimage_fast.stages.evaluate import run_evaluate
@@ -202,10 +196,10 @@ class Run:
                         f"{self.folder.path} was started with other settings ({', '.join(changed)}); "
                         "restore them, or choose another --out"
                     )
-            self._check_ledger()
+            check_ledger(self.folder)
             self.check_inputs()
             if saved is None:
-                check_questions(self.config)
+                check_public_numbers(self.config, images=len(self.private))
             atomic_write_text(self.folder.config, self.config.to_yaml())
             try:
                 yield self
@@ -214,71 +208,9 @@ class Run:
                 if "ledger" in self.__dict__:
                     self.__dict__.pop("ledger").close()
 
-    def _check_ledger(self) -> None:
-        """What the folder holds of the sensitive images must be in its ledger: a lost ledger would read as ε = 0.
-
-        Raises:
-            RunError: naming the file that has no charge.
-        """
-        folder = self.folder
-        records = Ledger.read(folder.ledger).records() if folder.ledger.exists() else []
-        advice = f"Restore {folder.ledger}, or start over with another --out: nothing can be said about ε without it"
-        asked: list[tuple[Path, str, float]] = []
-        if folder.query.exists():
-            asked.append((folder.query, "query", folder.read_json(folder.query, "query")["noise_multiplier"]))
-        if folder.means.exists():
-            asked.append((folder.means, "warmup", folder.load_tensors(folder.means, "warmup")[1]["noise_multiplier"]))
-        for path, stage, sigma in asked:
-            if not any(r.stage == stage and r.event == GaussianEvent(sigma) for r in records):
-                raise RunError(f"{path} holds an answer with σ = {sigma:g} that the ledger does not charge. {advice}")
-        charged = sum(r.event.steps for r in records if r.stage == "finetune" and isinstance(r.event, DPSGDEvent))
-        for name in ("finetune", "finetune-progress"):
-            path = folder.checkpoint(name)
-            if path.exists():
-                tensors, metadata = folder.load_tensors(path, "finetune")
-                taken = int(tensors["steps"]) if name == "finetune-progress" else int(metadata["steps"])
-                if taken > charged:
-                    raise RunError(f"{path} has taken {taken} steps, the ledger charges {charged}. {advice}")
-
     def _resolved(self, saved: RunConfig | None) -> RunConfig:
-        """Fills every null from the saved run, or from the data, so that the saved configuration says what was done."""
-        c = self.config
-        filled = saved or c
-        population = c.privacy.population or filled.privacy.population or len(self.private)
-        delta = c.privacy.delta or filled.privacy.delta or default_delta(population)
-        if delta >= 1 / population:
-            raise ConfigError(
-                f"privacy.delta is {delta:g}, which lets one of the {population} images be published as it is: it must be well "
-                f"below 1/N = {1 / population:.3g}; null takes 1/(N ln N) = {default_delta(population):.3g}"
-            )
-        if population < len(self.private):
-            logger.warning("privacy.population states %d images, but %d were found", population, len(self.private))
-        each = c.select.labels_per_class or filled.select.labels_per_class
-        if each is None or (saved is None and c.select.mode in ("semantic", "random")):
-            each = labels_per_class(
-                c.select, n_labels=self._n_labels, n_classes=self.private.n_classes, clusters=c.query.clusters is not None
-            )
-        query_noise, means_noise = (
-            saved if own is None else own
-            for own, saved in (
-                (c.query.noise_multiplier, filled.query.noise_multiplier),
-                (c.warmup.noise_multiplier, filled.warmup.noise_multiplier),
-            )
-        )
-        if query_noise is None:
-            query_noise = query_noise_multiplier(c.privacy.epsilon, delta, c.query.share)
-        if means_noise is None and c.warms_up:
-            means_noise = means_noise_multiplier(c, delta, population=population, n_classes=self.private.n_classes)
-        steps = c.finetune.steps or filled.finetune.steps or c.finetune.total_steps(population)
-        multiplicity = c.finetune.multiplicity or filled.finetune.multiplicity or c.model.default_multiplicity
-        return replace(
-            c,
-            privacy=replace(c.privacy, population=population, delta=delta),
-            query=replace(c.query, noise_multiplier=query_noise, votes_per_image=c.query.votes_per_image or each),
-            select=replace(c.select, labels_per_class=each),
-            warmup=replace(c.warmup, noise_multiplier=means_noise),
-            finetune=replace(c.finetune, steps=steps, multiplicity=multiplicity),
-        )
+        private = self.private
+        return resolve(self.config, saved, images=len(private), n_classes=private.n_classes, n_labels=self._n_labels)
 
     @property
     def _n_labels(self) -> int:
@@ -509,7 +441,7 @@ class Run:
         """Needs the sizes of both sets, and spends nothing."""
         self.check_inputs()
         c = self._resolved(None)
-        check_questions(c)
+        check_public_numbers(c, images=len(self.private))
         return make_plan(c, self.model().to(self.device), n_labels=self._n_labels, n_classes=self.private.n_classes)
 
     def write_plan(self, plan: Plan) -> None:

@@ -11,7 +11,7 @@ import torch
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from privimage_fast.config import ConfigError, RunConfig
+from privimage_fast.config import RunConfig
 from privimage_fast.dp.accounting import DPSGDEvent, GaussianEvent, epsilon, solve_noise_multiplier
 from privimage_fast.dp.engine import accumulate_clipped
 from privimage_fast.dp.planner import Plan as StepPlan
@@ -31,6 +31,7 @@ class Plan:
     noise_multiplier: float
     query_noise_multiplier: float | None
     means_noise_multiplier: float | None
+    means_pixel_noise: float | None  # about, on a pixel of a class mean, of images in [−1, 1]
     epsilon_without_query: float  # and without the means
     labels_per_class: int
     selection: str  # what is chosen of the public set, in words
@@ -48,7 +49,11 @@ class Plan:
         total = self.pretrain_seconds + self.warmup_seconds + self.finetune_seconds + self.sample_seconds
         asked = "without the query" if self.means_noise_multiplier is None else "without query and class means"
         if self.means_noise_multiplier is not None:
-            query += f"; class means: σ₂ = {self.means_noise_multiplier:.4g}"
+            query += (
+                f"; class means: σ₂ = {self.means_noise_multiplier:.4g}, noise of about {self.means_pixel_noise:.2g} on a pixel"
+            )
+            if (self.means_pixel_noise or 0.0) > _DROWNED:
+                query += " (little but noise: more images, fewer classes, a larger ε or share, or warmup.steps 0)"
         warmed = f", warm up {_minutes(self.warmup_seconds)}" if self.warmup_seconds else ""
         rows = [
             ("budget", f"ε = {self.epsilon:g}, δ = {self.delta:.3g}, N = {self.population} (public)"),
@@ -93,6 +98,8 @@ def make_plan(c: RunConfig, model: ImageModel, *, n_labels: int, n_classes: int)
         steps=steps, noise_multiplier=sigma,
         query_noise_multiplier=c.query.noise_multiplier if queried else None,
         means_noise_multiplier=c.warmup.noise_multiplier if c.warms_up else None,
+        means_pixel_noise=_pixel_noise(c, c.warmup.noise_multiplier, c.privacy.population, n_classes)
+        if c.warms_up and c.warmup.noise_multiplier is not None else None,
         epsilon_without_query=epsilon([DPSGDEvent(sigma, rate, steps)] if steps else [], c.privacy.delta),
         labels_per_class=c.select.labels_per_class,
         selection=_selection_text(c, n_labels=n_labels, n_classes=n_classes),
@@ -195,46 +202,31 @@ def query_noise_multiplier(target_epsilon: float, delta: float, share: float) ->
     return 1 / (mu * math.sqrt(share))
 
 
-# What is aimed at on a pixel of a class mean, of images in [−1, 1], and what of the budget it may take.
-_PIXEL_NOISE, _LEAST_SHARE, _MOST_SHARE = 0.1, 0.02, 0.25
+# What is aimed at on a pixel of a class mean, of images in [−1, 1], what is too much, and what of the budget it may take.
+_PIXEL_NOISE, _DROWNED, _LEAST_SHARE, _MOST_SHARE = 0.1, 0.5, 0.02, 0.25
 
 
 def means_noise_multiplier(c: RunConfig, delta: float, *, population: int, n_classes: int) -> float:
     """σ₂ of the class means: from ``warmup.share``, or so that classes of equal size get means of little noise."""
     if c.warmup.share is not None:
         return query_noise_multiplier(c.privacy.epsilon, delta, c.warmup.share)
-    # Residuals are about half as long as an image of ones, whatever C will be.
-    length = 0.5 * c.data.resolution * math.sqrt(c.data.channels)
-    wanted = _PIXEL_NOISE * population / (n_classes * length)
+    wanted = _PIXEL_NOISE / _pixel_noise(c, 1.0, population, n_classes)
     asked = c.query.share if c.select.mode == "semantic" and c.query.noise_multiplier is None else 0.0
     shares = min(_LEAST_SHARE, (1 - asked) / 2), min(_MOST_SHARE, (1 - asked) / 2)  # the query's share is taken
     most, least = (query_noise_multiplier(c.privacy.epsilon, delta, share) for share in shares)
     return min(max(wanted, least), most)
 
 
+def _pixel_noise(c: RunConfig, noise_multiplier: float, population: int, n_classes: int) -> float:
+    """Of classes of equal size; residuals are about half as long as an image of ones, whatever C will be."""
+    length = 0.5 * c.data.resolution * math.sqrt(c.data.channels)
+    return noise_multiplier * length * n_classes / population
+
+
 def questions(c: RunConfig) -> list[GaussianEvent]:
     """What a resolved configuration asks of the whole set before fine-tuning."""
     asked = [c.query.noise_multiplier if c.select.mode == "semantic" else None, c.warmup.noise_multiplier if c.warms_up else None]
     return [GaussianEvent(noise) for noise in asked if noise is not None]
-
-
-def check_questions(c: RunConfig) -> None:
-    """Before anything is spent.
-
-    Raises:
-        ConfigError: query and class means leave nothing of the budget for the fine-tuning.
-    """
-    assert c.privacy.delta is not None
-    asked = questions(c)
-    if not (asked and c.privacy.train and math.isfinite(c.privacy.epsilon)):
-        return
-    spent = epsilon(asked, c.privacy.delta)
-    if spent >= c.privacy.epsilon:
-        names = "query and class means" if len(asked) > 1 else "the query" if c.select.mode == "semantic" else "the class means"
-        raise ConfigError(
-            f"{names} alone cost ε = {spent:.4g} of {c.privacy.epsilon:g}, and nothing is left to fine-tune with: lower "
-            "query.share or warmup.share (or raise their noise_multiplier), or leave the means out with warmup.steps 0"
-        )
 
 
 def _minutes(seconds: float) -> str:

@@ -308,6 +308,14 @@ def test_a_delta_that_promises_nothing_is_refused(tmp_path: Path, caplog: pytest
     assert "states 100 images, but 120 were found" in caplog.text
 
 
+def test_batches_larger_than_the_set_are_refused_before_anything_is_asked(tmp_path: Path) -> None:
+    finetune = {**SECTIONS["finetune"], "batch_size": 121}  # with steps given, q is not needed until fine-tuning
+    run = Run(tiny_config(tmp_path / "a", finetune=finetune), public=PUBLIC, private=PRIVATE)
+    with pytest.raises(RunError, match=r"finetune\.batch_size 121 exceeds the population 120"), run.opened(resume=False):
+        pass
+    assert not run.folder.config.exists() and not run.folder.ledger.exists()
+
+
 def test_the_card_says_what_the_weights_have_seen(tmp_path: Path) -> None:
     run = Run(tiny_config(tmp_path / "a", privacy={"train": False}), public=PUBLIC, private=PRIVATE)
     with run.opened(resume=False):

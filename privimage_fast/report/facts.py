@@ -81,7 +81,7 @@ class Facts:
     config: dict[str, Any]
     privacy: Privacy
     query: dict[str, Any] | None
-    means: dict[str, float] | None  # of the class means: noise_multiplier, noise_std, max_norm
+    means: dict[str, Any] | None  # of the class means: noise_multiplier, noise_std, max_norm, trust of each class
     heat: HeatMap | None
     selection: dict[str, Any] | None
     check: dict[str, Any] | None
@@ -355,10 +355,13 @@ def _classifier(path: Path) -> PublicClassifier | None:
     return PublicClassifier(accuracy, chance, int(described["held_out"]), described["near_chance"] is True)
 
 
-def _means(path: Path) -> dict[str, float] | None:
+def _means(path: Path) -> dict[str, Any] | None:
     described = _described(path)
     names = ("noise_multiplier", "noise_std", "max_norm")
-    return None if described is None else {name: float(described[name]) for name in names}
+    if described is None:
+        return None
+    trust = [_fraction(value) for value in described["trust"]][:MAX_CLASSES]
+    return {name: float(described[name]) for name in names} | {"trust": trust}
 
 
 def _count(path: Path, query: dict[str, Any] | None) -> tuple[list[tuple[str, int]], str] | None:

@@ -121,7 +121,7 @@ def _difference(value: float | None, reported: float) -> str:
 
 
 def read_privacy(
-    run_dir: Path, budget: dict[str, Any], query: dict[str, Any] | None, means: dict[str, float] | None,
+    run_dir: Path, budget: dict[str, Any], query: dict[str, Any] | None, means: dict[str, Any] | None,
     config: dict[str, Any], trained: bool,
 ) -> Privacy:  # fmt: skip
     """The ledger of `run_dir` and how the plan compares. `trained`: fine-tuning has ended, so its steps must all be there."""

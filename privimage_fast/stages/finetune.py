@@ -31,6 +31,7 @@ from privimage_fast.dp.sampling import MicroBatch, PoissonSampler, SecretRandom,
 from privimage_fast.models.edm import to_float
 from privimage_fast.models.training import ImageModel, PrivateTraining, averaging_decay, below, prefixed
 from privimage_fast.stages.folder import RunError, RunFolder, fingerprint, timed
+from privimage_fast.stages.pretrain import check_averaging
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +79,7 @@ class FinetuneConfig:
         for name in ("steps", "multiplicity", "physical_batch_size", "memory_budget_mib"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"finetune.{name} must be ≥ 1 or null, found {getattr(self, name)}")
-        if not 0 <= self.ema_decay < 1 or not 0 <= self.label_dropout <= 1:
-            raise ValueError(f"finetune.ema_decay {self.ema_decay} and label_dropout {self.label_dropout} must be in [0, 1)")
+        check_averaging("finetune", self.ema_decay, self.label_dropout)
 
     def sample_rate(self, population: int) -> float:
         if self.batch_size > population:

@@ -114,7 +114,13 @@ def run_means(
     folder.save_tensors(
         folder.means,
         {"means": means.images, "trust": means.trust, "sums": sums, "centres": question.centres},
-        {"fingerprint": stamp, "noise_multiplier": noise_multiplier, "noise_std": std, "max_norm": question.max_norm},
+        {
+            "fingerprint": stamp,
+            "noise_multiplier": noise_multiplier,
+            "noise_std": std,
+            "max_norm": question.max_norm,
+            "trust": means.trust.tolist(),
+        },
     )
     return means
 

@@ -43,8 +43,13 @@ class PretrainConfig:
         for name in ("steps", "batch_size", "lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"pretrain.{name} must be positive, found {getattr(self, name)}")
-        if not 0 <= self.ema_decay < 1 or not 0 <= self.label_dropout <= 1:
-            raise ValueError(f"pretrain.ema_decay {self.ema_decay} and label_dropout {self.label_dropout} must be in [0, 1)")
+        check_averaging("pretrain", self.ema_decay, self.label_dropout)
+
+
+def check_averaging(section: str, ema_decay: float, label_dropout: float) -> None:
+    """What every section of training settings has."""
+    if not 0 <= ema_decay < 1 or not 0 <= label_dropout <= 1:
+        raise ValueError(f"{section}.ema_decay {ema_decay} must be in [0, 1), and label_dropout {label_dropout} in [0, 1]")
 
 
 def run_pretrain(

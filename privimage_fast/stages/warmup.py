@@ -18,12 +18,12 @@ from privimage_fast.models.edm import to_float
 from privimage_fast.models.training import ImageModel
 from privimage_fast.stages.folder import RunFolder, fingerprint, timed
 from privimage_fast.stages.means import STAGE
-from privimage_fast.stages.pretrain import train_resumably
+from privimage_fast.stages.pretrain import check_averaging, train_resumably
 
 
 @dataclass(frozen=True)
 class WarmupConfig:
-    """Class means of the sensitive images, noisy, and training on them. For the diffusion model; a GAN takes none.
+    """Noisy class means of the sensitive images, and training on them before DP-SGD.
 
     Args:
         steps: optimizer steps on the means; 0 asks for none and charges nothing.
@@ -63,8 +63,7 @@ class WarmupConfig:
                 raise ValueError(f"warmup.{name} must be positive and finite, found {getattr(self, name)}")
         if not self.lowest_level < self.highest_level < math.inf:
             raise ValueError(f"warmup.highest_level must be above lowest_level {self.lowest_level}, found {self.highest_level}")
-        if not 0 <= self.ema_decay < 1 or not 0 <= self.label_dropout <= 1:
-            raise ValueError(f"warmup.ema_decay {self.ema_decay} and label_dropout {self.label_dropout} must be in [0, 1)")
+        check_averaging("warmup", self.ema_decay, self.label_dropout)
 
 
 def run_warmup(

@@ -1,0 +1,108 @@
+"""What a run is held to before a stage begins: nulls filled, public numbers sound, the folder charged for what it holds."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import replace
+from pathlib import Path
+
+from privimage_fast.config import ConfigError, RunConfig
+from privimage_fast.dp.accounting import DPSGDEvent, GaussianEvent, default_delta, epsilon
+from privimage_fast.dp.ledger import Ledger
+from privimage_fast.planning import means_noise_multiplier, query_noise_multiplier, questions
+from privimage_fast.stages.folder import RunError, RunFolder
+from privimage_fast.stages.select import labels_per_class
+
+logger = logging.getLogger(__name__)
+
+
+def resolve(c: RunConfig, saved: RunConfig | None, *, images: int, n_classes: int, n_labels: int) -> RunConfig:
+    """Fills every null from the saved run, or from the data, so that the saved configuration says what was done.
+
+    images, n_classes: of the sensitive set. n_labels: that the query would ask for.
+    """
+    filled = saved or c
+    population = c.privacy.population or filled.privacy.population or images
+    delta = c.privacy.delta or filled.privacy.delta or default_delta(population)
+    each = c.select.labels_per_class or filled.select.labels_per_class
+    if each is None or (saved is None and c.select.mode in ("semantic", "random")):
+        each = labels_per_class(c.select, n_labels=n_labels, n_classes=n_classes, clusters=c.query.clusters is not None)
+    query_noise, means_noise = (
+        before if own is None else own
+        for own, before in (
+            (c.query.noise_multiplier, filled.query.noise_multiplier),
+            (c.warmup.noise_multiplier, filled.warmup.noise_multiplier),
+        )
+    )
+    if query_noise is None:
+        query_noise = query_noise_multiplier(c.privacy.epsilon, delta, c.query.share)
+    if means_noise is None and c.warms_up:
+        means_noise = means_noise_multiplier(c, delta, population=population, n_classes=n_classes)
+    steps = c.finetune.steps or filled.finetune.steps or c.finetune.total_steps(population)
+    multiplicity = c.finetune.multiplicity or filled.finetune.multiplicity or c.model.default_multiplicity
+    return replace(
+        c,
+        privacy=replace(c.privacy, population=population, delta=delta),
+        query=replace(c.query, noise_multiplier=query_noise, votes_per_image=c.query.votes_per_image or each),
+        select=replace(c.select, labels_per_class=each),
+        warmup=replace(c.warmup, noise_multiplier=means_noise),
+        finetune=replace(c.finetune, steps=steps, multiplicity=multiplicity),
+    )
+
+
+def check_public_numbers(c: RunConfig, *, images: int) -> None:
+    """Of a resolved configuration, before anything is spent. ``images``: found in the sensitive set.
+
+    Raises:
+        ConfigError: a δ that promises nothing, or questions that leave nothing to fine-tune with.
+        RunError: batches larger than the set.
+    """
+    population, delta = c.privacy.population, c.privacy.delta
+    assert population is not None and delta is not None
+    if delta >= 1 / population:
+        raise ConfigError(
+            f"privacy.delta is {delta:g}, which lets one of the {population} images be published as it is: it must be well "
+            f"below 1/N = {1 / population:.3g}; null takes 1/(N ln N) = {default_delta(population):.3g}"
+        )
+    if population < images:
+        logger.warning("privacy.population states %d images, but %d were found", population, images)
+    if not c.privacy.train:
+        return
+    c.finetune.sample_rate(population)
+    asked = questions(c)
+    if not asked or math.isinf(c.privacy.epsilon):
+        return
+    spent = epsilon(asked, delta)
+    if spent >= c.privacy.epsilon:
+        names = "query and class means" if len(asked) > 1 else "the query" if c.select.mode == "semantic" else "the class means"
+        raise ConfigError(
+            f"{names} alone cost ε = {spent:.4g} of {c.privacy.epsilon:g}, and nothing is left to fine-tune with: lower "
+            "query.share or warmup.share (or raise their noise_multiplier), or leave the means out with warmup.steps 0"
+        )
+
+
+def check_ledger(folder: RunFolder) -> None:
+    """What the folder holds of the sensitive images must be in its ledger: a lost ledger would read as ε = 0.
+
+    Raises:
+        RunError: naming the file that has no charge.
+    """
+    records = Ledger.read(folder.ledger).records() if folder.ledger.exists() else []
+    advice = f"Restore {folder.ledger}, or start over with another --out: nothing can be said about ε without it"
+    asked: list[tuple[Path, str, float]] = []
+    if folder.query.exists():
+        asked.append((folder.query, "query", folder.read_json(folder.query, "query")["noise_multiplier"]))
+    if folder.means.exists():
+        asked.append((folder.means, "warmup", folder.load_tensors(folder.means, "warmup")[1]["noise_multiplier"]))
+    for path, stage, sigma in asked:
+        if not any(r.stage == stage and r.event == GaussianEvent(sigma) for r in records):
+            raise RunError(f"{path} holds an answer with σ = {sigma:g} that the ledger does not charge. {advice}")
+    charged = sum(r.event.steps for r in records if r.stage == "finetune" and isinstance(r.event, DPSGDEvent))
+    for name in ("finetune", "finetune-progress"):
+        path = folder.checkpoint(name)
+        if path.exists():
+            tensors, metadata = folder.load_tensors(path, "finetune")
+            taken = int(tensors["steps"]) if name == "finetune-progress" else int(metadata["steps"])
+            if taken > charged:
+                raise RunError(f"{path} has taken {taken} steps, the ledger charges {charged}. {advice}")
