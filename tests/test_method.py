@@ -28,6 +28,8 @@ def test_python_api_end_to_end(tmp_path: Path) -> None:
     assert {m["name"] for m in model.evaluate(TEST)["metrics"]} >= {"accuracy, trained on synthetic, tested on real"}
     model.save_pretrained(tmp_path / "saved")
     other = pf.PrivImage.from_pretrained(tmp_path / "saved")
+    with pytest.raises(RunError, match=r"a is a run; its model is in .*model"):
+        pf.PrivImage.from_pretrained(tmp_path / "a")
     other.config = model.config
     assert np.array_equal(other.sample(7).images, images.images)
     assert other.privacy_spent()["epsilon"] == spent["epsilon"]

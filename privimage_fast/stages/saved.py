@@ -38,6 +38,8 @@ def save_pretrained(
 def load_pretrained(path: str | Path) -> tuple[Drawable, tuple[str, ...], str]:
     """(model, class names, fingerprint of the weights) of a folder written by :func:`save_pretrained`."""
     folder = RunFolder(path)
+    if not (folder.path / "config.json").exists() and (folder.model / "config.json").exists():
+        raise RunError(f"{folder.path} is a run; its model is in {folder.model}")
     described = folder.read_json(folder.path / "config.json", "finetune")
     try:
         if described["format"] != 1:
