@@ -58,12 +58,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"; did you mean {near[0]}?" if near else ""
         print(f"privimage: unknown command {argv[0]!r}{hint}\n\n{USAGE}", file=sys.stderr)
         return 2
+    from privimage_fast.stages.interrupt import terminating_interrupts
+
     try:
-        commands[argv[0]](argv[1:])
+        with terminating_interrupts():
+            commands[argv[0]](argv[1:])
     except KeyboardInterrupt:
         again = "the same command" if argv[0] == "compare" else "the same command with --resume"
         print(
-            f"\nprivimage: interrupted; {again} goes on. DP-SGD steps since the last checkpoint are repeated, and charged again",
+            f"\nprivimage: interrupted; {again} goes on from what was saved last. DP-SGD steps after that are charged already, "
+            "and are charged again when they are repeated",
             file=sys.stderr,
         )
         return 130

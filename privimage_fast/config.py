@@ -313,7 +313,8 @@ def _in_words(message: str, values: dict[str, Any]) -> str:
     for section in sections:
         config, found = getattr(config, section), found[section]
     kinds = str(next(f.type for f in fields(config) if f.name == last)).split(" | ")
-    return f"{named[1]}: expected {' or '.join(_KINDS.get(kind, kind) for kind in kinds)}, found {found[last]!r}"
+    infinite = "; YAML writes infinity .inf" if str(found[last]).lower().lstrip("+-") in ("inf", "infinity", "∞") else ""
+    return f"{named[1]}: expected {' or '.join(_KINDS.get(kind, kind) for kind in kinds)}, found {found[last]!r}{infinite}"
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -86,8 +86,7 @@ class PrivImage:
         """Metrics against real test images; not private."""
         if self._run is None:
             raise RunError("evaluate needs the run it was fitted in; call fit first")
-        self._run._given["test"] = test if isinstance(test, ImageSet) else self._run._open("test", test)
-        self._run.__dict__.pop("_private_and_test", None)
+        self._run.test_on(test)
         with self._run.opened(resume=True):
             result = self._run.evaluate()
             self._run.report()

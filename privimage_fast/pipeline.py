@@ -132,6 +132,8 @@ class Run:
         data = self.config.data
         private = self._open("private")
         if self._given["test"] is not None or data.test:
+            if data.holdout:
+                logger.warning("data.holdout is not used: the test images are given, and all of the sensitive set is trained on")
             return private, self._open("test")
         if data.holdout:
             return holdout_split(private, data.holdout, self.config.seed)
@@ -145,6 +147,12 @@ class Run:
     @property
     def test(self) -> ImageSet | None:
         return self._private_and_test[1]
+
+    def test_on(self, test: ImageSet | str) -> None:
+        """Takes another test set, given or by its source; the images that are trained on stay what they were."""
+        private = self.private
+        self._given["test"] = test if isinstance(test, ImageSet) else None
+        self.__dict__["_private_and_test"] = private, self._open("test", None if isinstance(test, ImageSet) else test)
 
     # ---- opening
 
@@ -172,7 +180,7 @@ class Run:
         """Refuses a folder that holds a run, unless it is to be gone on with, and a path that is no folder."""
         if self.folder.path.exists() and not self.folder.path.is_dir():
             raise RunError(f"{self.folder.path} is a file, but a run needs a folder; choose another --out")
-        if self.folder.config.exists() and not resume:
+        if self.folder.begun and not resume:
             raise RunError(
                 f"{self.folder.path} already holds a run; go on with --resume (in Python resume=True), or choose another --out"
             )
@@ -186,7 +194,7 @@ class Run:
         """
         self.check_new(resume=resume)
         with self.folder.locked():
-            saved = load_config(self.folder.config) if self.folder.config.exists() else None
+            saved = load_config(self.folder.config) if self.folder.begun else None
             self.config = self._resolved(saved)
             if saved is not None:
                 free = _REOPENABLE if self.config.warms_up or saved.warms_up else (*_REOPENABLE, "warmup.")
@@ -200,6 +208,11 @@ class Run:
             self.check_inputs()
             if saved is None:
                 check_public_numbers(self.config, images=len(self.private))
+            elif self.config.privacy.population != len(self.private):
+                logger.warning(
+                    "%s was begun for a stated N of %d sensitive images; %d were found now, and N stays",
+                    self.folder.path, self.config.privacy.population, len(self.private),
+                )  # fmt: skip
             atomic_write_text(self.folder.config, self.config.to_yaml())
             try:
                 yield self
@@ -274,7 +287,7 @@ class Run:
         self.config = c
         with tempfile.TemporaryDirectory() as place:  # the classifier of a run that is not begun is kept nowhere
             # The run's own classifier, clusters and table, if it was begun with these settings.
-            begun = self.folder.config.exists() and not [
+            begun = self.folder.begun and not [
                 key for key in differing_keys(load_config(self.folder.config), c)
                 if key.startswith(("query.", "data.", "select.", "privacy.")) or key in ("seed", "public_seed")
             ]  # fmt: skip

@@ -30,6 +30,8 @@ class Plan:
     steps: int
     noise_multiplier: float
     query_noise_multiplier: float | None
+    query_noise: float | None  # standard deviation on a cell of the table of votes
+    query_votes: float | None  # of a class, of classes of equal size
     means_noise_multiplier: float | None
     means_pixel_noise: float | None  # about, on a pixel of a class mean, of images in [−1, 1]
     epsilon_without_query: float  # and without the means
@@ -45,22 +47,25 @@ class Plan:
 
     def table(self) -> str:
         """The plan as aligned lines of text."""
-        query = f"σ₁ = {self.query_noise_multiplier:.4g}" if self.query_noise_multiplier is not None else "none"
+        query = means = "none"
+        if self.query_noise_multiplier is not None:
+            noise, votes = self.query_noise or 0.0, self.query_votes or 0.0
+            query = f"σ₁ = {self.query_noise_multiplier:.4g}: noise of {noise:.3g} on a cell, of about {votes:.3g} votes a class"
+            if 3 * noise > votes / self.labels_per_class:  # even if all were for the labels that are to be chosen
+                query += " (little but noise: more images, fewer classes, a larger ε or query.share)"
         total = self.pretrain_seconds + self.warmup_seconds + self.finetune_seconds + self.sample_seconds
-        asked = "without the query" if self.means_noise_multiplier is None else "without query and class means"
         if self.means_noise_multiplier is not None:
-            query += (
-                f"; class means: σ₂ = {self.means_noise_multiplier:.4g}, noise of about {self.means_pixel_noise:.2g} on a pixel"
-            )
+            means = f"σ₂ = {self.means_noise_multiplier:.4g}: noise of about {self.means_pixel_noise:.2g} on a pixel"
             if (self.means_pixel_noise or 0.0) > _DROWNED:
-                query += " (little but noise: more images, fewer classes, a larger ε or share, or warmup.steps 0)"
+                means += " (little but noise: more images, fewer classes, a larger ε or warmup.share, or warmup.steps 0)"
         warmed = f", warm up {_minutes(self.warmup_seconds)}" if self.warmup_seconds else ""
         rows = [
             ("budget", f"ε = {self.epsilon:g}, δ = {self.delta:.3g}, N = {self.population} (public)"),
-            ("query", f"{query}; {asked} the same σ would cost ε = {self.epsilon_without_query:.3f}"),
+            ("query", query),
+            ("class means", means),
             ("selection", self.selection),
-            ("DP-SGD", f"σ = {self.noise_multiplier:.4f}, q = {self.sample_rate:.4g}, {self.steps} steps" if self.steps
-             else "none: trained on public images only"),
+            ("DP-SGD", f"σ = {self.noise_multiplier:.4f}, q = {self.sample_rate:.4g}, {self.steps} steps; alone they cost ε = "
+                       f"{self.epsilon_without_query:.3f}" if self.steps else "none: trained on public images only"),
             ("network", f"{self.parameters:,} parameters" + ("" if self.private_parameters == self.parameters else
                         f", {self.private_parameters:,} of them (the discriminator) trained by DP-SGD")),
             ("micro-batch", f"{self.step.physical_batch_size} images, up to {self.step.peak_bytes / 2**20:.0f} MiB to fine-tune"),
@@ -77,7 +82,7 @@ def make_plan(c: RunConfig, model: ImageModel, *, n_labels: int, n_classes: int)
     """
     assert c.privacy.population and c.privacy.delta and c.finetune.steps and c.select.labels_per_class
     rate = c.finetune.sample_rate(c.privacy.population)
-    queried = c.select.mode == "semantic"
+    queried, votes = c.select.mode == "semantic", c.query.votes_per_image or c.select.labels_per_class
     prior = questions(c)
     sigma, steps = 0.0, c.finetune.steps if c.privacy.train else 0
     if math.isfinite(c.privacy.epsilon) and steps:
@@ -97,6 +102,8 @@ def make_plan(c: RunConfig, model: ImageModel, *, n_labels: int, n_classes: int)
         epsilon=c.privacy.epsilon, delta=c.privacy.delta, population=c.privacy.population, sample_rate=rate,
         steps=steps, noise_multiplier=sigma,
         query_noise_multiplier=c.query.noise_multiplier if queried else None,
+        query_noise=c.query.noise_multiplier * math.sqrt(votes) if queried and c.query.noise_multiplier is not None else None,
+        query_votes=c.privacy.population * votes / n_classes if queried else None,
         means_noise_multiplier=c.warmup.noise_multiplier if c.warms_up else None,
         means_pixel_noise=_pixel_noise(c, c.warmup.noise_multiplier, c.privacy.population, n_classes)
         if c.warms_up and c.warmup.noise_multiplier is not None else None,
@@ -122,7 +129,7 @@ class _Seconds:
 
 
 def _step_seconds(model: ImageModel, config: RunConfig, device: str, rows: int = 64) -> _Seconds:
-    """Times each part on random images (best of two). Changes the model's weights."""
+    """Times each part on random images (fastest of several). Changes the model's weights."""
     private = config.finetune.training(model)
     public = model.public_training(
         lr=1e-6, ema_decay=config.pretrain.ema_decay, label_dropout=config.pretrain.label_dropout
@@ -153,18 +160,21 @@ def _step_seconds(model: ImageModel, config: RunConfig, device: str, rows: int =
             private.after_step(step, 0)
 
     return _Seconds(
-        _best_of_two(draw) / count * passes[0] / passes[1], _best_of_two(public_step) / count,
-        _best_of_two(private_step) / count, _best_of_two(after_steps) / private.round,
+        _best(draw) / count * passes[0] / passes[1], _best(public_step) / count,
+        _best(private_step) / count, _best(after_steps) / private.round,
     )  # fmt: skip
 
 
-def _best_of_two(work: Callable[[], None]) -> float:
-    times = []
-    for _ in range(3):  # the first warms up
+def _best(work: Callable[[], None], enough: float = 1.0) -> float:
+    """Seconds of the fastest of two to ten tries, as many as fit in ``enough`` seconds: a neighbour on the machine may slow a
+    single one tenfold."""
+    work()  # warms up
+    times: list[float] = []
+    while len(times) < 2 or (len(times) < 10 and sum(times) < enough):
         start = time.perf_counter()
         work()
         times.append(time.perf_counter() - start)
-    return min(times[1:])
+    return min(times)
 
 
 def _selection_text(c: RunConfig, *, n_labels: int, n_classes: int) -> str:

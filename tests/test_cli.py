@@ -59,6 +59,7 @@ def test_budget_solves_sigma_with_and_without_the_query(capsys: pytest.CaptureFi
         ("run --data.public nowhere --data.private nowhere", "nowhere"),
         ("data nowhere", "nowhere"),
         ("data embedded:birds", "birds"),
+        ("demo --privacy.epsilon inf --out unused", "expected a number, found 'inf'; YAML writes infinity .inf"),
         ("demo --privacy.epsilon 0 --out unused", "privacy.epsilon must be positive"),
         ("sample --out nowhere", "--config"),
         ("report --out nowhere", "nowhere"),

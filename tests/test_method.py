@@ -52,6 +52,14 @@ def test_another_test_set_is_another_evaluation(tmp_path: Path) -> None:
     assert first != second
 
 
+def test_another_test_set_leaves_the_split_of_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = tiny_config(tmp_path, data={"holdout": 0.25})
+    model = pf.PrivImage(config).fit(PUBLIC, PRIVATE, out=tmp_path / "a")
+    model.evaluate(TEST)
+    assert model._run is not None and len(model._run.private) == model.config.privacy.population < len(PRIVATE)
+    assert "N stays" not in caplog.text and "holdout" not in caplog.text
+
+
 def test_a_model_file_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="missing"):
         pf.PrivImage.from_pretrained(tmp_path)

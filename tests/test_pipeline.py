@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +133,8 @@ def test_other_settings_on_the_same_folder_are_refused_by_name(finished: Run) ->
         run_all(finished.folder.path, resume=True, finetune={"lr": 0.5})
 
 
-def test_sampling_anew_costs_nothing(finished: Run) -> None:
+def test_sampling_anew_costs_nothing(finished: Run, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     run = Run(
         tiny_config(finished.folder.path, sample={"per_class": 5, "formats": ["zip", "folder"]}), public=PUBLIC, private=PRIVATE
     )
@@ -142,6 +145,10 @@ def test_sampling_anew_costs_nothing(finished: Run) -> None:
     again = Run(tiny_config(finished.folder.path), public=PUBLIC, private=PRIVATE, test=TEST)
     with again.opened(resume=True):
         again.sample()
+    # What was written of the earlier, smaller set would be taken for a copy of this one.
+    assert not (run.folder.path / "synthetic.zip").exists() and not (run.folder.path / "synthetic").exists()
+    assert "the 36 synthetic images" in caplog.text and "replaced by 15; sample.per_class brings the larger" in caplog.text
+    assert caplog.messages[-2].endswith("replaced by 36")
     assert finished.folder.ledger.read_bytes() == before
 
 
@@ -353,6 +360,10 @@ def test_plan_agrees_with_the_run_and_spends_nothing(finished: Run, tmp_path: Pa
     assert not (tmp_path / "a").exists()
     assert plan.noise_multiplier == dpsgd(finished)[0].noise_multiplier and plan.steps == STEPS
     assert plan.epsilon_without_query < 5.0 and "σ" in plan.table()
+    query = plan.table().splitlines()[1]
+    assert query.startswith("query") and "of about 80 votes a class" in query and "little but noise" not in query  # 120·2 ÷ 3
+    assert plan.query_noise == pytest.approx(plan.query_noise_multiplier * 2**0.5)
+    assert "little but noise" in replace(plan, query_noise=15.0).table().splitlines()[1]
 
 
 @pytest.mark.parametrize(("epsilon", "delta"), [(0.1, 1e-6), (1.0, 1e-5), (10.0, 3e-5), (100.0, 1e-5)])

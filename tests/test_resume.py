@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny import PRIVATE, PUBLIC, SECTIONS, STEPS, TEST, dpsgd, run_all
+from tiny import PRIVATE, PUBLIC, SECTIONS, STEPS, TEST, dpsgd, run_all, tiny_config
 
 from privimage_fast.data import save_npz
 from privimage_fast.dp.ledger import Ledger
@@ -155,3 +155,43 @@ def test_killed_for_real_and_resumed_by_command(tmp_path: Path) -> None:
     assert final.epsilon() <= 5.0 and final.steps_charged("finetune") > charged
     assert epsilon_text(final.epsilon()) in done.stdout
     assert (tmp_path / "out" / "synthetic.npz").exists()
+
+
+def test_a_refused_run_leaves_a_folder_that_binds_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither --resume nor another folder is asked for where nothing was charged or finished, even under another promise."""
+    with monkeypatch.context() as patch:
+        patch.setattr("privimage_fast.stages.query._check_scores", None)  # fails after the ledger's header is written
+        with pytest.raises(TypeError):
+            run_all(tmp_path / "a")
+    folder = RunFolder(tmp_path / "a")
+    assert folder.config.exists() and folder.ledger.exists() and not folder.begun
+    run = run_all(tmp_path / "a", privacy={"epsilon": 2.0, "delta": 1e-4})
+    assert folder.begun and Ledger.read(run.folder.ledger).header.target_epsilon == 2.0
+    assert run.config.privacy.delta == 1e-4
+    with pytest.raises(RunError, match="already holds a run"):
+        run_all(tmp_path / "a")
+
+
+def test_a_charge_alone_makes_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("privimage_fast.stages.query.vote", None)
+        with pytest.raises(TypeError):
+            run_all(tmp_path / "a")
+    assert RunFolder(tmp_path / "a").begun
+    with pytest.raises(RunError, match=r"other settings \(privacy\.epsilon"):
+        run_all(tmp_path / "a", resume=True, privacy={"epsilon": 2.0})
+
+
+def test_a_set_of_another_size_is_told_when_a_run_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = run_all(tmp_path / "a")
+    assert "N stays" not in caplog.text
+    fewer = Run(run.config, public=PUBLIC, private=PRIVATE.subset(range(len(PRIVATE) - 3)), test=TEST)
+    with fewer.opened(resume=True):
+        assert f"stated N of {len(PRIVATE)} sensitive images; {len(PRIVATE) - 3} were found now" in caplog.text
+        assert fewer.config.privacy.population == len(PRIVATE)
+
+
+def test_a_holdout_beside_test_images_is_told_to_be_unused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = {**SECTIONS["data"], "holdout": 0.5}
+    run = Run(tiny_config(tmp_path / "a", data=data), public=PUBLIC, private=PRIVATE, test=TEST)
+    assert len(run.private) == len(PRIVATE) and "data.holdout is not used" in caplog.text

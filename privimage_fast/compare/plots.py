@@ -78,7 +78,7 @@ def _draw(path: Path, lines: Mapping[str, list[tuple[Any, float, float | None]]]
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.0), dpi=120, layout="constrained")
+    figure = Figure(figsize=(8.0, 4.0), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     scale = 100 if label == "accuracy" else 1
@@ -96,7 +96,7 @@ def _draw(path: Path, lines: Mapping[str, list[tuple[Any, float, float | None]]]
     axes.set_ylabel("accuracy on real test images, %" if label == "accuracy" else label)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
+    figure.legend(fontsize=8, frameon=False, loc="outside right upper")  # beside the lines, never on them
     axes.set_title("computed on real images: not private", fontsize=8, loc="right", color="#555555")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")

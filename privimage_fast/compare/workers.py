@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -102,15 +103,17 @@ class Workers(Generic[Task, Result]):
 
 def _serve(connection: Connection, work: Callable[[Task], Result], threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is the parent's to handle: it ends its workers
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # by this; a step at hand is finished and saved
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    while True:
-        try:
-            task = connection.recv()
-        except EOFError:
-            return
-        connection.send(work(task))
+    try:
+        while True:
+            connection.send(work(connection.recv()))
+    except EOFError:  # nothing more to do
+        return
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def _end_with_parent() -> None:

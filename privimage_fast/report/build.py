@@ -50,6 +50,8 @@ def summary_table(run_dir: Path) -> str:
         ("δ", text.delta_text(privacy.delta), ""),
         ("synthetic images", "none yet" if facts.images is None else f"{facts.images:,}", ""),
     ]
+    if facts.steps_text:
+        rows.insert(2, ("noised steps", facts.steps_text, ""))
     if privacy.replays:
         rows.append(("charged again", text.visible(privacy.replayed), ""))
     rows += [
@@ -61,6 +63,8 @@ def summary_table(run_dir: Path) -> str:
     name_width = max(len(name) for name, _, _ in rows)
     value_width = max((len(value) for _, value, tag in rows if tag), default=0)
     lines += [f"{name:<{name_width}}  {value:>{value_width if tag else 0}}  {tag}".rstrip() for name, value, tag in rows]
+    if any(not m.private for m in facts.metrics):  # "not private" alone is taken for "may be shown to anybody"
+        lines.append("(not private: computed on real images without noise, so outside ε, and not to be passed on)")
     return "\n".join(lines)
 
 

@@ -26,7 +26,8 @@ T = TypeVar("T")
 
 STAGES = ("query", "select", "pretrain", "warmup", "finetune", "sample", "evaluate")
 READ_REAL_IMAGES = ("query", "warmup", "finetune", "evaluate")  # their running times say something of those images
-CLASSIFIER, MEANS = "checkpoints/classifier.safetensors", "means.safetensors"
+CLASSIFIER, FINETUNED = "checkpoints/classifier.safetensors", "checkpoints/finetune.safetensors"
+MEANS = "means.safetensors"
 # What decoders and the checks below raise on a file that is not what a stage writes.
 _UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, OSError, RecursionError, EOFError, ArithmeticError,
                NotImplementedError, yaml.YAMLError, zipfile.BadZipFile, zlib.error)  # fmt: skip
@@ -89,6 +90,7 @@ class Facts:
     pictures: dict[str, Picture]
     metrics: list[Metric]
     outdated: bool  # the metrics are of an earlier synthetic set
+    steps: int | None  # noised steps that the released weights have taken
     class_counts: list[tuple[str, int]]
     image_shape: str | None
     timings: list[tuple[str, float | None, bool]]
@@ -105,6 +107,16 @@ class Facts:
     @property
     def key_metric(self) -> Metric | None:
         return next((m for m in self.metrics if m.value is not None), None)
+
+    @property
+    def steps_text(self) -> str | None:
+        """How many noised steps the model took, beside the plan's."""
+        planned = self.setting("finetune", "steps")
+        if self.steps is None:
+            return None
+        if not isinstance(planned, int) or self.steps >= planned:
+            return f"{self.steps:,}"
+        return f"{self.steps:,} of {planned:,} planned: repeated steps took the rest of the budget"
 
     @property
     def open_stages(self) -> list[str]:
@@ -189,6 +201,7 @@ def read_facts(run_dir: Path) -> Facts:
         pictures={name: picture for name, picture in found.items() if picture},
         metrics=metrics,
         outdated=bool(metrics) and measured is not None and drawn is not None and measured != drawn,
+        steps=reader.shaped(FINETUNED, lambda: _steps(run_dir / FINETUNED)),
         class_counts=counted[0] if counted else [],
         image_shape=counted[1] if counted else None,
         timings=[(stage, seconds.get(stage), stage in READ_REAL_IMAGES) for stage in STAGES],
@@ -353,6 +366,11 @@ def _classifier(path: Path) -> PublicClassifier | None:
         return None  # of a version that did not say
     accuracy, chance = (_fraction(described[name]) for name in ("public_accuracy", "chance"))
     return PublicClassifier(accuracy, chance, int(described["held_out"]), described["near_chance"] is True)
+
+
+def _steps(path: Path) -> int | None:
+    described = _described(path)
+    return None if described is None else int(described["steps"])
 
 
 def _means(path: Path) -> dict[str, Any] | None:

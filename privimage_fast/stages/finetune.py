@@ -31,6 +31,7 @@ from privimage_fast.dp.sampling import MicroBatch, PoissonSampler, SecretRandom,
 from privimage_fast.models.edm import to_float
 from privimage_fast.models.training import ImageModel, PrivateTraining, averaging_decay, below, prefixed
 from privimage_fast.stages.folder import RunError, RunFolder, fingerprint, timed
+from privimage_fast.stages.interrupt import interrupts_held
 from privimage_fast.stages.pretrain import check_averaging
 
 logger = logging.getLogger(__name__)
@@ -241,21 +242,24 @@ def _train(
     sampler = PoissonSampler(len(pixels), event.sample_rate, randomness)
     path = folder.checkpoint("finetune-progress")
     progress = tqdm(range(optimizer.steps, steps), desc=STAGE, unit="step", initial=optimizer.steps, total=steps, leave=False)
-    for step in progress:
-        ledger.charge(event, stage=STAGE)  # before the batch is drawn
-        # Noise levels, latents and label drops go to places in the batch. Were they known, an image more would shift those of all
-        # later images, and the sum would change by far more than C; drawn in secret they are independent of who is in.
-        random = secret_generator(randomness, device)
-        for part in micro_batches(sampler.draw(), captured.samples):
-            batch = training.batch(*_images(part, pixels, labels), random)
-            captured.accumulate(batch, torch.from_numpy(part.weights))
-        # A short run must not average over its own beginning; the schedule is a function of the step alone.
-        optimizer.ema_decay = averaging_decay(config.ema_decay, step) if training.averages else 0.0
-        captured.step()
-        training.after_step(step, seed)
-        if (step + 1) % config.checkpoint_steps == 0 and step + 1 < steps:
-            tensors = optimizer.state_dict() | prefixed("training/", training.state_dict())
-            folder.save_tensors(path, tensors, {"fingerprint": stamp})
+    with interrupts_held("this step is finished and saved, since it is charged") as interrupted:
+        for step in progress:
+            ledger.charge(event, stage=STAGE)  # before the batch is drawn
+            # Noise levels, latents and label drops go to places in the batch. Were they known, an image more would shift those of
+            # all later images, and the sum would change by far more than C; drawn in secret they are independent of who is in.
+            random = secret_generator(randomness, device)
+            for part in micro_batches(sampler.draw(), captured.samples):
+                batch = training.batch(*_images(part, pixels, labels), random)
+                captured.accumulate(batch, torch.from_numpy(part.weights))
+            # A short run must not average over its own beginning; the schedule is a function of the step alone.
+            optimizer.ema_decay = averaging_decay(config.ema_decay, step) if training.averages else 0.0
+            captured.step()
+            training.after_step(step, seed)
+            if interrupted() or ((step + 1) % config.checkpoint_steps == 0 and step + 1 < steps):
+                tensors = optimizer.state_dict() | prefixed("training/", training.state_dict())
+                folder.save_tensors(path, tensors, {"fingerprint": stamp})
+            if interrupted():
+                raise KeyboardInterrupt
 
 
 def secret_generator(randomness: SecretRandom, device: torch.device | str = "cpu") -> torch.Generator:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from privimage_fast.data import ImageSet
 from privimage_fast.data.atomic import atomic_path, atomic_write_text
+from privimage_fast.dp.ledger import Ledger
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,15 @@ class RunFolder:
     samples = property(lambda self: self.path / "samples")
     model = property(lambda self: self.path / "model")
     stages = property(lambda self: self.path / "stages.json")
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything was charged or finished here; a configuration alone, of a run that was refused, binds nobody."""
+        if not self.config.exists():
+            return False
+        if self.stages.exists() or self.query.exists() or self.means.exists():
+            return True
+        return self.ledger.exists() and bool(Ledger.read(self.ledger).records())
 
     def create(self) -> None:
         try:

@@ -15,6 +15,7 @@ from privimage_fast.data import ImageSet
 from privimage_fast.models.edm import to_float
 from privimage_fast.models.training import ImageModel, PublicTraining, step_generator
 from privimage_fast.stages.folder import RunFolder, fingerprint, set_fingerprint, timed
+from privimage_fast.stages.interrupt import interrupts_held
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,16 @@ def train_resumably(
             start = int(metadata["steps"])
     saved = time.perf_counter()
     progress = tqdm(range(start, steps), desc=stage, unit="step", initial=start, total=steps, leave=False)
-    for number in progress:
-        random = step_generator(stage, seed, number, device)
-        with torch.autocast(kind, autocast, enabled=autocast is not None):
-            loss = step(random, lr * min(1.0, (number + 1) / max(1, warmup)))
-        if number % 20 == 0:
-            progress.set_postfix(loss=f"{loss.item():.3f}")
-        if time.perf_counter() - saved > checkpoint_seconds:
-            folder.save_tensors(path, training.state_dict(), {"fingerprint": stamp, "steps": number + 1})
-            saved = time.perf_counter()
+    with interrupts_held("this step is finished and saved") as interrupted:
+        for number in progress:
+            random = step_generator(stage, seed, number, device)
+            with torch.autocast(kind, autocast, enabled=autocast is not None):
+                loss = step(random, lr * min(1.0, (number + 1) / max(1, warmup)))
+            if number % 20 == 0:
+                progress.set_postfix(loss=f"{loss.item():.3f}")
+            if interrupted() or time.perf_counter() - saved > checkpoint_seconds:
+                folder.save_tensors(path, training.state_dict(), {"fingerprint": stamp, "steps": number + 1})
+                saved = time.perf_counter()
+            if interrupted():
+                raise KeyboardInterrupt
     training.finish()

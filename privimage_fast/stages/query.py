@@ -197,8 +197,8 @@ def public_classifier(folder: RunFolder, config: ClassifierConfig, public: Image
     if poor:
         logger.warning(
             "the classifier trained on the %d public labels names %.1f %% of %d held-out public images right, hardly better than "
-            "chance (%.1f %%): the choice of labels means little, and distances measured on it look better than they are. Give "
-            "query.classifier more epochs or width, or bring a public set with more images of each label",
+            "chance (%.1f %%): labels that are chosen by it mean little, and distances measured on it look better than they are. "
+            "Give query.classifier more epochs or width, or bring a public set with more images of each label",
             public.n_classes, 100 * accuracy, len(held_out), 100 * chance,
         )  # fmt: skip
     measured = {"public_accuracy": accuracy, "chance": chance, "held_out": len(held_out), "near_chance": poor}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from privimage_fast.data import ImageSet, atomic_path, class_sheet, save_folder,
 from privimage_fast.models.edm import SamplerConfig, to_uint8
 from privimage_fast.models.training import Drawable
 from privimage_fast.stages.folder import RunFolder, fingerprint, timed
+
+logger = logging.getLogger(__name__)
 
 FORMATS = ("npz", "zip", "folder")
 
@@ -58,6 +61,8 @@ def run_sample(
     stamp = fingerprint(config, tuple(class_names), weights, seed, str(autocast), "latents 2")
     if folder.synthetic.exists() and folder.finished("sample", stamp):
         return _load(folder, class_names)
+    if folder.synthetic.exists():
+        _leave_earlier(folder, config, len(class_names))
     with timed(folder, "sample", stamp):
         labels = np.repeat(np.arange(len(class_names)), config.per_class)
         parts = folder.path / "checkpoints" / f"sample-{stamp}"
@@ -114,6 +119,19 @@ def save_sheet(folder: RunFolder, name: str, images: ImageSet) -> None:
     folder.samples.mkdir(exist_ok=True)
     with atomic_path(folder.samples / f"{name}.png") as temporary:
         class_sheet(images).save(temporary, format="PNG")
+
+
+def _leave_earlier(folder: RunFolder, config: SampleConfig, n_classes: int) -> None:
+    """Says that an earlier synthetic set is replaced, and removes its copies in formats that are no longer asked for."""
+    with np.load(folder.synthetic, allow_pickle=False) as arrays:
+        earlier = len(arrays["labels"])
+    wanted = config.per_class * n_classes
+    fewer = "; sample.per_class brings the larger set back" if wanted < earlier else ""
+    logger.info("the %d synthetic images in %s are replaced by %d%s", earlier, folder.path, wanted, fewer)
+    if "zip" not in config.formats:
+        (folder.path / "synthetic.zip").unlink(missing_ok=True)
+    if "folder" not in config.formats and (folder.path / "synthetic").is_dir():
+        shutil.rmtree(folder.path / "synthetic")
 
 
 def _load(folder: RunFolder, class_names: Sequence[str]) -> ImageSet:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from privimage_fast.dp.accounting import DPSGDEvent
 from privimage_fast.dp.ledger import Ledger
@@ -253,6 +254,23 @@ def test_a_plan_with_another_sigma_is_an_alarm(make_run: MakeRun) -> None:
     (run / "budget.json").write_text(json.dumps({**budget, "noise_multiplier": 2.5}))
     page = report(run)
     assert page.row("fine-tuning: noise multiplier σ")[3] == "DIFFERS" and "LEDGER AND RUN DISAGREE" in page.text
+
+
+@pytest.mark.parametrize(
+    ("taken", "planned", "text"),
+    [(55, 55, "55"), (51, 55, "51 of 55 planned: repeated steps took the rest of the budget"), (7, None, "7")],
+)
+def test_the_steps_that_the_model_took_are_said(make_run: MakeRun, taken: int, planned: int | None, text: str) -> None:
+    run = make_run()
+    assert "oised steps" not in report(run).text + card(run) + summary_table(run)
+    (run / "checkpoints").mkdir()
+    metadata = {"privimage": json.dumps({"fingerprint": "f", "steps": taken})}
+    save_file({"weight": np.zeros(3, np.float32)}, run / "checkpoints" / "finetune.safetensors", metadata=metadata)
+    if planned:
+        (run / "config.yaml").write_text(f"finetune: {{steps: {planned}}}\n")
+    assert f"Noised steps that the model took: {text}." in report(run).text
+    assert f"| noised steps of the model | {text} |" in card(run)
+    assert ["noised", "steps", *text.split()] in [line.split() for line in summary_table(run).splitlines()]
 
 
 def test_an_edited_ledger_gives_no_epsilon(make_run: MakeRun) -> None:

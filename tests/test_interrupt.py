@@ -1,0 +1,135 @@
+"""Ctrl-C in the middle of a step: what is paid for is finished and saved, and going on repeats nothing."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tiny import PRIVATE, PUBLIC, SECTIONS, STEPS, TEST, run_all
+
+from privimage_fast.data import save_npz
+from privimage_fast.dp.ledger import Ledger
+from privimage_fast.models.edm import PublicDenoising
+from privimage_fast.stages import finetune as finetune_module
+from privimage_fast.stages.interrupt import interrupts_held, terminating_interrupts
+
+
+@pytest.mark.parametrize("at", [2, STEPS])
+def test_an_interrupted_step_is_finished_and_never_repeated(
+    tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Checkpoints are every 3 steps; the signal comes in step ``at``, before its noise is drawn."""
+    original = finetune_module.PrivateOptimizer.step
+
+    def pressed(self: Any) -> None:
+        if self.steps + 1 == at:
+            signal.raise_signal(signal.SIGINT)
+        original(self)
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.INFO):
+        patch.setattr(finetune_module.PrivateOptimizer, "step", pressed)
+        with pytest.raises(KeyboardInterrupt):
+            run_all(tmp_path / "a")
+    assert "finished and saved" in caplog.text
+    ledger = tmp_path / "a" / "ledger.jsonl"
+    assert Ledger.read(ledger).steps_charged("finetune") == at
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    run = run_all(tmp_path / "a", resume=True)
+    assert Ledger.read(ledger).steps_charged("finetune") == STEPS
+    assert run.folder.load_tensors(run.folder.checkpoint("finetune"), "x")[1]["steps"] == STEPS
+
+
+def test_a_second_signal_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reached = []
+
+    def pressed(self: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        reached.append(1)
+        signal.raise_signal(signal.SIGINT)
+        reached.append(2)
+
+    monkeypatch.setattr(finetune_module.PrivateOptimizer, "step", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        run_all(tmp_path / "a")
+    assert reached == [1]
+
+
+def test_public_training_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sections: dict[str, Any] = {
+        "privacy": {"secure": False}, "pretrain": {"steps": 6, "batch_size": 16, "checkpoint_seconds": 1e9}, "test": None,
+    }  # fmt: skip
+    whole, original, steps = run_all(tmp_path / "whole", **sections), PublicDenoising.step, []
+
+    def pressed(self: Any, *args: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 4:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, *args)
+
+    monkeypatch.setattr(PublicDenoising, "step", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        run_all(tmp_path / "cut", **sections)
+    cut = run_all(tmp_path / "cut", resume=True, **sections)
+    assert len(steps) == 6  # warming up steps otherwise
+    a, b = (r.folder.load_tensors(r.folder.checkpoint("pretrain"), "x")[0] for r in (whole, cut))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=0)
+
+
+def test_signals_of_others_and_other_threads_are_left_alone() -> None:
+    def own(number: int, frame: Any) -> None:
+        found.append(number)
+
+    found: list[int] = []
+    before = signal.signal(signal.SIGINT, own)
+    try:
+        with interrupts_held("…") as interrupted, terminating_interrupts():
+            assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+            signal.raise_signal(signal.SIGINT)
+            assert found == [signal.SIGINT] and not interrupted()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    answers: list[bool] = []
+
+    def elsewhere() -> None:
+        with interrupts_held("…") as interrupted, terminating_interrupts():
+            answers.append(interrupted())
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert answers == [False]
+
+
+def test_a_terminated_command_has_saved_its_step(tmp_path: Path) -> None:
+    """SIGTERM, as batch systems send it, in the middle of fine-tuning: --resume charges what was planned and no step more."""
+    for name, images in (("public", PUBLIC), ("private", PRIVATE), ("test", TEST)):
+        save_npz(images, tmp_path / f"{name}.npz")
+    data = {**SECTIONS["data"], **{name: str(tmp_path / f"{name}.npz") for name in ("public", "private", "test")}}
+    config = {**SECTIONS, "data": data, "finetune": {**SECTIONS["finetune"], "steps": 40, "checkpoint_steps": 1000}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**config, "out": str(tmp_path / "out")}))
+    command = [sys.executable, "-P", "-m", "privimage_fast", "run", "--config", str(tmp_path / "run.yaml")]
+    ledger = tmp_path / "out" / "ledger.jsonl"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (ledger.exists() and ledger.read_bytes().count(b"\n") > 10):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130 and "--resume goes on" in said
+    assert 0 < Ledger.read(ledger).steps_charged("finetune") < 40
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert Ledger.read(ledger).steps_charged("finetune") == 40
