@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import signal
@@ -20,11 +21,12 @@ from tiny import PRIVATE, PUBLIC, SECTIONS, STEPS, TEST, run_all
 from privimage_fast.data import save_npz
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.models.edm import PublicDenoising
+from privimage_fast.report import summary_table
 from privimage_fast.stages import finetune as finetune_module
 from privimage_fast.stages.interrupt import interrupts_held, terminating_interrupts
 
 
-@pytest.mark.parametrize("at", [2, STEPS])
+@pytest.mark.parametrize("at", [2, STEPS])  # the last one is of no progress file, but of the stage's own
 def test_an_interrupted_step_is_finished_and_never_repeated(
     tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -39,14 +41,36 @@ def test_an_interrupted_step_is_finished_and_never_repeated(
     with monkeypatch.context() as patch, caplog.at_level(logging.INFO):
         patch.setattr(finetune_module.PrivateOptimizer, "step", pressed)
         with pytest.raises(KeyboardInterrupt):
-            run_all(tmp_path / "a")
+            run_all(tmp_path / "a", test=None)
     assert "finished and saved" in caplog.text
     ledger = tmp_path / "a" / "ledger.jsonl"
     assert Ledger.read(ledger).steps_charged("finetune") == at
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    run = run_all(tmp_path / "a", resume=True)
+    run = run_all(tmp_path / "a", resume=True, test=None)
     assert Ledger.read(ledger).steps_charged("finetune") == STEPS
     assert run.folder.load_tensors(run.folder.checkpoint("finetune"), "x")[1]["steps"] == STEPS
+
+
+@pytest.mark.parametrize(("name", "stage"), [("query.vote", "query"), ("means.clipped_sums", "warmup")])
+def test_an_interrupted_question_is_answered_and_not_asked_twice(
+    tmp_path: Path, name: str, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, function = name.split(".")
+    original = getattr(importlib.import_module(f"privimage_fast.stages.{module}"), function)
+
+    def pressed(*args: Any, **options: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return original(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"privimage_fast.stages.{name}", pressed)
+        with pytest.raises(KeyboardInterrupt):
+            run_all(tmp_path / "a", test=None)
+    ledger = tmp_path / "a" / "ledger.jsonl"
+    assert Ledger.read(ledger).records()[-1].stage == stage
+    run = run_all(tmp_path / "a", resume=True, test=None)
+    assert [r.stage for r in Ledger.read(ledger).records()] == ["query", "warmup"] + ["finetune"] * STEPS
+    assert summary_table(run.folder.path).splitlines()[-1].split() == ["not", "run", "yet", "evaluate"]
 
 
 def test_a_second_signal_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,7 +128,11 @@ def run_finetune(
     charged = _charged(ledger)
     if path.exists() or (charged and not progress_path.exists() and ledger.steps_charged(STAGE) > config.checkpoint_steps):
         logger.warning("fine-tuning begins again: %d steps in the ledger have no checkpoint", ledger.steps_charged(STAGE))
-    with timed(folder, STAGE, stamp):
+    # To the very end: a last step that is charged, but of no file, would be repeated.
+    with (
+        interrupts_held("the step at hand is finished and saved: it is charged") as interrupted,
+        timed(folder, STAGE, stamp),
+    ):
         noise_multiplier = _noise_multiplier(charged, ledger, target_epsilon, delta, sample_rate, steps)
         training = config.training(model)
         optimizer = PrivateOptimizer(
@@ -151,7 +156,7 @@ def run_finetune(
             physical = plan_finetune(model, config, optimizer.memory_budget).physical_batch_size
         stand_in = _stand_in(model, training, physical)  # made-up images: none of the set is read for the capture
         captured = CapturedStep(optimizer, training.loss, stand_in, autocast=autocast)
-        _train(folder, config, captured, training, pixels, labels, steps, event, ledger, randomness, stamp, seed)
+        _train(folder, config, captured, training, pixels, labels, steps, event, ledger, randomness, stamp, seed, interrupted)
         training.finish(optimizer.ema_state())
         folder.save_tensors(path, model.state_dict(), {"fingerprint": stamp, "steps": optimizer.steps})
     progress_path.unlink(missing_ok=True)
@@ -236,30 +241,35 @@ def check_rows(model: ImageModel, training: PrivateTraining) -> None:
 def _train(
     folder: RunFolder, config: FinetuneConfig, captured: CapturedStep, training: PrivateTraining, pixels: Tensor, labels: Tensor,
     steps: int, event: DPSGDEvent, ledger: Ledger, randomness: SecretRandom, stamp: str, seed: int,
+    interrupted: Callable[[], bool],
 ) -> None:  # fmt: skip
     optimizer = captured.optimizer
     device = optimizer.flat.data.device
     sampler = PoissonSampler(len(pixels), event.sample_rate, randomness)
     path = folder.checkpoint("finetune-progress")
     progress = tqdm(range(optimizer.steps, steps), desc=STAGE, unit="step", initial=optimizer.steps, total=steps, leave=False)
-    with interrupts_held("this step is finished and saved, since it is charged") as interrupted:
-        for step in progress:
-            ledger.charge(event, stage=STAGE)  # before the batch is drawn
-            # Noise levels, latents and label drops go to places in the batch. Were they known, an image more would shift those of
-            # all later images, and the sum would change by far more than C; drawn in secret they are independent of who is in.
-            random = secret_generator(randomness, device)
-            for part in micro_batches(sampler.draw(), captured.samples):
-                batch = training.batch(*_images(part, pixels, labels), random)
-                captured.accumulate(batch, torch.from_numpy(part.weights))
-            # A short run must not average over its own beginning; the schedule is a function of the step alone.
-            optimizer.ema_decay = averaging_decay(config.ema_decay, step) if training.averages else 0.0
-            captured.step()
-            training.after_step(step, seed)
-            if interrupted() or ((step + 1) % config.checkpoint_steps == 0 and step + 1 < steps):
-                tensors = optimizer.state_dict() | prefixed("training/", training.state_dict())
-                folder.save_tensors(path, tensors, {"fingerprint": stamp})
-            if interrupted():
-                raise KeyboardInterrupt
+
+    def save() -> None:
+        tensors = optimizer.state_dict() | prefixed("training/", training.state_dict())
+        folder.save_tensors(path, tensors, {"fingerprint": stamp})
+
+    for step in progress:
+        if interrupted():
+            save()
+            raise KeyboardInterrupt
+        ledger.charge(event, stage=STAGE)  # before the batch is drawn
+        # Noise levels, latents and label drops go to places in the batch. Were they known, an image more would shift those of all
+        # later images, and the sum would change by far more than C; drawn in secret they are independent of who is in.
+        random = secret_generator(randomness, device)
+        for part in micro_batches(sampler.draw(), captured.samples):
+            batch = training.batch(*_images(part, pixels, labels), random)
+            captured.accumulate(batch, torch.from_numpy(part.weights))
+        # A short run must not average over its own beginning; the schedule is a function of the step alone.
+        optimizer.ema_decay = averaging_decay(config.ema_decay, step) if training.averages else 0.0
+        captured.step()
+        training.after_step(step, seed)
+        if (step + 1) % config.checkpoint_steps == 0 and step + 1 < steps:
+            save()
 
 
 def secret_generator(randomness: SecretRandom, device: torch.device | str = "cpu") -> torch.Generator:

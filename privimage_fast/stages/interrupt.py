@@ -1,4 +1,4 @@
-"""Ctrl-C between two steps of training in place of within one, so that what has been paid for can be saved."""
+"""Ctrl-C after what is charged has been saved, in place of in between."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def interrupts_held(then: str) -> Iterator[Callable[[], bool]]:
-    """Within the block the first signal that would raise KeyboardInterrupt only turns the yielded question true; a second one
-    raises it at once.
+    """Within the block the first signal that would raise KeyboardInterrupt only turns the yielded question true, and raises it at
+    the block's end, if not the block itself before; a second one raises it at once.
 
     In other threads than the main one, and for signals that somebody else handles, nothing is changed.
 
     Args:
-        then: what will happen after the step at hand, for the message.
+        then: what happens before it, for the message.
     """
     held = [s for s in SIGNALS if signal.getsignal(s) is signal.default_int_handler]
     if threading.current_thread() is not threading.main_thread() or not held:
@@ -44,6 +44,8 @@ def interrupts_held(then: str) -> Iterator[Callable[[], bool]]:
     finally:
         for number in held:
             signal.signal(number, signal.default_int_handler)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 @contextmanager

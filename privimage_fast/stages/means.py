@@ -23,6 +23,7 @@ from privimage_fast.dp.noise import NoiseKey, Stream
 from privimage_fast.models.edm import to_float, to_uint8
 from privimage_fast.models.training import ClassMeans
 from privimage_fast.stages.folder import RunError, RunFolder, fingerprint, set_fingerprint
+from privimage_fast.stages.interrupt import interrupts_held
 
 STAGE = "warmup"
 
@@ -106,22 +107,23 @@ def run_means(
         public, n_classes=len(private.label_names), chosen=chosen, labels=labels, max_norm=max_norm, seed=seed
     )  # fmt: skip
     event = GaussianEvent(noise_multiplier)
-    ledger.charge(event, stage=STAGE)  # before the data is touched
-    std = event.noise_multiplier * question.sensitivity
-    sums = clipped_sums(private, question)
-    sums += std * torch.from_numpy(noise_key.gaussian(tuple(sums.shape), step=0, stream=Stream.MEANS))
-    means = denoised(sums, question, std)
-    folder.save_tensors(
-        folder.means,
-        {"means": means.images, "trust": means.trust, "sums": sums, "centres": question.centres},
-        {
-            "fingerprint": stamp,
-            "noise_multiplier": noise_multiplier,
-            "noise_std": std,
-            "max_norm": question.max_norm,
-            "trust": means.trust.tolist(),
-        },
-    )
+    with interrupts_held("the means are waited for and kept, since they are charged"):
+        ledger.charge(event, stage=STAGE)  # before the data is touched
+        std = event.noise_multiplier * question.sensitivity
+        sums = clipped_sums(private, question)
+        sums += std * torch.from_numpy(noise_key.gaussian(tuple(sums.shape), step=0, stream=Stream.MEANS))
+        means = denoised(sums, question, std)
+        folder.save_tensors(
+            folder.means,
+            {"means": means.images, "trust": means.trust, "sums": sums, "centres": question.centres},
+            {
+                "fingerprint": stamp,
+                "noise_multiplier": noise_multiplier,
+                "noise_std": std,
+                "max_norm": question.max_norm,
+                "trust": means.trust.tolist(),
+            },
+        )
     return means
 
 

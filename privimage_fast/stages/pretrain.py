@@ -113,16 +113,23 @@ def train_resumably(
             start = int(metadata["steps"])
     saved = time.perf_counter()
     progress = tqdm(range(start, steps), desc=stage, unit="step", initial=start, total=steps, leave=False)
-    with interrupts_held("this step is finished and saved") as interrupted:
+
+    def save(done: int) -> None:
+        folder.save_tensors(path, training.state_dict(), {"fingerprint": stamp, "steps": done})
+
+    with interrupts_held("the step at hand is finished and saved") as interrupted:
         for number in progress:
+            if interrupted():
+                save(number)
+                raise KeyboardInterrupt
             random = step_generator(stage, seed, number, device)
             with torch.autocast(kind, autocast, enabled=autocast is not None):
                 loss = step(random, lr * min(1.0, (number + 1) / max(1, warmup)))
             if number % 20 == 0:
                 progress.set_postfix(loss=f"{loss.item():.3f}")
-            if interrupted() or time.perf_counter() - saved > checkpoint_seconds:
-                folder.save_tensors(path, training.state_dict(), {"fingerprint": stamp, "steps": number + 1})
+            if time.perf_counter() - saved > checkpoint_seconds:
+                save(number + 1)
                 saved = time.perf_counter()
-            if interrupted():
-                raise KeyboardInterrupt
+        if interrupted():
+            save(steps)
     training.finish()

@@ -29,6 +29,7 @@ from privimage_fast.dp.noise import NoiseKey, Stream
 from privimage_fast.models.classifier import Classifier, ClassifierConfig, batched, train_classifier
 from privimage_fast.models.edm import to_float
 from privimage_fast.stages.folder import RunError, RunFolder, fingerprint, set_fingerprint, timed
+from privimage_fast.stages.interrupt import interrupts_held
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +109,8 @@ def run_query(
                 f"{folder.query} holds a query with other settings; its privacy is spent, so it is not repeated here. "
                 "Restore the settings, or start over with another --out"
             )
+        if not folder.recorded("query"):  # interrupted once the answer was kept
+            folder.record("query", stamp, 0.0)
         return kept
     if not 1 <= votes_per_image <= public.n_classes:
         raise RunError(f"votes_per_image is {votes_per_image}, expected 1 … {public.n_classes} (the public labels)")
@@ -116,17 +119,18 @@ def run_query(
             folder, config, public=public, seed=seed, device=device, given=semantic_function, given_is=described
         )
         event = GaussianEvent(noise_multiplier)
-        ledger.charge(event, stage="query")  # before the data is touched
-        counts = vote(semantic_function, private, n_labels=public.n_classes, votes_per_image=votes_per_image, device=device)
-        std = event.noise_multiplier * math.sqrt(votes_per_image)
-        noisy = counts + std * noise_key.gaussian(counts.shape, step=0, stream=Stream.QUERY)
-        result = {
-            "fingerprint": stamp, "labels": list(public.label_names), "classes": list(private.label_names),
-            "counts": noisy.tolist(), "votes_per_image": votes_per_image, "noise_std": std,
-            "noise_multiplier": event.noise_multiplier, "semantic_function": described,
-            "labelling": labelling_fingerprint(public),
-        }  # fmt: skip
-        folder.write_json(folder.query, result)
+        with interrupts_held("the answer is waited for and kept, since it is charged"):
+            ledger.charge(event, stage="query")  # before the data is touched
+            counts = vote(semantic_function, private, n_labels=public.n_classes, votes_per_image=votes_per_image, device=device)
+            std = event.noise_multiplier * math.sqrt(votes_per_image)
+            noisy = counts + std * noise_key.gaussian(counts.shape, step=0, stream=Stream.QUERY)
+            result = {
+                "fingerprint": stamp, "labels": list(public.label_names), "classes": list(private.label_names),
+                "counts": noisy.tolist(), "votes_per_image": votes_per_image, "noise_std": std,
+                "noise_multiplier": event.noise_multiplier, "semantic_function": described,
+                "labelling": labelling_fingerprint(public),
+            }  # fmt: skip
+            folder.write_json(folder.query, result)
     return result
 
 
