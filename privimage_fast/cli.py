@@ -283,6 +283,7 @@ def _budget(argv: list[str]) -> None:
     goal.add_argument("--noise-multiplier", type=float, help="σ: answers ε")
     parser.add_argument("--query-noise-multiplier", type=float, help="σ₁ of one semantic query")
     parser.add_argument("--means-noise-multiplier", type=float, help="σ₂ of the class means")
+    parser.add_argument("--means-rounds", type=int, default=1, help="how often they are asked for (1)")
     a = parser.parse_args(argv)
     from privimage_fast.dp import accounting as acc
     from privimage_fast.report import epsilon_text
@@ -295,7 +296,10 @@ def _budget(argv: list[str]) -> None:
     steps = a.steps if a.steps is not None else max(1, round(a.epochs / rate))
     delta = a.delta if a.delta is not None else acc.default_delta(a.population)
     asked = {"σ₁": a.query_noise_multiplier, "σ₂": a.means_noise_multiplier}
-    queries = [acc.GaussianEvent(sigma) for sigma in asked.values() if sigma is not None]
+    if a.means_rounds < 1:
+        raise acc.BudgetError(f"--means-rounds must be ≥ 1, found {a.means_rounds}")
+    queries = [acc.GaussianEvent(sigma) for sigma in (a.query_noise_multiplier, *[a.means_noise_multiplier] * a.means_rounds)
+               if sigma is not None]  # fmt: skip
     sigma = a.noise_multiplier
     if sigma is None:
         sigma = acc.solve_noise_multiplier(

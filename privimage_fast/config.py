@@ -215,8 +215,12 @@ def load_yaml(text: str, source: str = "configuration") -> dict[str, Any]:
 
 
 def load_config(path: Path) -> RunConfig:
-    """A run's saved configuration. One without the section `warmup` was saved before there was a warm-up: it had none."""
-    return build_config({"warmup": {"steps": 0}} | load_yaml(path.read_text(), str(path)))
+    """A run's saved configuration. One without the section `warmup` was saved before there was a warm-up: it had none; one
+    without `modes` had one.
+    """
+    saved = load_yaml(path.read_text(), str(path))
+    warmup = {"modes": 1, "rounds": 1} | saved.get("warmup", {"steps": 0})
+    return build_config(saved | {"warmup": warmup})
 
 
 def valid_keys(config: type = RunConfig, prefix: str = "") -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from privimage_fast.config import ConfigError, RunConfig
 from privimage_fast.dp.accounting import DPSGDEvent, GaussianEvent, default_delta, epsilon
 from privimage_fast.dp.ledger import Ledger
-from privimage_fast.planning import means_noise_multiplier, query_noise_multiplier, questions
+from privimage_fast.planning import fill_warmup, query_noise_multiplier, questions
 from privimage_fast.stages.folder import RunError, RunFolder
 from privimage_fast.stages.select import labels_per_class
 
@@ -28,17 +28,13 @@ def resolve(c: RunConfig, saved: RunConfig | None, *, images: int, n_classes: in
     each = c.select.labels_per_class or filled.select.labels_per_class
     if each is None or (saved is None and c.select.mode in ("semantic", "random")):
         each = labels_per_class(c.select, n_labels=n_labels, n_classes=n_classes, clusters=c.query.clusters is not None)
-    query_noise, means_noise = (
-        before if own is None else own
-        for own, before in (
-            (c.query.noise_multiplier, filled.query.noise_multiplier),
-            (c.warmup.noise_multiplier, filled.warmup.noise_multiplier),
-        )
-    )
+    query_noise = filled.query.noise_multiplier if c.query.noise_multiplier is None else c.query.noise_multiplier
     if query_noise is None:
         query_noise = query_noise_multiplier(c.privacy.epsilon, delta, c.query.share)
-    if means_noise is None and c.warms_up:
-        means_noise = means_noise_multiplier(c, delta, population=population, n_classes=n_classes)
+    nulls = [name for name in ("modes", "rounds", "noise_multiplier", "lowest_level") if getattr(c.warmup, name) is None]
+    warmup = replace(c.warmup, **{name: getattr(filled.warmup, name) for name in nulls})
+    if c.warms_up:
+        warmup = fill_warmup(replace(c, warmup=warmup), delta, population=population, n_classes=n_classes)
     steps = c.finetune.steps or filled.finetune.steps or c.finetune.total_steps(population)
     multiplicity = c.finetune.multiplicity or filled.finetune.multiplicity or c.model.default_multiplicity
     return replace(
@@ -46,7 +42,7 @@ def resolve(c: RunConfig, saved: RunConfig | None, *, images: int, n_classes: in
         privacy=replace(c.privacy, population=population, delta=delta),
         query=replace(c.query, noise_multiplier=query_noise, votes_per_image=c.query.votes_per_image or each),
         select=replace(c.select, labels_per_class=each),
-        warmup=replace(c.warmup, noise_multiplier=means_noise),
+        warmup=warmup,
         finetune=replace(c.finetune, steps=steps, multiplicity=multiplicity),
     )
 
@@ -90,14 +86,16 @@ def check_ledger(folder: RunFolder) -> None:
     """
     records = Ledger.read(folder.ledger).records() if folder.ledger.exists() else []
     advice = f"Restore {folder.ledger}, or start over with another --out: nothing can be said about ε without it"
-    asked: list[tuple[Path, str, float]] = []
+    asked: list[tuple[Path, str, float, int]] = []
     if folder.query.exists():
-        asked.append((folder.query, "query", folder.read_json(folder.query, "query")["noise_multiplier"]))
+        asked.append((folder.query, "query", folder.read_json(folder.query, "query")["noise_multiplier"], 1))
     if folder.means.exists():
-        asked.append((folder.means, "warmup", folder.load_tensors(folder.means, "warmup")[1]["noise_multiplier"]))
-    for path, stage, sigma in asked:
-        if not any(r.stage == stage and r.event == GaussianEvent(sigma) for r in records):
-            raise RunError(f"{path} holds an answer with σ = {sigma:g} that the ledger does not charge. {advice}")
+        answered = folder.load_tensors(folder.means, "warmup")[1]
+        asked.append((folder.means, "warmup", answered["noise_multiplier"], answered.get("rounds", 1)))
+    for path, stage, sigma, rounds in asked:
+        if sum(r.stage == stage and r.event == GaussianEvent(sigma) for r in records) < rounds:
+            what = "an answer" if rounds == 1 else f"{rounds} answers"
+            raise RunError(f"{path} holds {what} with σ = {sigma:g} that the ledger does not charge. {advice}")
     charged = sum(r.event.steps for r in records if r.stage == "finetune" and isinstance(r.event, DPSGDEvent))
     for name in ("finetune", "finetune-progress"):
         path = folder.checkpoint(name)

@@ -361,10 +361,11 @@ class Run:
             return model
         if self.ledger.steps_charged("finetune") and not self.folder.means.exists():
             raise RunError(f"{self.folder.path} was fine-tuned without a warm-up; go on with --warmup.steps 0")
-        assert c.warmup.noise_multiplier is not None
+        assert c.warmup.noise_multiplier is not None and c.warmup.modes and c.warmup.rounds
         indices, labels, names = *self._subset(), self.private.label_names
         model.means = run_means(
-            self.folder, public=self.public, chosen=indices, labels=labels, max_norm=c.warmup.max_norm, seed=self._public_seed,
+            self.folder, public=self.public, chosen=indices, labels=labels, modes=c.warmup.modes, max_norm=c.warmup.max_norm,
+            seed=self._public_seed, rounds=c.warmup.rounds,
             private=self.private, noise_multiplier=c.warmup.noise_multiplier, ledger=self.ledger, noise_key=self.noise_key,
         )  # fmt: skip
         save_sheet(self.folder, "means", pictures(self.folder, names))

@@ -17,6 +17,7 @@ from privimage_fast.dp.engine import accumulate_clipped
 from privimage_fast.dp.planner import Plan as StepPlan
 from privimage_fast.models.training import ImageModel
 from privimage_fast.stages.finetune import plan_finetune
+from privimage_fast.stages.warmup import WarmupConfig
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Plan:
     query_votes: float | None  # of a class, of classes of equal size
     means_noise_multiplier: float | None
     means_pixel_noise: float | None  # about, on a pixel of a class mean, of images in [−1, 1]
+    means_modes: int  # means a class
+    means_rounds: int
     epsilon_without_query: float  # and without the means
     labels_per_class: int
     selection: str  # what is chosen of the public set, in words
@@ -55,7 +58,9 @@ class Plan:
                 query += " (little but noise: more images, fewer classes, a larger ε or query.share)"
         total = self.pretrain_seconds + self.warmup_seconds + self.finetune_seconds + self.sample_seconds
         if self.means_noise_multiplier is not None:
-            means = f"σ₂ = {self.means_noise_multiplier:.4g}: noise of about {self.means_pixel_noise:.2g} on a pixel"
+            each = f" in each of {self.means_rounds} rounds" if self.means_rounds > 1 else ""
+            what = f" of each of {self.means_modes} a class" if self.means_modes > 1 else ""
+            means = f"σ₂ = {self.means_noise_multiplier:.4g}{each}: noise of about {self.means_pixel_noise:.2g} on a pixel{what}"
             if (self.means_pixel_noise or 0.0) > _DROWNED:
                 means += " (little but noise: more images, fewer classes, a larger ε or warmup.share, or warmup.steps 0)"
         warmed = f", warm up {_minutes(self.warmup_seconds)}" if self.warmup_seconds else ""
@@ -83,7 +88,7 @@ def make_plan(c: RunConfig, model: ImageModel, *, n_labels: int, n_classes: int)
     assert c.privacy.population and c.privacy.delta and c.finetune.steps and c.select.labels_per_class
     rate = c.finetune.sample_rate(c.privacy.population)
     queried, votes = c.select.mode == "semantic", c.query.votes_per_image or c.select.labels_per_class
-    prior = questions(c)
+    prior, modes = questions(c), c.warmup.modes or 1
     sigma, steps = 0.0, c.finetune.steps if c.privacy.train else 0
     if math.isfinite(c.privacy.epsilon) and steps:
         sigma = solve_noise_multiplier(
@@ -105,8 +110,9 @@ def make_plan(c: RunConfig, model: ImageModel, *, n_labels: int, n_classes: int)
         query_noise=c.query.noise_multiplier * math.sqrt(votes) if queried and c.query.noise_multiplier is not None else None,
         query_votes=c.privacy.population * votes / n_classes if queried else None,
         means_noise_multiplier=c.warmup.noise_multiplier if c.warms_up else None,
-        means_pixel_noise=_pixel_noise(c, c.warmup.noise_multiplier, c.privacy.population, n_classes)
+        means_pixel_noise=modes * _pixel_noise(c, c.warmup.noise_multiplier, c.privacy.population, n_classes)
         if c.warms_up and c.warmup.noise_multiplier is not None else None,
+        means_modes=modes, means_rounds=c.warmup.rounds or 1,
         epsilon_without_query=epsilon([DPSGDEvent(sigma, rate, steps)] if steps else [], c.privacy.delta),
         labels_per_class=c.select.labels_per_class,
         selection=_selection_text(c, n_labels=n_labels, n_classes=n_classes),
@@ -214,28 +220,47 @@ def query_noise_multiplier(target_epsilon: float, delta: float, share: float) ->
 
 # What is aimed at on a pixel of a class mean, of images in [−1, 1], what is too much, and what of the budget it may take.
 _PIXEL_NOISE, _DROWNED, _LEAST_SHARE, _MOST_SHARE = 0.1, 0.5, 0.02, 0.25
+# The same of several means a class, how many at most, and how often they are asked for.
+_MODE_NOISE, _MODES_SHARE, _MOST_MODES, _ROUNDS = 0.05, 0.1, 16, 3
 
 
-def means_noise_multiplier(c: RunConfig, delta: float, *, population: int, n_classes: int) -> float:
-    """σ₂ of the class means: from ``warmup.share``, or so that classes of equal size get means of little noise."""
-    if c.warmup.share is not None:
-        return query_noise_multiplier(c.privacy.epsilon, delta, c.warmup.share)
-    wanted = _PIXEL_NOISE / _pixel_noise(c, 1.0, population, n_classes)
+def fill_warmup(c: RunConfig, delta: float, *, population: int, n_classes: int) -> WarmupConfig:
+    """The warm-up's nulls from public numbers: how many means a class, rounds, σ₂ of a round, and from which noise level on."""
+    w = c.warmup
     asked = c.query.share if c.select.mode == "semantic" and c.query.noise_multiplier is None else 0.0
-    shares = min(_LEAST_SHARE, (1 - asked) / 2), min(_MOST_SHARE, (1 - asked) / 2)  # the query's share is taken
-    most, least = (query_noise_multiplier(c.privacy.epsilon, delta, share) for share in shares)
-    return min(max(wanted, least), most)
+
+    def noise(share: float, rounds: int) -> float:
+        share = share if w.share is not None else min(share, (1 - asked) / 2)  # the query's share is taken
+        return math.sqrt(rounds) * query_noise_multiplier(c.privacy.epsilon, delta, share)
+
+    rounds = w.rounds or _ROUNDS
+    sigma = noise(w.share or _MODES_SHARE, rounds) if w.noise_multiplier is None else w.noise_multiplier
+    modes = w.modes
+    if modes is None:
+        each = _pixel_noise(c, sigma, population, n_classes)
+        affordable = _MOST_MODES if each == 0 else min(_MOST_MODES, int(_MODE_NOISE / each))
+        modes = 1 if c.model.family == "gan" else max(1, affordable)
+    if modes == 1:
+        rounds = w.rounds or 1
+        if w.noise_multiplier is None and w.share is None:
+            wanted = _PIXEL_NOISE / _pixel_noise(c, 1.0, population, n_classes)
+            sigma = min(max(wanted, noise(_MOST_SHARE, rounds)), noise(_LEAST_SHARE, rounds))
+        elif w.noise_multiplier is None:
+            sigma = noise(w.share or 0.0, rounds)
+    level = w.lowest_level or (1.0 if modes == 1 else 0.6)
+    return replace(w, modes=modes, rounds=rounds, noise_multiplier=sigma, lowest_level=level)
 
 
 def _pixel_noise(c: RunConfig, noise_multiplier: float, population: int, n_classes: int) -> float:
-    """Of classes of equal size; residuals are about half as long as an image of ones, whatever C will be."""
+    """On a mean of a class, of classes of equal size; residuals are about half as long as an image of ones, whatever C is."""
     length = 0.5 * c.data.resolution * math.sqrt(c.data.channels)
     return noise_multiplier * length * n_classes / population
 
 
 def questions(c: RunConfig) -> list[GaussianEvent]:
     """What a resolved configuration asks of the whole set before fine-tuning."""
-    asked = [c.query.noise_multiplier if c.select.mode == "semantic" else None, c.warmup.noise_multiplier if c.warms_up else None]
+    asked = [c.query.noise_multiplier] if c.select.mode == "semantic" else []
+    asked += [c.warmup.noise_multiplier] * (c.warmup.rounds or 1) if c.warms_up else []
     return [GaussianEvent(noise) for noise in asked if noise is not None]
 
 

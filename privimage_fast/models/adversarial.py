@@ -66,7 +66,7 @@ class GAN(nn.Module):
 
     default_multiplicity = 1
     low_precision = False  # slopes of the gradient penalty, spectral norm
-    means: ClassMeans | None = None
+    _means: ClassMeans | None = None
 
     def __init__(
         self, config: GANConfig, adversarial: AdversarialConfig, *, resolution: int, channels: int, num_classes: int
@@ -81,6 +81,15 @@ class GAN(nn.Module):
     @property
     def drawable(self) -> Generator:
         return self.generator
+
+    @property
+    def means(self) -> ClassMeans | None:
+        """One a class: what the generator's images of it are held to."""
+        return self._means
+
+    @means.setter
+    def means(self, means: ClassMeans | None) -> None:
+        self._means = None if means is None else means.whole()
 
     def public_training(self, *, lr: float, ema_decay: float, label_dropout: float) -> PublicAdversarial:
         return PublicAdversarial(self, lr=lr, ema_decay=ema_decay, label_dropout=label_dropout)

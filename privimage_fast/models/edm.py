@@ -154,7 +154,9 @@ class PublicDenoising:
 
 class MeanDenoising(PublicDenoising):
     """Training on class means where noise is high: the best denoiser answers E[image | noisy image, class], which tends to the
-    class mean as noise drowns the image. Low levels keep what they learned of public images, which are shown there meanwhile.
+    class mean as noise drowns the image. Means of several kinds of images in a class may be taken for images further down, until
+    noise no longer hides what tells an image from its kind. Lower levels keep what they learned of public images, which are
+    shown there meanwhile.
     """
 
     def __init__(
@@ -166,13 +168,14 @@ class MeanDenoising(PublicDenoising):
 
     def step(self, images: Tensor, labels: Tensor, random: torch.Generator, lr: float) -> Tensor:
         device = self.means.images.device
-        of = torch.randint(len(self.means.images), (self.rows,), generator=random, device=random.device).to(device)
+        # Classes alike, and of a class's means each as often as it stands for images.
+        of = torch.multinomial(self.means.weights.to(random.device), self.rows, replacement=True, generator=random).to(device)
         low, high = (
             denoising_batch(
                 x, y, edm=self.model.edm, num_classes=self.model.num_classes, multiplicity=1, label_dropout=self.label_dropout,
                 generator=random,
             )
-            for x, y in ((images, labels), (self.means.images[of], of))
+            for x, y in ((images, labels), (self.means.images[of], self.means.classes[of]))
         )  # fmt: skip
         share = torch.rand(self.rows, generator=random, device=random.device).to(device)
         sigma = self.lowest * (self.highest / self.lowest) ** share  # uniform in ln σ

@@ -54,18 +54,33 @@ class PublicTraining(Protocol):
 
 @dataclass(frozen=True)
 class ClassMeans:
-    """Means of the sensitive classes that are private already.
+    """Means of the sensitive classes, or of several kinds of images of each, that are private already.
 
     Args:
-        images: (classes, C, H, W) float32 in [−1, 1].
-        trust: (classes,) float32 in [0, 1]: which part of what sets a mean apart is more than noise; 0 where it says nothing.
+        images: (means, C, H, W) float32 in [−1, 1].
+        trust: (means,) float32 in [0, 1]: which part of what sets a mean apart is more than noise; 0 where it says nothing.
+        classes: (means,) int64: whose they are, every class at least once.
+        weights: (means,) float32: the part of its class that each stands for; those of a class sum to 1.
     """
 
     images: Tensor
     trust: Tensor
+    classes: Tensor
+    weights: Tensor
+
+    @classmethod
+    def one_each(cls, images: Tensor, trust: Tensor) -> ClassMeans:
+        """A mean a class, in their order."""
+        return cls(images, trust, torch.arange(len(images), device=images.device), torch.ones_like(trust))
 
     def to(self, device: torch.device | str) -> ClassMeans:
-        return ClassMeans(self.images.to(device), self.trust.to(device))
+        return ClassMeans(*(t.to(device) for t in (self.images, self.trust, self.classes, self.weights)))
+
+    def whole(self) -> ClassMeans:
+        """The mean of each class as a whole."""
+        part = torch.zeros(int(self.classes.max()) + 1, len(self.classes), device=self.images.device)
+        part[self.classes, torch.arange(len(self.classes))] = self.weights
+        return ClassMeans.one_each(torch.einsum("km,m...->k...", part, self.images), part @ self.trust)
 
 
 class PrivateTraining(Protocol):

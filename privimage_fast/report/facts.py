@@ -82,7 +82,7 @@ class Facts:
     config: dict[str, Any]
     privacy: Privacy
     query: dict[str, Any] | None
-    means: dict[str, Any] | None  # of the class means: noise_multiplier, noise_std, max_norm, trust of each class
+    means: dict[str, Any] | None  # of the class means: noise_multiplier, noise_std, max_norm, modes, rounds, trust of each class
     heat: HeatMap | None
     selection: dict[str, Any] | None
     check: dict[str, Any] | None
@@ -379,7 +379,8 @@ def _means(path: Path) -> dict[str, Any] | None:
     if described is None:
         return None
     trust = [_fraction(value) for value in described["trust"]][:MAX_CLASSES]
-    return {name: float(described[name]) for name in names} | {"trust": trust}
+    several = {name: int(described.get(name, 1)) for name in ("modes", "rounds")}
+    return {name: float(described[name]) for name in names} | several | {"trust": trust}
 
 
 def _count(path: Path, query: dict[str, Any] | None) -> tuple[list[tuple[str, int]], str] | None:

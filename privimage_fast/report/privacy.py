@@ -214,7 +214,10 @@ def _compare(
         same("δ", budget.get("delta"), header.delta)
         same("N, images (stated)", budget.get("population"), header.population)
     for stage, planned, planned_sigma, planned_rate in (
-        *((stage, 1 if left else None, left.get("noise_multiplier") if left else None, None) for stage, left in asked.items()),
+        *(
+            (stage, left.get("rounds", 1) if left else None, left.get("noise_multiplier") if left else None, None)
+            for stage, left in asked.items()
+        ),
         ("finetune", budget.get("steps"), budget.get("noise_multiplier"), budget.get("sample_rate")),
     ):
         charged = [c for c in privacy.charges if c.stage == stage]

@@ -140,14 +140,7 @@ def _clusters(
             f"embedding: found shape {tuple(rows)} for {min(8, len(public))} images, expected ({min(8, len(public))}, d)"
         )
     points = batched(embedding, images, device=device).astype(np.float64)
-    centres = _seeded(points, count, random)
-    for _ in range(iterations):
-        labels = _nearest(points, centres)
-        used = np.unique(labels)
-        updated = np.stack([points[labels == c].mean(axis=0) for c in used])
-        if updated.shape == centres.shape and np.allclose(updated, centres):
-            break
-        centres = updated
+    centres = kmeans(points, count, random, iterations=iterations)
     # Labels by the function that the query will use, so that an image and its cluster agree.
     found = torch.from_numpy(centres).float()
     function = _nearest_centre(embedding, found)
@@ -156,6 +149,19 @@ def _clusters(
         raise DataError(f"embedding: not finite for {(nearest < 0).sum()} of the {len(public)} public images")
     used, labels = np.unique(nearest, return_inverse=True)
     return found[used], labels
+
+
+def kmeans(points: np.ndarray, count: int, random: np.random.Generator, *, iterations: int = _ITERATIONS) -> np.ndarray:
+    """Centres (at most ``count``, d) of points (n, d); one that ends without points is left out."""
+    centres = _seeded(points, count, random)
+    for _ in range(iterations):
+        labels = _nearest(points, centres)
+        used = np.unique(labels)
+        updated = np.stack([points[labels == c].mean(axis=0) for c in used])
+        if updated.shape == centres.shape and np.allclose(updated, centres):
+            break
+        centres = updated
+    return centres
 
 
 def _best(scores: Tensor) -> Tensor:

@@ -1,15 +1,16 @@
-"""Noisy class means of the sensitive images, which a model is warmed up on.
+"""Noisy means of the sensitive classes, or of several modes of each, which a model is warmed up on.
 
-Formal guarantee: an image adds one vector to the row of its class — its pixels less the class's centre, which is known
-beforehand, scaled to an L2 norm of at most C, and a constant b that counts it — and nothing to any other row. So one image more
-or less changes the table by at most √(C² + b²) in L2, Gaussian noise of σ times that covers every cell, and the event is charged
-before an image is read. Everything that is made of the table afterwards is post-processing.
+Formal guarantee: an image adds one vector to one row — of its class the centre that is nearest to it; the centres are known
+beforehand — its pixels less that centre, scaled to an L2 norm of at most C, and a constant b that counts it, and nothing to any
+other row. So one image more or less changes the table by at most √(C² + b²) in L2, Gaussian noise of σ times that covers every
+cell, and the event is charged before an image is read. Everything that is made of the table afterwards is post-processing,
+the centres of another round too: k-means as Lloyd's, whose every update is one such mechanism, from public images on.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -22,6 +23,7 @@ from privimage_fast.dp.ledger import Ledger
 from privimage_fast.dp.noise import NoiseKey, Stream
 from privimage_fast.models.edm import to_float, to_uint8
 from privimage_fast.models.training import ClassMeans
+from privimage_fast.stages.clusters import kmeans
 from privimage_fast.stages.folder import RunError, RunFolder, fingerprint, set_fingerprint
 from privimage_fast.stages.interrupt import interrupts_held
 
@@ -33,6 +35,7 @@ _COUNT = 0.5
 # what an image adds is the same to the last bit wherever it stands and whoever else is there; floats would round by both.
 _UNIT, _PARTS = 1024, 4096
 _IMAGES = 2048
+_POSED = 4096  # public images, of all and of each class, that a question is made from at most
 
 
 @dataclass(frozen=True)
@@ -40,15 +43,22 @@ class Question:
     """All that is fixed before an image is read.
 
     Args:
-        centres: (classes, channels, height, width) float64 in [−1, 1], whole multiples of 1/1024 grey level: public, or made of
-            earlier noisy answers.
+        centres: (classes·modes, channels, height, width) float64 in [−1, 1], whole multiples of 1/1024 grey level, those of a
+            class one after the other: public, or made of earlier noisy answers.
+        modes: of each class.
         max_norm: C.
         basis: (components, channels·height·width) float64, orthonormal rows in which public images vary, most of it first.
     """
 
     centres: Tensor
+    modes: int
     max_norm: float
     basis: Tensor
+
+    @property
+    def classes(self) -> Tensor:
+        """(classes·modes,) int64: whose each row is."""
+        return torch.arange(len(self.centres)) // self.modes
 
     @property
     def count(self) -> float:
@@ -62,40 +72,60 @@ class Question:
 
 
 def pose(
-    public: ImageSet, *, n_classes: int, chosen: np.ndarray, labels: np.ndarray, max_norm: float | None, seed: int
+    public: ImageSet, *, n_classes: int, chosen: np.ndarray, labels: np.ndarray, modes: int, max_norm: float | None, seed: int
 ) -> Question:  # fmt: skip
-    """What will be asked: around the mean of each class's chosen public images, or of all public ones where it has none.
+    """What will be asked: around the mean of each class's chosen public images, or of all public ones where it has none; of
+    several modes around the means of that many clusters of them.
 
     chosen, labels: indices into ``public`` and their classes, as the selection left them. A ``max_norm`` of None takes what nine
     in ten of those images keep to.
     """
-    rest = _floats(public.images[np.random.default_rng(seed).permutation(len(public))[:4096]])
-    mean = rest.mean(0)
-    centres, norms = mean.repeat(n_classes, 1), []
-    for c in np.unique(labels[labels < n_classes]):
-        own = [public.images[part] for part in _parts(chosen[labels == c])]
-        centres[c] = sum(_floats(part).sum(0) for part in own) / sum(map(len, own))
-        norms += [(_floats(part) - centres[c]).norm(dim=1) for part in own]
+    random = np.random.default_rng(seed)
+    rest = _floats(public.images[random.permutation(len(public))[:_POSED]])
+    centres, lengths = [], []
+    for c in range(n_classes):
+        own = chosen[labels == c]
+        if modes > 1:
+            some = _floats(public.images[random.permutation(own)[:_POSED]]) if len(own) else rest
+            found = torch.from_numpy(kmeans(some.numpy(), min(modes, len(some)), random))
+            found = torch.cat([found, found[:1].expand(modes - len(found), -1)])  # of few images, or of images alike
+        elif len(own):
+            found = sum((_floats(public.images[part]).sum(0) for part in _parts(own)), torch.zeros(1)) / len(own)
+        else:
+            found = rest.mean(0)
+        centres.append(found.view(modes, -1))
+        lengths += [_nearest(_floats(public.images[part]), centres[-1]) for part in _parts(own)]
     if max_norm is None:
-        lengths = torch.cat(norms) if norms else (rest - mean).norm(dim=1)
-        max_norm = max(float(np.quantile(lengths.numpy(), 0.9)), 1e-3)
-    centres = ((centres + 1) * 127.5 * _UNIT).round() / (127.5 * _UNIT) - 1
+        found = torch.cat(lengths) if lengths else _nearest(rest, centres[0])
+        max_norm = max(float(np.quantile(found.numpy(), 0.9)), 1e-3)
     shape = public.channels, public.resolution, public.resolution
-    return Question(centres.view(n_classes, *shape), max_norm, _components(rest - mean, seed))
+    return Question(_on_grid(torch.cat(centres)).view(-1, *shape), modes, max_norm, _components(rest - rest.mean(0), seed))
+
+
+def _nearest(images: Tensor, centres: Tensor) -> Tensor:
+    """The distance (images,) of each image to the centre that is nearest to it."""
+    return torch.cdist(images, centres).amin(1)
+
+
+def _on_grid(centres: Tensor) -> Tensor:
+    """In whole multiples of 1/1024 grey level."""
+    return ((centres + 1) * 127.5 * _UNIT).round() / (127.5 * _UNIT) - 1
 
 
 def run_means(
-    folder: RunFolder, *, public: ImageSet, chosen: np.ndarray, labels: np.ndarray, max_norm: float | None, seed: int,
-    private: ImageSet, noise_multiplier: float, ledger: Ledger, noise_key: NoiseKey,
+    folder: RunFolder, *, public: ImageSet, chosen: np.ndarray, labels: np.ndarray, modes: int, max_norm: float | None, seed: int,
+    rounds: int, private: ImageSet, noise_multiplier: float, ledger: Ledger, noise_key: NoiseKey,
 ) -> ClassMeans:  # fmt: skip
-    """Asks once, or returns what was answered. ``public`` to ``seed``: of :func:`pose`.
+    """Asks ``rounds`` times, each time around what was answered before, or returns what was answered. ``public`` to ``seed``: of
+    :func:`pose`.
 
     Raises:
         RunError: the folder holds the answer to another question (its cost is spent).
     """
     # Of what the question is made from: its own last bits may differ on another machine.
     posed = (set_fingerprint(public), fingerprint(chosen.tobytes(), labels.tobytes()), max_norm, seed)
-    stamp = fingerprint(posed, noise_multiplier, private.label_names)
+    several = () if modes == rounds == 1 else (modes, rounds)
+    stamp = fingerprint(posed, noise_multiplier, private.label_names, *several)
     if folder.means.exists():
         if folder.load_tensors(folder.means, STAGE)[1]["fingerprint"] != stamp:
             raise RunError(
@@ -104,65 +134,83 @@ def run_means(
             )
         return load_means(folder)
     question = pose(
-        public, n_classes=len(private.label_names), chosen=chosen, labels=labels, max_norm=max_norm, seed=seed
+        public, n_classes=len(private.label_names), chosen=chosen, labels=labels, modes=modes, max_norm=max_norm, seed=seed
     )  # fmt: skip
-    event = GaussianEvent(noise_multiplier)
+    event, first = GaussianEvent(noise_multiplier), question.centres
+    std = event.noise_multiplier * question.sensitivity
+    means: ClassMeans | None = None
     with interrupts_held("the means are waited for and kept, since they are charged"):
-        ledger.charge(event, stage=STAGE)  # before the data is touched
-        std = event.noise_multiplier * question.sensitivity
-        sums = clipped_sums(private, question)
-        sums += std * torch.from_numpy(noise_key.gaussian(tuple(sums.shape), step=0, stream=Stream.MEANS))
-        means = denoised(sums, question, std)
+        for number in range(rounds):
+            if means is not None:
+                question = replace(question, centres=_on_grid(means.images.to(torch.float64)))
+            ledger.charge(event, stage=STAGE)  # before the data is touched
+            sums = clipped_sums(private, question)
+            sums += std * torch.from_numpy(noise_key.gaussian(tuple(sums.shape), step=number, stream=Stream.MEANS))
+            means = denoised(sums, question, std, public=first)
+        assert means is not None
+        tensors = {"means": means.images, "trust": means.trust, "classes": means.classes, "weights": means.weights}
         folder.save_tensors(
-            folder.means,
-            {"means": means.images, "trust": means.trust, "sums": sums, "centres": question.centres},
+            folder.means, {**tensors, "sums": sums, "centres": question.centres, "public": first},
             {
-                "fingerprint": stamp,
-                "noise_multiplier": noise_multiplier,
-                "noise_std": std,
-                "max_norm": question.max_norm,
-                "trust": means.trust.tolist(),
+                "fingerprint": stamp, "noise_multiplier": noise_multiplier, "noise_std": std, "max_norm": question.max_norm,
+                "trust": means.whole().trust.tolist(), "modes": modes, "rounds": rounds,
             },
-        )
+        )  # fmt: skip
     return means
 
 
 def load_means(folder: RunFolder) -> ClassMeans:
     tensors, _ = folder.load_tensors(folder.means, STAGE)
-    return ClassMeans(tensors["means"], tensors["trust"])
+    means = ClassMeans.one_each(tensors["means"], tensors["trust"])
+    return replace(means, **{name: tensors[name] for name in ("classes", "weights") if name in tensors})
 
 
 def pictures(folder: RunFolder, class_names: tuple[str, ...]) -> ImageSet:
-    """Three a class, for looking at: its centre, the noisy mean as it came, and what was made of both."""
+    """Three a mean, for looking at: the public centre, the noisy mean as it came, and what was made of both; of a class the means
+    that stand for most come first.
+    """
     tensors, metadata = folder.load_tensors(folder.means, STAGE)
-    centres = tensors["centres"]
+    means, centres = load_means(folder), tensors["centres"]
     raw = _noisy_means(tensors["sums"], _COUNT * metadata["max_norm"])[0].view_as(centres) + centres
-    three = torch.stack([centres.float(), raw.float(), tensors["means"]], 1).flatten(0, 1)
-    return ImageSet(to_uint8(three).numpy(), np.repeat(np.arange(len(class_names)), 3), class_names, name="means")
+    three = torch.stack([tensors.get("public", centres).float(), raw.float(), means.images], 1)
+    order = np.lexsort((-means.weights.numpy(), means.classes.numpy()))
+    labels = means.classes.numpy()[order].repeat(3)
+    return ImageSet(to_uint8(three[order].flatten(0, 1)).numpy(), labels, class_names, name="means")
 
 
 def clipped_sums(images: ImageSet, question: Question) -> Tensor:
-    """The exact table (classes, pixels + 1) float64: sums of clipped residuals, and b for each image in the last column."""
+    """The exact table (classes·modes, pixels + 1) float64: sums of clipped residuals, and b for each image in the last column.
+
+    Distances are compared in whole numbers too, so that an image goes to the same row whoever else is there.
+    """
     scale = 127.5 * _UNIT
     centres = np.rint((question.centres.flatten(1).numpy() + 1) * scale).astype(np.int64)
-    table = np.zeros(centres.shape, np.int64)
+    table, counts = np.zeros(centres.shape, np.int64), np.zeros(len(centres), np.int64)
     for part in _parts(np.arange(len(images))):
-        labels = images.labels[part]
-        pixels = images.images[part].transpose(0, 3, 1, 2).reshape(len(labels), -1)
-        residual = pixels.astype(np.int64) * _UNIT - centres[labels]
-        norm = np.sqrt(np.square(residual).sum(1).astype(np.float64))
+        rows = images.labels[part] * question.modes
+        pixels = images.images[part].transpose(0, 3, 1, 2).reshape(len(rows), -1).astype(np.int64) * _UNIT
+        residual = pixels - centres[rows]
+        squared = np.square(residual).sum(1)
+        for mode in range(1, question.modes):
+            other = pixels - centres[images.labels[part] * question.modes + mode]
+            length = np.square(other).sum(1)
+            nearer = length < squared
+            residual[nearer], squared[nearer] = other[nearer], length[nearer]
+            rows = np.where(nearer, images.labels[part] * question.modes + mode, rows)
+        norm = np.sqrt(squared.astype(np.float64))
         # A whisker below C for what the root and the product round; towards zero, so that no entry grows.
         factor = np.minimum(1.0, question.max_norm * (1 - 1e-12) * scale / np.maximum(norm, 1.0))
-        np.add.at(table, labels, np.trunc(residual * factor[:, None] * _PARTS).astype(np.int64))
-    counts = np.bincount(images.labels, minlength=len(centres))
+        np.add.at(table, rows, np.trunc(residual * factor[:, None] * _PARTS).astype(np.int64))
+        counts += np.bincount(rows, minlength=len(centres))
     sums = np.concatenate([table / (scale * _PARTS), question.count * counts[:, None]], 1)
     return torch.from_numpy(sums)
 
 
-def denoised(sums: Tensor, question: Question, std: float) -> ClassMeans:
-    """Class means from the noisy table, shrunk towards the centres by what its own noise leaves of it (empirical Bayes).
+def denoised(sums: Tensor, question: Question, std: float, public: Tensor | None = None) -> ClassMeans:
+    """Means from the noisy table, shrunk towards the centres by what its own noise leaves of it (empirical Bayes).
 
     In the public images' principal components the means vary most in the first ones; what varies no more than noise is noise.
+    ``public``: centres that were public, from which trust is measured, where the question's own are answers already.
     """
     residuals, counts = _noisy_means(sums, question.count)
     found, noise = residuals @ question.basis.T, std / counts
@@ -175,13 +223,16 @@ def denoised(sums: Tensor, question: Question, std: float) -> ClassMeans:
         part *= kept
         doubt += (last - first) * kept * noise**2  # the posterior's variance
     images = (found @ question.basis).view_as(question.centres) + question.centres
-    length = found.square().sum(1)
+    length = (images - (question.centres if public is None else public)).flatten(1).square().sum(1)
     trust = length / (length + doubt[:, 0]).clamp(min=1e-30)
-    return ClassMeans(images.clamp(-1, 1).to(torch.float32), trust.to(torch.float32))
+    found = sums[:, -1].view(-1, question.modes).clamp(min=0.0)
+    found = torch.where(found.sum(1, keepdim=True) > 0, found, 1.0)  # where nothing was counted, alike
+    weights = (found / found.sum(1, keepdim=True)).flatten()
+    return ClassMeans(images.clamp(-1, 1).to(torch.float32), trust.to(torch.float32), question.classes, weights.to(torch.float32))
 
 
 def _noisy_means(sums: Tensor, count: float) -> tuple[Tensor, Tensor]:
-    """Mean residuals (classes, pixels) and noisy counts (classes, 1), which are taken to be one at least."""
+    """Mean residuals (rows, pixels) and noisy counts (rows, 1), which are taken to be one at least."""
     counts = (sums[:, -1:] / count).clamp(min=1.0)
     return sums[:, :-1] / counts, counts
 

@@ -1,8 +1,8 @@
 """Warming the pre-trained model up on noisy class means, before DP-SGD: after "From easy to hard" (Li et al., DP-FETA, 2025).
 
-Of their idea this keeps that means come before images. Means are asked for once, of all images (``stages.means``). A diffusion
-model is taught them at high noise levels only, where the mean is the right answer; a GAN's images are held to them on average,
-here and while it is fine-tuned. The training is post-processing.
+Of their idea this keeps that means come before images. Means are asked for of all images, one or several a class
+(``stages.means``). A diffusion model is taught them at high noise levels only, where the mean is the right answer; a GAN's images
+are held to them on average, here and while it is fine-tuned. The training is post-processing.
 """
 
 from __future__ import annotations
@@ -28,27 +28,35 @@ class WarmupConfig:
     Args:
         steps: optimizer steps on the means; 0 asks for none and charges nothing.
         share: of the budget, as `query.share`, when `noise_multiplier` is null. null takes what leaves noise of about 0.1 on a
-            pixel of a class's mean (of black −1 to white 1), from 2 to 25 %: small sets and a small ε need more.
-        noise_multiplier: σ₂, standard deviation of the noise ÷ what one image can change; null derives it from `share`; 0, no
-            noise, is for non-private bounds only.
-        max_norm: C, to which an image's difference from its class's centre (public images chosen for the class) is scaled
+            pixel of a class's mean (of black −1 to white 1), from 2 to 25 %: small sets and a small ε need more. Several modes
+            take 10 %.
+        modes: means a class: its images are told apart by which of so many public, then earlier noisy, means is the nearest.
+            null takes as many, up to 16, as leave noise of about 0.05 on a pixel; a GAN has use for one only.
+        rounds: how often that is asked, each time around the last answer; null takes 1 for one mode and 3 for several.
+        noise_multiplier: σ₂, standard deviation of a round's noise ÷ what one image can change; null derives it from `share`;
+            0, no noise, is for non-private bounds only.
+        max_norm: C, to which an image's difference from its centre (the mean of public images chosen for the class) is scaled
             down, in units of [−1, 1]; null takes what nine in ten of those public images keep to.
         batch_size: images a step, of which a third are public; of a GAN the generator draws the others.
         lr: learning rate of Adam.
         ema_decay: decay of the averaged weights that fine-tuning starts from.
         label_dropout: share of labels replaced by the empty one.
-        lowest_level, highest_level: the noise levels σ at which a diffusion model is taught the means.
+        lowest_level: from which noise level σ on a diffusion model is taught the means; null takes 1 for one mode and 0.6 for
+            several.
+        highest_level: up to which.
     """
 
     steps: int = 150
     share: float | None = None
+    modes: int | None = None
+    rounds: int | None = None
     noise_multiplier: float | None = None
     max_norm: float | None = None
     batch_size: int = 144
     lr: float = 1e-3
     ema_decay: float = 0.98
     label_dropout: float = 0.1
-    lowest_level: float = 1.0
+    lowest_level: float | None = None
     highest_level: float = 80.0
 
     def __post_init__(self) -> None:
@@ -58,11 +66,16 @@ class WarmupConfig:
             raise ValueError(f"warmup.share must be in (0, 1) or null, found {self.share}")
         if self.noise_multiplier is not None and not 0 <= self.noise_multiplier < math.inf:
             raise ValueError(f"warmup.noise_multiplier must be ≥ 0 and finite, or null, found {self.noise_multiplier}")
+        for name in ("modes", "rounds"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"warmup.{name} must be ≥ 1 or null, found {getattr(self, name)}")
         for name in ("max_norm", "lr", "lowest_level"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"warmup.{name} must be positive and finite, found {getattr(self, name)}")
-        if not self.lowest_level < self.highest_level < math.inf:
-            raise ValueError(f"warmup.highest_level must be above lowest_level {self.lowest_level}, found {self.highest_level}")
+        if not (self.lowest_level or 1.0) < self.highest_level < math.inf:
+            raise ValueError(
+                f"warmup.highest_level must be above lowest_level {self.lowest_level or 1.0}, found {self.highest_level}"
+            )
         check_averaging("warmup", self.ema_decay, self.label_dropout)
 
 
@@ -75,7 +88,9 @@ def run_warmup(
     ``images`` (uint8 NHWC), ``labels``: the chosen public images, perhaps none, and the classes they stand for.
     """
     assert model.means is not None
-    inputs = (images, labels, model.means.images.cpu().numpy(), model.means.trust.cpu().numpy())
+    assert config.lowest_level is not None
+    found = model.means
+    inputs = (images, labels, *(t.cpu().numpy() for t in (found.images, found.trust, found.classes, found.weights)))
     weights = [(name, fingerprint(t.detach().cpu().numpy().tobytes())) for name, t in model.state_dict().items()]
     stamp = fingerprint(config, seed, [fingerprint(a.tobytes()) for a in inputs], weights)
     path = folder.checkpoint(STAGE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,23 +20,31 @@ from privimage_fast.dp.accounting import BudgetError, GaussianEvent
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.dp.noise import NoiseKey, Stream
 from privimage_fast.models.edm import to_float
+from privimage_fast.stages import means as means_module
 from privimage_fast.stages.folder import RunError, RunFolder
-from privimage_fast.stages.means import Question, clipped_sums, denoised, pose, run_means
+from privimage_fast.stages.means import Question, clipped_sums, denoised, load_means, pictures, pose, run_means
 
 NOTHING = np.arange(0)
 
 
-def question(max_norm: float | None = 2.0, *, chosen: np.ndarray = NOTHING, labels: np.ndarray = NOTHING) -> Question:
-    return pose(PUBLIC, n_classes=3, chosen=chosen, labels=labels, max_norm=max_norm, seed=0)
+def question(
+    max_norm: float | None = 2.0, *, chosen: np.ndarray = NOTHING, labels: np.ndarray = NOTHING, modes: int = 1
+) -> Question:
+    return pose(PUBLIC, n_classes=3, chosen=chosen, labels=labels, modes=modes, max_norm=max_norm, seed=0)
 
 
 def ask(folder: Path, sigma: float, *, key: NoiseKey | None = None, max_norm: float = 2.0, **options: Any) -> torch.Tensor:
     run = RunFolder(folder)
     run.create()
-    with Ledger(run.ledger, target_epsilon=None, delta=1e-5, population=len(PRIVATE)) as ledger:
+    with (
+        nullcontext()
+        if "ledger" in options
+        else Ledger(run.ledger, target_epsilon=None, delta=1e-5, population=len(PRIVATE)) as ledger
+    ):
         return run_means(
-            run, public=PUBLIC, chosen=options.get("chosen", NOTHING), labels=options.get("labels", NOTHING), max_norm=max_norm,
-            seed=0, private=options.get("private", PRIVATE), noise_multiplier=sigma, ledger=options.get("ledger", ledger),
+            run, public=PUBLIC, chosen=options.get("chosen", NOTHING), labels=options.get("labels", NOTHING),
+            modes=options.get("modes", 1), max_norm=max_norm, seed=0, rounds=options.get("rounds", 1),
+            private=options.get("private", PRIVATE), noise_multiplier=sigma, ledger=options.get("ledger", ledger),
             noise_key=key or NoiseKey.from_os(),
         ).images  # fmt: skip
 
@@ -51,22 +60,38 @@ def images_like(pixels: np.ndarray, label: int = 0) -> ImageSet:
 # -------------------------------------------------------------------------------------------------------- mechanism
 
 
-@given(st.integers(0, 2**31), st.floats(0.01, 30), st.integers(0, 2))
-@settings(max_examples=40, deadline=None)
-def test_one_image_more_changes_its_own_row_by_at_most_the_sensitivity(seed: int, max_norm: float, label: int) -> None:
+@given(st.integers(0, 2**31), st.floats(0.01, 30), st.integers(0, 2), st.sampled_from([1, 3]))
+@settings(max_examples=60, deadline=None)
+def test_one_image_more_changes_a_row_of_its_class_by_at_most_the_sensitivity(
+    seed: int, max_norm: float, label: int, modes: int
+) -> None:
     """Of any image beside any others: in L2 C for its pixels and C/2 for the count, to the last bit of a whole number."""
     random = np.random.default_rng(seed)
-    q = question(max_norm)
+    q = question(max_norm, modes=modes)
     one = images_like(random.choice([0, 17, 255], (1, 8, 8, 1)), label)
     others = PRIVATE.subset(random.integers(0, len(PRIVATE), random.integers(1, 9)))
     both = replace(others, images=np.concatenate([others.images, one.images]), labels=np.concatenate([others.labels, one.labels]))
     change = clipped_sums(both, q) - clipped_sums(others, q)
     rows = change.norm(dim=1)
-    assert float(rows[label]) <= q.sensitivity * (1 + 1e-12) and rows.count_nonzero() == 1
-    # What is added does not depend on the others, nor on the order: there is no rounding.
-    torch.testing.assert_close(change[label], clipped_sums(one, q)[label], rtol=0, atol=1e-12 * max(1.0, max_norm))
+    (row,) = rows.nonzero()[0].tolist()
+    assert float(rows[row]) <= q.sensitivity * (1 + 1e-12) and rows.count_nonzero() == 1 and row // modes == label
+    # What is added, and where, does not depend on the others, nor on the order: there is no rounding.
+    torch.testing.assert_close(change, clipped_sums(one, q), rtol=0, atol=1e-12 * max(1.0, max_norm))
     order = random.permutation(len(both))
     assert torch.equal(clipped_sums(both.subset(order), q), clipped_sums(both, q))
+
+
+def test_an_image_goes_to_the_nearest_centre_of_its_class() -> None:
+    q = question(100.0, modes=3)
+    assert q.centres.shape == (9, 1, 8, 8) and q.classes.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    x = to_float(torch.from_numpy(PRIVATE.images)).flatten(1).double()
+    own = q.centres.view(3, 3, 64)[torch.from_numpy(PRIVATE.labels)]
+    distances = (x[:, None] - own).norm(dim=2)
+    rows = torch.from_numpy(PRIVATE.labels) * 3 + distances.argmin(1)
+    expected = torch.zeros(9, 64, dtype=torch.float64).index_add_(0, rows, x - q.centres.view(9, 64)[rows])
+    found = clipped_sums(PRIVATE, q)
+    torch.testing.assert_close(found[:, :-1], expected, rtol=0, atol=1e-5)
+    assert found[:, -1].tolist() == (torch.bincount(rows, minlength=9) * q.count).tolist()
 
 
 def test_the_bound_is_met_by_images_beyond_it_and_not_felt_within() -> None:
@@ -86,6 +111,47 @@ def test_noise_is_to_the_last_bit_what_is_charged(tmp_path: Path) -> None:
     torch.testing.assert_close(sums(tmp_path), exact + 4.0 * math.sqrt(2.0**2 + 1.0**2) * drawn, rtol=0, atol=1e-10)
     assert 0.8 < float(drawn.std()) < 1.2 and drawn.abs().min() > 0
     assert [(r.stage, r.event) for r in Ledger.read(tmp_path / "ledger.jsonl").records()] == [("warmup", GaussianEvent(4.0))]
+
+
+def test_every_round_has_noise_of_its_own_and_asks_around_the_answer_before(tmp_path: Path) -> None:
+    ask(tmp_path, 4.0, key=NoiseKey.from_seed(7), modes=2, rounds=3)
+    q = question(modes=2)
+    std, public = 4.0 * math.sqrt(2.0**2 + 1.0**2), q.centres
+    for number in range(3):
+        drawn = torch.from_numpy(NoiseKey.from_seed(7).gaussian((6, 65), step=number, stream=Stream.MEANS))
+        noisy = clipped_sums(PRIVATE, q) + std * drawn
+        found = denoised(noisy, q, std, public=public)
+        last, q = q, replace(q, centres=(((found.images.double() + 1) * 127.5 * 1024).round() / (127.5 * 1024) - 1))
+    torch.testing.assert_close(sums(tmp_path), noisy, rtol=0, atol=1e-10)
+    kept, described = RunFolder(tmp_path).load_tensors(RunFolder(tmp_path).means, "warmup")
+    assert torch.equal(kept["centres"], last.centres) and torch.equal(kept["public"], public)
+    means = load_means(RunFolder(tmp_path))
+    for name in ("images", "trust", "classes", "weights"):
+        torch.testing.assert_close(getattr(means, name), getattr(found, name))
+    assert (described["modes"], described["rounds"]) == (2, 3)
+    assert [r.event for r in Ledger.read(tmp_path / "ledger.jsonl").records()] == [GaussianEvent(4.0)] * 3
+    sheet = pictures(RunFolder(tmp_path), PRIVATE.label_names)
+    assert len(sheet) == 18 and sheet.labels.tolist() == [0] * 6 + [1] * 6 + [2] * 6
+    for changes in ({"modes": 3, "rounds": 3}, {"modes": 2, "rounds": 2}):
+        with pytest.raises(RunError, match="other settings; its privacy is spent"):
+            ask(tmp_path, 4.0, **changes)
+
+
+def test_a_later_round_is_charged_before_the_images_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    class Noting(Ledger):
+        def charge(self, *args: Any, **options: Any) -> None:
+            order.append("charge")
+            super().charge(*args, **options)
+
+    original = means_module.clipped_sums
+    monkeypatch.setattr(means_module, "clipped_sums", lambda *a: order.append("read") or original(*a))
+    folder = RunFolder(tmp_path)
+    folder.create()
+    with Noting(folder.ledger, target_epsilon=None, delta=1e-5, population=len(PRIVATE)) as ledger:
+        ask(tmp_path, 4.0, rounds=2, ledger=ledger)
+    assert order == ["charge", "read"] * 2
 
 
 def test_noise_is_not_a_public_constant(tmp_path: Path) -> None:
@@ -143,6 +209,24 @@ def test_without_noise_the_means_come_out() -> None:
     torch.testing.assert_close(means, exact, rtol=0, atol=1e-4)
 
 
+def test_without_noise_rounds_are_lloyds_from_public_centres() -> None:
+    q = question(100.0, modes=2)
+    public, x = q.centres, to_float(torch.from_numpy(PRIVATE.images)).flatten(1).double()
+    expected = q.centres.view(6, 64).clone()
+    for _ in range(4):
+        found = denoised(clipped_sums(PRIVATE, q), q, 1e-9, public=public)
+        q = replace(q, centres=((found.images.double() + 1) * 127.5 * 1024).round() / (127.5 * 1024) - 1)
+        for c in range(3):
+            own = x[torch.from_numpy(PRIVATE.labels) == c]
+            nearest = torch.cdist(own, expected[2 * c : 2 * c + 2]).argmin(1)
+            for mode in nearest.unique().tolist():
+                expected[2 * c + mode] = own[nearest == mode].mean(0)
+    torch.testing.assert_close(found.images.view(6, 64).double(), expected, rtol=0, atol=1e-4)
+    # In the last round the answer hardly moves; what it is apart from public images is trusted all the same.
+    moved = (found.images - public).flatten(1).norm(dim=1) > 0.1
+    assert moved.any() and found.trust[moved].min() > 0.99
+
+
 def test_under_noise_alone_the_centres_come_out() -> None:
     """Means that noise drowns must not teach noise: they fall back to the public images chosen for the class."""
     labels = np.arange(12) % 3
@@ -191,12 +275,35 @@ def test_the_bound_and_the_basis_come_of_public_images() -> None:
     spread = (residual @ q.basis.T).square().mean(0)
     assert (spread.diff() <= 1e-9).all()  # most of it first
     alike = replace(PUBLIC, images=np.full_like(PUBLIC.images, 7))
-    assert pose(alike, n_classes=2, chosen=NOTHING, labels=NOTHING, max_norm=None, seed=0).max_norm > 0
+    assert pose(alike, n_classes=2, chosen=NOTHING, labels=NOTHING, modes=1, max_norm=None, seed=0).max_norm > 0
+
+
+def test_classes_of_few_public_images_have_as_many_centres(tmp_path: Path) -> None:
+    q = question(None, chosen=np.arange(3), labels=np.array([0, 0, 1]), modes=4)
+    assert q.centres.shape == (12, 1, 8, 8) and torch.isfinite(q.centres).all() and q.max_norm > 0
+    shown = to_float(torch.from_numpy(PUBLIC.images[:3])).double()
+    assert {c.item() for c in torch.cdist(shown.flatten(1), q.centres[:8].flatten(1)).amin(0) < 1e-6} == {True}
+    assert len(q.centres[8:].unique(dim=0)) == 4  # the class without any: clusters of all public images
+    images = ask(tmp_path, 2.0, modes=4, chosen=np.arange(3), labels=np.array([0, 0, 1]))
+    assert images.shape == (12, 1, 8, 8) and torch.isfinite(images).all()
+
+
+def test_means_of_a_folder_from_before_there_were_modes(tmp_path: Path) -> None:
+    images = ask(tmp_path, 2.0)
+    folder = RunFolder(tmp_path)
+    tensors, described = folder.load_tensors(folder.means, "warmup")
+    earlier = {name: tensors[name] for name in ("means", "trust", "sums", "centres")}
+    del described["modes"], described["rounds"]
+    folder.save_tensors(folder.means, earlier, described)
+    assert torch.equal(ask(tmp_path, 2.0), images)  # known by its fingerprint
+    means = load_means(folder)
+    assert means.classes.tolist() == [0, 1, 2] and means.weights.tolist() == [1.0] * 3
+    assert len(pictures(folder, PRIVATE.label_names)) == 9
 
 
 def test_many_pixels_take_the_first_components_only() -> None:
     large = ImageSet(np.random.default_rng(0).integers(0, 256, (40, 24, 24, 3)).astype(np.uint8), np.arange(40) % 2, ("a", "b"))
-    q = pose(large, n_classes=2, chosen=NOTHING, labels=NOTHING, max_norm=None, seed=0)
+    q = pose(large, n_classes=2, chosen=NOTHING, labels=NOTHING, modes=1, max_norm=None, seed=0)
     assert q.basis.shape == (40, 24 * 24 * 3)
     torch.testing.assert_close(q.basis @ q.basis.T, torch.eye(40, dtype=torch.float64), atol=1e-6, rtol=0)
     assert torch.isfinite(denoised(clipped_sums(large, q), q, 1.0).images).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from privimage_fast.models.adversarial import moment_loss
 from privimage_fast.models.edm import Denoiser
 from privimage_fast.models.training import ClassMeans, ImageModel
 from privimage_fast.pipeline import Run
-from privimage_fast.planning import means_noise_multiplier, query_noise_multiplier
+from privimage_fast.planning import fill_warmup, query_noise_multiplier
+from privimage_fast.report.facts import read_facts
 from privimage_fast.stages import warmup as warmup_module
 from privimage_fast.stages.folder import RunError, RunFolder
 from privimage_fast.stages.means import load_means
@@ -37,7 +39,7 @@ def network() -> Denoiser:
     return tiny_config(Path("x")).model.build(resolution=8, channels=1, num_classes=3)  # type: ignore[return-value]
 
 
-MEANS = ClassMeans(torch.linspace(-0.8, 0.8, 3).view(3, 1, 1, 1).expand(3, 1, 8, 8).clone(), torch.ones(3))
+MEANS = ClassMeans.one_each(torch.linspace(-0.8, 0.8, 3).view(3, 1, 1, 1).expand(3, 1, 8, 8).clone(), torch.ones(3))
 
 
 def warm(folder: Path, model: ImageModel, steps: int = 60, **options: Any) -> None:
@@ -46,8 +48,8 @@ def warm(folder: Path, model: ImageModel, steps: int = 60, **options: Any) -> No
     run.create()
     images, labels = options.get("public", (PUBLIC.images[:12], np.arange(12) % 3))
     run_warmup(
-        run, WarmupConfig(steps=steps, batch_size=18, lr=5e-3, ema_decay=0.9), model=model, images=images, labels=labels,
-        seed=options.get("seed", 0),
+        run, WarmupConfig(steps=steps, batch_size=18, lr=5e-3, ema_decay=0.9, lowest_level=1.0), model=model, images=images,
+        labels=labels, seed=options.get("seed", 0),
     )  # fmt: skip
 
 
@@ -105,7 +107,10 @@ def test_the_moments_are_estimated_without_the_images_own_variance() -> None:
     """Of images with the right mean zero on average, whatever their spread; of wrong ones the squared difference."""
     random = torch.Generator().manual_seed(0)
     images = torch.tensor([0.5, -0.5]).view(2, 1, 1, 1).expand(2, 1, 4, 4)
-    means, labels = ClassMeans(images, torch.ones(2)), torch.arange(8) % 3  # 2 is the empty label, of which nothing is known
+    means, labels = (
+        ClassMeans.one_each(images, torch.ones(2)),
+        torch.arange(8) % 3,
+    )  # 2 is the empty label, of which nothing is known
 
     def estimate(shift: float) -> float:
         found = []
@@ -118,7 +123,7 @@ def test_the_moments_are_estimated_without_the_images_own_variance() -> None:
     assert estimate(0.4) == pytest.approx(0.16, abs=0.03)
     assert float(moment_loss(torch.ones(2, 1, 4, 4), torch.tensor([2]), means)) == 0.0
     # What cannot be trusted does not count.
-    half = ClassMeans(images, torch.tensor([0.5, 0.0]))
+    half = ClassMeans.one_each(images, torch.tensor([0.5, 0.0]))
     assert float(moment_loss(torch.ones(4, 1, 4, 4), torch.tensor([0, 1]), half)) == pytest.approx(0.5 * 0.25 / 2)
 
 
@@ -218,12 +223,95 @@ def test_the_share_is_what_little_noise_needs_within_limits() -> None:
 
     def sigma(epsilon: float, population: int, **warmup: Any) -> float:
         config = tiny_config(Path("x"), privacy={"epsilon": epsilon}, warmup=warmup)
-        return means_noise_multiplier(config, 1e-5, population=population, n_classes=10)
+        return fill_warmup(config, 1e-5, population=population, n_classes=10).noise_multiplier or 0.0
 
     assert sigma(10.0, 800) == pytest.approx(0.1 * 80 / 4.0) == 2.0  # residuals of 8×8 pixels: about 4 long
     assert 2.0 < sigma(1.0, 800) == pytest.approx(sigma(1.0, 1, share=0.25))
-    assert sigma(1.0, 10**7) == pytest.approx(sigma(1.0, 1, share=0.02))
+    assert sigma(1.0, 10**7, modes=1) == pytest.approx(sigma(1.0, 1, share=0.02, modes=1))
     assert sigma(1.0, 4000, share=0.1) == pytest.approx(query_noise_multiplier(1.0, 1e-5, 0.1))
+
+
+def test_as_many_means_a_class_are_asked_for_as_noise_allows() -> None:
+    def filled(population: int, epsilon: float = 10.0, **sections: Any) -> WarmupConfig:
+        config = tiny_config(Path("x"), privacy={"epsilon": epsilon}, **sections)
+        return fill_warmup(config, 1e-5, population=population, n_classes=10)
+
+    few, some, many = (filled(n) for n in (800, 20_000, 10**6))
+    assert (few.modes, few.rounds, few.lowest_level) == (1, 1, 1.0)
+    assert some.modes is not None and 1 < some.modes < 16 and (some.rounds, some.lowest_level) == (3, 0.6)
+    assert many.modes == 16 and filled(800, math.inf).modes == 16
+    # Three rounds of what a tenth of the budget pays for, and about 0.05 on a pixel: residuals of 8×8 pixels are 4 long.
+    assert some.noise_multiplier == pytest.approx(3**0.5 * query_noise_multiplier(10.0, 1e-5, 0.1)) == many.noise_multiplier
+    assert some.modes == int(0.05 / (some.noise_multiplier * 4.0 / 2000))
+    assert filled(20_000, model=GAN_MODEL).modes == 1  # its images are held to the mean of a class
+    given = filled(800, warmup={"modes": 4, "share": 0.2, "lowest_level": 0.8})
+    assert (given.modes, given.rounds, given.lowest_level) == (4, 3, 0.8)
+    assert given.noise_multiplier == pytest.approx(3**0.5 * query_noise_multiplier(10.0, 1e-5, 0.2))
+    assert filled(800, warmup={"noise_multiplier": 0.5}).modes == int(0.05 / (0.5 * 4.0 / 80))
+    twice = filled(800, warmup={"modes": 1, "rounds": 2})
+    assert twice.rounds == 2 and twice.noise_multiplier == pytest.approx(few.noise_multiplier or 0.0)
+
+
+@pytest.fixture(scope="module")
+def moded(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    warmup = {**SECTIONS["warmup"], "modes": 2, "rounds": 2}
+    return run_all(tmp_path_factory.mktemp("modes") / "run", test=None, warmup=warmup)
+
+
+def test_every_round_is_charged_and_said(moded: Run) -> None:
+    ledger = Ledger.read(moded.folder.ledger)
+    assert [r.stage for r in ledger.records()] == ["query", "warmup", "warmup"] + ["finetune"] * STEPS
+    assert {r.event for r in ledger.records()[1:3]} == {GaussianEvent(moded.config.warmup.noise_multiplier or 0.0)}
+    assert 4.9 < ledger.epsilon() <= 5.0
+    means = load_means(moded.folder)
+    assert means.classes.tolist() == [0, 0, 1, 1, 2, 2] and torch.allclose(means.weights.view(3, 2).sum(1), torch.ones(3))
+    plan = moded.plan()
+    assert "in each of 2 rounds: noise of about" in plan.table() and "on a pixel of each of 2 a class" in plan.table()
+    assert plan.means_pixel_noise == pytest.approx(2 * plan.means_noise_multiplier * 4.0 / 40)
+    page = moded.report().read_text()
+    assert "of 2 sums a class to the one whose picture is nearest" in page and "in each of 2 rounds" in page
+    assert not read_facts(moded.folder.path).privacy.banners and 'class means: draws</td><td class="n">2' in page
+
+
+def test_a_round_that_the_ledger_does_not_charge_is_refused(moded: Run, tmp_path: Path) -> None:
+    folder = RunFolder(shutil.copytree(moded.folder.path, tmp_path / "run"))
+    for name in ("finetune", "warmup"):  # weights would be refused for their own steps
+        folder.checkpoint(name).unlink()
+    lines = folder.ledger.read_bytes().splitlines(keepends=True)
+    folder.ledger.write_bytes(b"".join(lines[:3]))  # the header, the query, one round
+    with pytest.raises(RunError, match=r"means.safetensors holds 2 answers with σ = \d"):
+        run_all(folder.path, resume=True, test=None, warmup={**SECTIONS["warmup"], "modes": 2, "rounds": 2})
+
+
+def test_means_are_drawn_by_what_they_stand_for_with_the_label_of_their_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.linspace(-0.9, 0.9, 6).view(6, 1, 1, 1).expand(6, 1, 8, 8).clone()
+    weights = torch.tensor([1.0, 0.0, 0.25, 0.75, 0.5, 0.5])
+    model = network()
+    model.means = ClassMeans(images, torch.ones(6), torch.arange(6) // 2, weights)
+    training = model.mean_training(lr=1e-3, ema_decay=0.9, label_dropout=0.0, rows=6000, noise_levels=(0.6, 80.0))
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(training, "loss", lambda model, x, noise, sigma, labels: seen.extend((x, labels)) or x.sum() * 0)
+    monkeypatch.setattr(training.optimizer, "step", lambda loss, lr: None)
+    training.step(images[:0], torch.arange(0), torch.Generator().manual_seed(0), 1e-3)
+    of = (seen[0][:, 0, 0, 0, None] - images[:, 0, 0, 0]).abs().argmin(1)
+    assert torch.equal(seen[1], of // 2)
+    torch.testing.assert_close(torch.bincount(of, minlength=6) / 2000, weights, atol=0.05, rtol=0)
+
+
+def test_the_whole_of_several_means_is_their_weighted_mean() -> None:
+    images = torch.randn(4, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+    means = ClassMeans(
+        images, torch.tensor([1.0, 0.0, 0.4, 0.8]), torch.tensor([0, 0, 1, 1]), torch.tensor([0.25, 0.75, 0.5, 0.5])
+    )
+    whole = means.whole()
+    torch.testing.assert_close(whole.images[0], 0.25 * images[0] + 0.75 * images[1])
+    torch.testing.assert_close(whole.trust, torch.tensor([0.25, 0.6]))
+    assert whole.classes.tolist() == [0, 1] and whole.weights.tolist() == [1.0, 1.0]
+    alone = ClassMeans.one_each(images, means.trust)
+    assert torch.equal(alone.whole().images, images) and torch.equal(alone.whole().trust, means.trust)
+    model = tiny_config(Path("x"), model=GAN_MODEL).model.build(resolution=8, channels=1, num_classes=2)
+    model.means = means
+    assert model.means is not None and torch.equal(model.means.images, whole.images)  # one a class
 
 
 def test_means_that_the_ledger_does_not_charge_are_refused(finished: Run, tmp_path: Path) -> None:
@@ -276,7 +364,9 @@ def test_a_warm_up_from_something_else_is_made_anew(tmp_path: Path, changed: str
             next(again.parameters()).add_(0.1)
     if changed in ("means", "trust"):
         half = {"means": MEANS.images, "trust": MEANS.trust}[changed] / 2
-        options["means"] = ClassMeans(half, MEANS.trust) if changed == "means" else ClassMeans(MEANS.images, half)
+        options["means"] = (
+            ClassMeans.one_each(half, MEANS.trust) if changed == "means" else ClassMeans.one_each(MEANS.images, half)
+        )
     if changed == "images":
         options["public"] = (PUBLIC.images[12:24], np.arange(12) % 3)
     warm(tmp_path, again, steps=2, seed=1 if changed == "seed" else 0, **options)
