@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with terminating_interrupts():
             commands[argv[0]](argv[1:])
+        sys.stdout.flush()
     except KeyboardInterrupt:
         again = "the same command" if argv[0] == "compare" else "the same command with --resume"
         print(
@@ -71,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
+    except BrokenPipeError:  # of `privimage … | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at exit must not fail again
+        return 0
     except (ValueError, RuntimeError, OSError) as error:
         # Deliberate errors are subclasses of these two, with messages for users; anything else shows its traceback.
         if not _is_for_users(error):

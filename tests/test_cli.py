@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -216,3 +218,14 @@ def test_a_truncated_image_is_named_or_skipped(capsys: pytest.CaptureFixture[str
     assert main(["data", str(folder), "--resolution", "8", "--channels", "1", "--skip-bad"]) == 0
     found = capsys.readouterr()
     assert "239 images" in found.out and bad.name in found.err
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    """`privimage keys | head -1`"""
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "privimage_fast", "keys"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    said = process.stderr.read()
+    assert (process.wait(), said) == (0, b"")
