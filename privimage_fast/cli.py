@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # of `privimage … | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at exit must not fail again
-        return 0
+        return 141  # as of a process that SIGPIPE ends
     except (ValueError, RuntimeError, OSError) as error:
         # Deliberate errors are subclasses of these two, with messages for users; anything else shows its traceback.
         if not _is_for_users(error):
@@ -98,6 +98,7 @@ def _parse_run(command: str, argv: list[str], description: str, *, base: str | N
     import yaml
 
     from privimage_fast.config import ConfigError, build_config, check_keys, load_config, load_yaml, nest
+    from privimage_fast.stages.folder import RunFolder
 
     parser = argparse.ArgumentParser(f"privimage {command}", description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML; keys as in `privimage keys`")
@@ -135,14 +136,14 @@ def _parse_run(command: str, argv: list[str], description: str, *, base: str | N
     config = None
     for document in base.split("\n---\n") if base else ():
         config = build_config(load_yaml(document, "embedded configuration"), config)
-    saved = Path(flags.out) / "config.yaml" if flags.out else None
+    saved = RunFolder(flags.out) if flags.out else None
     if flags.config:
         path = Path(flags.config)
         if not path.is_file():
             raise ConfigError(f"--config: no file {path}")
         config = build_config(load_yaml(path.read_text(), str(path)), config)
-    elif saved is not None and saved.exists() and (flags.resume or command in STAGES):
-        config = load_config(saved)
+    elif saved is not None and saved.begun and (flags.resume or command in STAGES):
+        config = load_config(saved.config)
     elif base is None and "data.private" not in overrides and command != "report":
         raise ConfigError(
             "give --config FILE, or --out DIR of a run that was begun, or at least --data.public and --data.private"
@@ -300,8 +301,8 @@ def _budget(argv: list[str]) -> None:
     steps = a.steps if a.steps is not None else max(1, round(a.epochs / rate))
     delta = a.delta if a.delta is not None else acc.default_delta(a.population)
     asked = {"σ₁": a.query_noise_multiplier, "σ₂": a.means_noise_multiplier}
-    if a.means_rounds < 1:
-        raise acc.BudgetError(f"--means-rounds must be ≥ 1, found {a.means_rounds}")
+    if a.means_rounds < 1 or (a.means_rounds > 1 and a.means_noise_multiplier is None):
+        raise acc.BudgetError(f"--means-rounds must be ≥ 1, and needs --means-noise-multiplier; found {a.means_rounds}")
     queries = [acc.GaussianEvent(sigma) for sigma in (a.query_noise_multiplier, *[a.means_noise_multiplier] * a.means_rounds)
                if sigma is not None]  # fmt: skip
     sigma = a.noise_multiplier
@@ -318,7 +319,10 @@ def _budget(argv: list[str]) -> None:
         print(f"  {shown}  ({name.upper()} of Opacus, a cross-check)")
     if queries:
         words = {"σ₁": "the query", "σ₂": "the class means"}
-        named = " and ".join(f"{words[name]} ({name} {sigma:g})" for name, sigma in asked.items() if sigma is not None)
+        times = {"σ₁": "", "σ₂": f", {a.means_rounds} rounds" if a.means_rounds > 1 else ""}
+        named = " and ".join(
+            f"{words[name]} ({name} {sigma:g}{times[name]})" for name, sigma in asked.items() if sigma is not None
+        )
         print(f"without {named} the same σ costs ε {epsilon_text(acc.epsilon([training], delta))}")
         if a.epsilon is not None:
             alone = acc.solve_noise_multiplier(target_epsilon=a.epsilon, delta=delta, sample_rate=rate, steps=steps)

@@ -194,6 +194,7 @@ class Run:
         """
         self.check_new(resume=resume)
         with self.folder.locked():
+            self.check_new(resume=resume)  # another process may have begun it meanwhile
             saved = load_config(self.folder.config) if self.folder.begun else None
             self.config = self._resolved(saved)
             if saved is not None:
@@ -464,6 +465,7 @@ class Run:
         record = budget_record(
             c.finetune, plan.population, plan.epsilon, plan.delta, plan.noise_multiplier, plan.steps,
             query_noise_multiplier=plan.query_noise_multiplier, means_noise_multiplier=plan.means_noise_multiplier,
+            means_rounds=plan.means_rounds if plan.means_noise_multiplier is not None else None,
         )  # fmt: skip
         self.folder.write_json(self.folder.budget, record)
 

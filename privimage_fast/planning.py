@@ -17,7 +17,7 @@ from privimage_fast.dp.engine import accumulate_clipped
 from privimage_fast.dp.planner import Plan as StepPlan
 from privimage_fast.models.training import ImageModel
 from privimage_fast.stages.finetune import plan_finetune
-from privimage_fast.stages.warmup import WarmupConfig
+from privimage_fast.stages.warmup import WarmupConfig, lowest_level
 
 
 @dataclass(frozen=True)
@@ -233,21 +233,20 @@ def fill_warmup(c: RunConfig, delta: float, *, population: int, n_classes: int) 
         share = share if w.share is not None else min(share, (1 - asked) / 2)  # the query's share is taken
         return math.sqrt(rounds) * query_noise_multiplier(c.privacy.epsilon, delta, share)
 
-    rounds = w.rounds or _ROUNDS
-    sigma = noise(w.share or _MODES_SHARE, rounds) if w.noise_multiplier is None else w.noise_multiplier
-    modes = w.modes
+    modes, rounds, sigma = w.modes, w.rounds or _ROUNDS, w.noise_multiplier
     if modes is None:
-        each = _pixel_noise(c, sigma, population, n_classes)
+        each = _pixel_noise(c, noise(w.share or _MODES_SHARE, rounds), population, n_classes)
         affordable = _MOST_MODES if each == 0 else min(_MOST_MODES, int(_MODE_NOISE / each))
-        modes = 1 if c.model.family == "gan" else max(1, affordable)
+        # A GAN has use for one, and a σ₂ of the user's is meant for one question.
+        modes = 1 if c.model.family == "gan" or sigma is not None else max(1, affordable)
     if modes == 1:
         rounds = w.rounds or 1
-        if w.noise_multiplier is None and w.share is None:
-            wanted = _PIXEL_NOISE / _pixel_noise(c, 1.0, population, n_classes)
-            sigma = min(max(wanted, noise(_MOST_SHARE, rounds)), noise(_LEAST_SHARE, rounds))
-        elif w.noise_multiplier is None:
-            sigma = noise(w.share or 0.0, rounds)
-    level = w.lowest_level or (1.0 if modes == 1 else 0.6)
+    if sigma is None and (modes > 1 or w.share is not None):
+        sigma = noise(w.share or _MODES_SHARE, rounds)
+    elif sigma is None:
+        wanted = _PIXEL_NOISE / _pixel_noise(c, 1.0, population, n_classes)
+        sigma = min(max(wanted, noise(_MOST_SHARE, rounds)), noise(_LEAST_SHARE, rounds))
+    level = w.lowest_level or lowest_level(modes)
     return replace(w, modes=modes, rounds=rounds, noise_multiplier=sigma, lowest_level=level)
 
 

@@ -53,6 +53,7 @@ def test_budget_solves_sigma_with_and_without_the_query(capsys: pytest.CaptureFi
         ("budget --population 100 --batch-size 200 --steps 3 --epsilon 1", "batch size ≤ population"),
         ("budget --population 100 --batch-size 20 --epsilon 1", "one of --steps and --epochs"),
         ("budget --population 100 --batch-size 20 --steps 3 --epsilon 0", "psilon"),
+        ("budget --population 100 --batch-size 20 --steps 3 --epsilon 1 --means-rounds 2", "needs --means-noise-multiplier"),
         ("run --config absent.yaml", "no file absent.yaml"),
         ("run", "give --config FILE"),
         ("run --privacy.epsilonn 3", "did you mean privacy.epsilon"),
@@ -228,4 +229,4 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     said = process.stderr.read()
-    assert (process.wait(), said) == (0, b"")
+    assert (process.wait(), said) == (141, b"")

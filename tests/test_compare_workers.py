@@ -23,6 +23,7 @@ from privimage_fast.compare.shared import SharedTraining
 from privimage_fast.compare.workers import Workers
 from privimage_fast.pipeline import Run
 from privimage_fast.stages.folder import RunError
+from privimage_fast.stages.interrupt import interrupts_held
 
 
 def work(task: tuple[str, Any]) -> Any:
@@ -33,6 +34,11 @@ def work(task: tuple[str, Any]) -> Any:
         os._exit(3)
     if what == "sleep":
         time.sleep(value)
+    if what == "held":
+        end = time.monotonic() + value
+        with interrupts_held("…"):
+            while time.monotonic() < end:
+                time.sleep(0.01)
     if what == "pid":
         return os.getpid()
     if what == "threads":
@@ -63,6 +69,18 @@ def test_workers_share_the_threads_and_leave_the_environment(monkeypatch: pytest
         torch.set_num_threads(before)
     assert len({pid for pid, *_ in found}) == 2 and {tuple(rest) for _, *rest in found} == {(2, "2", "1")}
     assert os.environ["OMP_NUM_THREADS"] == "7" and "TQDM_DISABLE" not in os.environ
+
+
+def test_workers_finish_what_is_held_and_all_at_once() -> None:
+    """Told to end by the system and by their parent: neither stops what is charged, nor waits for the other."""
+    results = workers(2).results([("echo", 1), ("held", 1.5), ("held", 1.5)])
+    assert next(results) == 1
+    time.sleep(0.5)
+    begun = time.monotonic()
+    for child in multiprocessing.active_children():
+        os.kill(child.pid or 0, signal.SIGTERM)
+    results.close()
+    assert 0.3 < time.monotonic() - begun and not multiprocessing.active_children()
 
 
 def test_workers_that_are_left_end() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import signal
 import subprocess
@@ -28,7 +27,7 @@ from privimage_fast.stages.interrupt import interrupts_held, terminating_interru
 
 @pytest.mark.parametrize("at", [2, STEPS])  # the last one is of no progress file, but of the stage's own
 def test_an_interrupted_step_is_finished_and_never_repeated(
-    tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Checkpoints are every 3 steps; the signal comes in step ``at``, before its noise is drawn."""
     original = finetune_module.PrivateOptimizer.step
@@ -38,17 +37,18 @@ def test_an_interrupted_step_is_finished_and_never_repeated(
             signal.raise_signal(signal.SIGINT)
         original(self)
 
-    with monkeypatch.context() as patch, caplog.at_level(logging.INFO):
+    with monkeypatch.context() as patch:
         patch.setattr(finetune_module.PrivateOptimizer, "step", pressed)
         with pytest.raises(KeyboardInterrupt):
             run_all(tmp_path / "a", test=None)
-    assert "finished and saved" in caplog.text
+    assert "finished and saved" in capfd.readouterr().err
     ledger = tmp_path / "a" / "ledger.jsonl"
     assert Ledger.read(ledger).steps_charged("finetune") == at
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     run = run_all(tmp_path / "a", resume=True, test=None)
     assert Ledger.read(ledger).steps_charged("finetune") == STEPS
     assert run.folder.load_tensors(run.folder.checkpoint("finetune"), "x")[1]["steps"] == STEPS
+    assert not run.folder.checkpoint("finetune-progress").exists()
 
 
 @pytest.mark.parametrize(("name", "stage"), [("query.vote", "query"), ("means.clipped_sums", "warmup")])
@@ -108,6 +108,26 @@ def test_public_training_goes_on_where_it_was_interrupted(tmp_path: Path, monkey
     a, b = (r.folder.load_tensors(r.folder.checkpoint("pretrain"), "x")[0] for r in (whole, cut))
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=0)
+
+
+def test_the_end_that_a_system_asks_for_several_times_is_waited_for() -> None:
+    """Of a group of processes each gets SIGTERM from the system, and workers once more from their parent."""
+    done = []
+    with terminating_interrupts(), pytest.raises(KeyboardInterrupt), interrupts_held("…") as interrupted:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        done.append(interrupted())
+    assert done == [True]
+
+
+def test_an_error_after_the_signal_does_not_swallow_it() -> None:
+    """`compare` goes on with the next run after an error, and must not after this."""
+    with pytest.raises(KeyboardInterrupt) as found, interrupts_held("…"):
+        signal.raise_signal(signal.SIGINT)
+        raise RuntimeError("out of memory")
+    assert isinstance(found.value.__cause__, RuntimeError)
+    with pytest.raises(RuntimeError, match="of memory"), interrupts_held("…"):
+        raise RuntimeError("out of memory")
 
 
 def test_signals_of_others_and_other_threads_are_left_alone() -> None:

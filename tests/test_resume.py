@@ -172,6 +172,25 @@ def test_a_refused_run_leaves_a_folder_that_binds_nobody(tmp_path: Path, monkeyp
         run_all(tmp_path / "a")
 
 
+@pytest.mark.parametrize("name", ["model", "synthetic.npz", "metrics.json", "checkpoints/finetune-progress.safetensors"])
+def test_results_without_ledger_and_records_are_still_a_run(tmp_path: Path, name: str) -> None:
+    folder = RunFolder(tmp_path)
+    folder.create()
+    folder.config.write_text("")
+    assert not folder.begun
+    (tmp_path / name).write_text("")
+    assert folder.begun
+
+
+def test_a_refused_test_mode_leaves_no_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("privimage_fast.stages.query._check_scores", None)
+        with pytest.raises(TypeError):
+            run_all(tmp_path / "a", privacy={"secure": False})
+    run = run_all(tmp_path / "a", test=None)
+    assert not Ledger.read(run.folder.ledger).seeded and "NOT PRIVATE" not in (run.folder.path / "README.md").read_text()
+
+
 def test_a_charge_alone_makes_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("privimage_fast.stages.query.vote", None)

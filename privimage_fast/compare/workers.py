@@ -71,6 +71,8 @@ class Workers(Generic[Task, Result]):
         finally:
             for worker, _ in self._busy.values():
                 worker.process.terminate()
+                worker.connection.close()
+            for worker, _ in self._busy.values():  # each at the end of its own step
                 worker.process.join()
             self._busy.clear()
 

@@ -104,11 +104,11 @@ class Ledger:
                 self._write_header(promise)
             else:
                 self._load(_read_bytes(self.path))
-                if not _same_promise(self.header, promise):
-                    if self._records:
-                        raise LedgerError(_promise_text(self.path, self.header, promise))
+                if not self._records:  # nothing binds yet, not even the mode of whoever opened it before
                     os.ftruncate(self._fd, 0)
                     self._write_header(promise)
+                elif not _same_promise(self.header, promise):
+                    raise LedgerError(_promise_text(self.path, self.header, promise))
         except BaseException:
             self.close()
             raise

@@ -123,6 +123,7 @@ def run_finetune(
     path, progress_path = folder.checkpoint("finetune"), folder.checkpoint("finetune-progress")
     model.to(device)
     if path.exists() and folder.finished(STAGE, stamp):
+        progress_path.unlink(missing_ok=True)  # of an interruption in the last step
         model.load_state_dict(folder.load_tensors(path, STAGE)[0])
         return
     charged = _charged(ledger)
@@ -165,6 +166,7 @@ def run_finetune(
 def budget_record(
     config: FinetuneConfig, population: int, target_epsilon: float, delta: float, noise_multiplier: float, steps: int,
     ledger: Ledger | None = None, query_noise_multiplier: float | None = None, means_noise_multiplier: float | None = None,
+    means_rounds: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The content of budget.json: the public parameters of the run, as planned and as used."""
     if ledger is not None:
@@ -172,12 +174,13 @@ def budget_record(
             next((r.event.noise_multiplier for r in reversed(ledger.records()) if r.stage == stage), None)
             for stage in ("query", "warmup")
         )
+        means_rounds = sum(r.stage == "warmup" for r in ledger.records()) or None
     return {
         "target_epsilon": target_epsilon if np.isfinite(target_epsilon) else "inf", "delta": delta, "population": population,
         "sample_rate": config.sample_rate(population), "steps": steps, "noise_multiplier": noise_multiplier,
         "max_grad_norm": config.max_grad_norm, "multiplicity": config.multiplicity,
         "expected_batch_size": config.batch_size, "query_noise_multiplier": query_noise_multiplier,
-        "means_noise_multiplier": means_noise_multiplier,
+        "means_noise_multiplier": means_noise_multiplier, "means_rounds": means_rounds,
     }  # fmt: skip
 
 

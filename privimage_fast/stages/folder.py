@@ -53,7 +53,9 @@ class RunFolder:
         """Whether anything was charged or finished here; a configuration alone, of a run that was refused, binds nobody."""
         if not self.config.exists():
             return False
-        if self.stages.exists() or self.query.exists() or self.means.exists():
+        results = (self.stages, self.query, self.means, self.model, self.synthetic, self.metrics)
+        weights = (self.checkpoint(name) for name in ("finetune", "finetune-progress"))
+        if any(path.exists() for path in (*results, *weights)):
             return True
         return self.ledger.exists() and bool(Ledger.read(self.ledger).records())
 

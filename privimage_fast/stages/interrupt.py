@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-logger = logging.getLogger(__name__)
-
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
 def interrupts_held(then: str) -> Iterator[Callable[[], bool]]:
-    """Within the block the first signal that would raise KeyboardInterrupt only turns the yielded question true, and raises it at
-    the block's end, if not the block itself before; a second one raises it at once.
+    """Within the block a signal that would raise KeyboardInterrupt only turns the yielded question true; at the block's end it is
+    raised, unless the block has done so before. A second Ctrl-C raises it at once. SIGTERM never does: whole groups of processes
+    get it from several sides.
 
     In other threads than the main one, and for signals that somebody else handles, nothing is changed.
 
@@ -32,15 +31,19 @@ def interrupts_held(then: str) -> Iterator[Callable[[], bool]]:
 
     def hold(number: int, frame: FrameType | None) -> None:
         nonlocal pressed
-        if pressed:
+        if pressed and number == signal.SIGINT:
             signal.default_int_handler(number, frame)
         pressed = True
-        logger.info("\ninterrupted: %s; once more stops at once", then)
+        os.write(2, f"\ninterrupted: {then}; Ctrl-C once more stops at once\n".encode())  # logging is not for signal handlers
 
-    for number in held:
-        signal.signal(number, hold)
     try:
+        for number in held:
+            signal.signal(number, hold)
         yield lambda: pressed
+    except Exception as error:
+        if pressed:  # a caller that goes on after errors is not to go on after this
+            raise KeyboardInterrupt from error
+        raise
     finally:
         for number in held:
             signal.signal(number, signal.default_int_handler)

@@ -36,6 +36,7 @@ _COUNT = 0.5
 _UNIT, _PARTS = 1024, 4096
 _IMAGES = 2048
 _POSED = 4096  # public images, of all and of each class, that a question is made from at most
+_EACH = 8  # public images that a class's cluster is made from at least, on average
 
 
 @dataclass(frozen=True)
@@ -87,14 +88,17 @@ def pose(
         own = chosen[labels == c]
         if modes > 1:
             some = _floats(public.images[random.permutation(own)[:_POSED]]) if len(own) else rest
-            found = torch.from_numpy(kmeans(some.numpy(), min(modes, len(some)), random))
-            found = torch.cat([found, found[:1].expand(modes - len(found), -1)])  # of few images, or of images alike
+            # Clusters of few images are those images, and near to nothing else: C is taken from images they were not made of.
+            fitted, count = some[::2], min(modes, max(1, len(some) // (2 * _EACH)))
+            clusters = torch.from_numpy(kmeans(fitted.numpy(), count, random))
+            found = torch.cat([clusters, clusters[:1].expand(modes - len(clusters), -1)])
+            lengths.append(_nearest(some[1::2] if len(some) > 1 else some, found))
         elif len(own):
-            found = sum((_floats(public.images[part]).sum(0) for part in _parts(own)), torch.zeros(1)) / len(own)
+            found = sum((_floats(public.images[part]).sum(0) for part in _parts(own)), torch.zeros(1))[None] / len(own)
+            lengths += [_nearest(_floats(public.images[part]), found) for part in _parts(own)]
         else:
-            found = rest.mean(0)
-        centres.append(found.view(modes, -1))
-        lengths += [_nearest(_floats(public.images[part]), centres[-1]) for part in _parts(own)]
+            found = rest.mean(0, keepdim=True)
+        centres.append(found)
     if max_norm is None:
         found = torch.cat(lengths) if lengths else _nearest(rest, centres[0])
         max_norm = max(float(np.quantile(found.numpy(), 0.9)), 1e-3)
@@ -126,37 +130,44 @@ def run_means(
     posed = (set_fingerprint(public), fingerprint(chosen.tobytes(), labels.tobytes()), max_norm, seed)
     several = () if modes == rounds == 1 else (modes, rounds)
     stamp = fingerprint(posed, noise_multiplier, private.label_names, *several)
+    answered = 0
     if folder.means.exists():
-        if folder.load_tensors(folder.means, STAGE)[1]["fingerprint"] != stamp:
+        described = folder.load_tensors(folder.means, STAGE)[1]
+        if described["fingerprint"] != stamp:
             raise RunError(
                 f"{folder.means} answers a question with other settings; its privacy is spent, so it is not asked again here. "
                 "Restore the settings, or start over with another --out"
             )
-        return load_means(folder)
+        answered = described.get("rounds", 1)  # so far: each is kept as soon as it is there
+        if answered == rounds:
+            return load_means(folder)
     question = pose(
         public, n_classes=len(private.label_names), chosen=chosen, labels=labels, modes=modes, max_norm=max_norm, seed=seed
     )  # fmt: skip
-    event, first = GaussianEvent(noise_multiplier), question.centres
-    std = event.noise_multiplier * question.sensitivity
-    means: ClassMeans | None = None
-    with interrupts_held("the means are waited for and kept, since they are charged"):
-        for number in range(rounds):
-            if means is not None:
-                question = replace(question, centres=_on_grid(means.images.to(torch.float64)))
+    event, public_centres = GaussianEvent(noise_multiplier), question.centres
+    std, doubt = event.noise_multiplier * question.sensitivity, torch.zeros(len(public_centres), dtype=torch.float64)
+    for number in range(answered, rounds):
+        if number:
+            tensors, _ = folder.load_tensors(folder.means, STAGE)
+            doubt, public_centres = tensors["doubt"], tensors["public"]
+            question = replace(question, centres=_on_grid(tensors["means"].to(torch.float64)))
+        with interrupts_held("the answer is waited for and kept, since it is charged"):
             ledger.charge(event, stage=STAGE)  # before the data is touched
             sums = clipped_sums(private, question)
             sums += std * torch.from_numpy(noise_key.gaussian(tuple(sums.shape), step=number, stream=Stream.MEANS))
-            means = denoised(sums, question, std, public=first)
-        assert means is not None
-        tensors = {"means": means.images, "trust": means.trust, "classes": means.classes, "weights": means.weights}
-        folder.save_tensors(
-            folder.means, {**tensors, "sums": sums, "centres": question.centres, "public": first},
-            {
-                "fingerprint": stamp, "noise_multiplier": noise_multiplier, "noise_std": std, "max_norm": question.max_norm,
-                "trust": means.whole().trust.tolist(), "modes": modes, "rounds": rounds,
-            },
-        )  # fmt: skip
-    return means
+            means, doubt = denoised(sums, question, std, public=public_centres, doubt=doubt)
+            folder.save_tensors(
+                folder.means,
+                {
+                    "means": means.images, "trust": means.trust, "classes": means.classes, "weights": means.weights,
+                    "sums": sums, "centres": question.centres, "public": public_centres, "doubt": doubt,
+                },
+                {
+                    "fingerprint": stamp, "noise_multiplier": noise_multiplier, "noise_std": std, "max_norm": question.max_norm,
+                    "trust": means.whole().trust.tolist(), "modes": modes, "rounds": number + 1,
+                },
+            )  # fmt: skip
+    return load_means(folder)
 
 
 def load_means(folder: RunFolder) -> ClassMeans:
@@ -206,29 +217,33 @@ def clipped_sums(images: ImageSet, question: Question) -> Tensor:
     return torch.from_numpy(sums)
 
 
-def denoised(sums: Tensor, question: Question, std: float, public: Tensor | None = None) -> ClassMeans:
+def denoised(
+    sums: Tensor, question: Question, std: float, *, public: Tensor | None = None, doubt: Tensor | float = 0.0
+) -> tuple[ClassMeans, Tensor]:
     """Means from the noisy table, shrunk towards the centres by what its own noise leaves of it (empirical Bayes).
 
     In the public images' principal components the means vary most in the first ones; what varies no more than noise is noise.
-    ``public``: centres that were public, from which trust is measured, where the question's own are answers already.
+    ``public``: centres that were public, from which trust is measured, where the question's own are answers already; ``doubt``
+    (rows,): the squared length of what may be noise in those. Returns the means, and that of them.
     """
     residuals, counts = _noisy_means(sums, question.count)
     found, noise = residuals @ question.basis.T, std / counts
-    doubt = torch.zeros_like(counts)
+    doubt = doubt + torch.zeros(len(sums), dtype=torch.float64)
     for first, last in pairwise(_blocks(found.shape[1])):
         part, weight = found[:, first:last], 1 / noise.clamp(min=1e-9) ** 4
         signal = ((part**2 - noise**2) * weight).sum() / (weight.sum() * (last - first))
         signal = signal.clamp(0.0, question.max_norm**2 / (last - first))  # a mean of clipped residuals is no longer than C
         kept = signal / (signal + noise**2).clamp(min=1e-30)
         part *= kept
-        doubt += (last - first) * kept * noise**2  # the posterior's variance
+        doubt += ((last - first) * kept * noise**2)[:, 0]  # the posterior's variance; a later round need not mend an earlier one
     images = (found @ question.basis).view_as(question.centres) + question.centres
     length = (images - (question.centres if public is None else public)).flatten(1).square().sum(1)
-    trust = length / (length + doubt[:, 0]).clamp(min=1e-30)
-    found = sums[:, -1].view(-1, question.modes).clamp(min=0.0)
-    found = torch.where(found.sum(1, keepdim=True) > 0, found, 1.0)  # where nothing was counted, alike
-    weights = (found / found.sum(1, keepdim=True)).flatten()
-    return ClassMeans(images.clamp(-1, 1).to(torch.float32), trust.to(torch.float32), question.classes, weights.to(torch.float32))
+    trust = length / (length + doubt).clamp(min=1e-30)
+    counted = sums[:, -1].view(-1, question.modes).clamp(min=0.0)
+    counted = torch.where(counted.sum(1, keepdim=True) > 0, counted, 1.0)  # where nothing was counted, alike
+    weights = (counted / counted.sum(1, keepdim=True)).flatten()
+    images, trust, weights = (t.to(torch.float32) for t in (images.clamp(-1, 1), trust, weights))
+    return ClassMeans(images, trust, question.classes, weights), doubt
 
 
 def _noisy_means(sums: Tensor, count: float) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -62,7 +63,7 @@ def run_sample(
     if folder.synthetic.exists() and folder.finished("sample", stamp):
         return _load(folder, class_names)
     if folder.synthetic.exists():
-        _leave_earlier(folder, config, len(class_names))
+        _tell_earlier(folder, config, len(class_names))
     with timed(folder, "sample", stamp):
         labels = np.repeat(np.arange(len(class_names)), config.per_class)
         parts = folder.path / "checkpoints" / f"sample-{stamp}"
@@ -85,6 +86,7 @@ def run_sample(
             save_zip(synthetic, folder.path / "synthetic.zip")
         if "folder" in config.formats:
             save_folder(synthetic, folder.path / "synthetic", overwrite=True)
+        _remove_copies(folder, config)
         shutil.rmtree(parts)
         save_sheet(folder, "after", synthetic)
     return synthetic
@@ -121,13 +123,21 @@ def save_sheet(folder: RunFolder, name: str, images: ImageSet) -> None:
         class_sheet(images).save(temporary, format="PNG")
 
 
-def _leave_earlier(folder: RunFolder, config: SampleConfig, n_classes: int) -> None:
-    """Says that an earlier synthetic set is replaced, and removes its copies in formats that are no longer asked for."""
-    with np.load(folder.synthetic, allow_pickle=False) as arrays:
-        earlier = len(arrays["labels"])
+def _tell_earlier(folder: RunFolder, config: SampleConfig, n_classes: int) -> None:
+    """Says that an earlier synthetic set is replaced."""
+    try:
+        with np.load(folder.synthetic, allow_pickle=False) as arrays:
+            earlier = len(arrays["labels"])
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        logger.warning("%s cannot be read, and is drawn anew", folder.synthetic)
+        return
     wanted = config.per_class * n_classes
     fewer = "; sample.per_class brings the larger set back" if wanted < earlier else ""
     logger.info("the %d synthetic images in %s are replaced by %d%s", earlier, folder.path, wanted, fewer)
+
+
+def _remove_copies(folder: RunFolder, config: SampleConfig) -> None:
+    """Of an earlier set, in formats that are not asked for now: they would be taken for copies of this one."""
     if "zip" not in config.formats:
         (folder.path / "synthetic.zip").unlink(missing_ok=True)
     if "folder" not in config.formats and (folder.path / "synthetic").is_dir():

@@ -72,11 +72,15 @@ class WarmupConfig:
         for name in ("max_norm", "lr", "lowest_level"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"warmup.{name} must be positive and finite, found {getattr(self, name)}")
-        if not (self.lowest_level or 1.0) < self.highest_level < math.inf:
-            raise ValueError(
-                f"warmup.highest_level must be above lowest_level {self.lowest_level or 1.0}, found {self.highest_level}"
-            )
+        lowest = self.lowest_level or lowest_level(self.modes or 1)
+        if not lowest < self.highest_level < math.inf:
+            raise ValueError(f"warmup.highest_level must be above lowest_level {lowest}, found {self.highest_level}")
         check_averaging("warmup", self.ema_decay, self.label_dropout)
+
+
+def lowest_level(modes: int) -> float:
+    """σ from which on a mean is the right answer: means of kinds of images are nearer to images than means of whole classes."""
+    return 1.0 if modes == 1 else 0.6
 
 
 def run_warmup(

@@ -20,6 +20,8 @@ from privimage_fast.dp.accounting import BudgetError, GaussianEvent
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.dp.noise import NoiseKey, Stream
 from privimage_fast.models.edm import to_float
+from privimage_fast.models.training import ClassMeans
+from privimage_fast.opening import check_ledger
 from privimage_fast.stages import means as means_module
 from privimage_fast.stages.folder import RunError, RunFolder
 from privimage_fast.stages.means import Question, clipped_sums, denoised, load_means, pictures, pose, run_means
@@ -47,6 +49,10 @@ def ask(folder: Path, sigma: float, *, key: NoiseKey | None = None, max_norm: fl
             private=options.get("private", PRIVATE), noise_multiplier=sigma, ledger=options.get("ledger", ledger),
             noise_key=key or NoiseKey.from_os(),
         ).images  # fmt: skip
+
+
+def answered(noisy: torch.Tensor, asked: Question, std: float) -> ClassMeans:
+    return denoised(noisy, asked, std)[0]
 
 
 def sums(folder: Path) -> torch.Tensor:
@@ -116,11 +122,11 @@ def test_noise_is_to_the_last_bit_what_is_charged(tmp_path: Path) -> None:
 def test_every_round_has_noise_of_its_own_and_asks_around_the_answer_before(tmp_path: Path) -> None:
     ask(tmp_path, 4.0, key=NoiseKey.from_seed(7), modes=2, rounds=3)
     q = question(modes=2)
-    std, public = 4.0 * math.sqrt(2.0**2 + 1.0**2), q.centres
+    std, public, doubt = 4.0 * math.sqrt(2.0**2 + 1.0**2), q.centres, 0.0
     for number in range(3):
         drawn = torch.from_numpy(NoiseKey.from_seed(7).gaussian((6, 65), step=number, stream=Stream.MEANS))
         noisy = clipped_sums(PRIVATE, q) + std * drawn
-        found = denoised(noisy, q, std, public=public)
+        found, doubt = denoised(noisy, q, std, public=public, doubt=doubt)
         last, q = q, replace(q, centres=(((found.images.double() + 1) * 127.5 * 1024).round() / (127.5 * 1024) - 1))
     torch.testing.assert_close(sums(tmp_path), noisy, rtol=0, atol=1e-10)
     kept, described = RunFolder(tmp_path).load_tensors(RunFolder(tmp_path).means, "warmup")
@@ -201,7 +207,7 @@ def test_it_is_asked_once_and_kept(tmp_path: Path) -> None:
 
 def test_without_noise_the_means_come_out() -> None:
     q = question(100.0)
-    found = denoised(clipped_sums(PRIVATE, q), q, 1e-9)
+    found = answered(clipped_sums(PRIVATE, q), q, 1e-9)
     means = found.images
     assert found.trust.min() > 0.999
     x = to_float(torch.from_numpy(PRIVATE.images))
@@ -214,7 +220,7 @@ def test_without_noise_rounds_are_lloyds_from_public_centres() -> None:
     public, x = q.centres, to_float(torch.from_numpy(PRIVATE.images)).flatten(1).double()
     expected = q.centres.view(6, 64).clone()
     for _ in range(4):
-        found = denoised(clipped_sums(PRIVATE, q), q, 1e-9, public=public)
+        found, _ = denoised(clipped_sums(PRIVATE, q), q, 1e-9, public=public)
         q = replace(q, centres=((found.images.double() + 1) * 127.5 * 1024).round() / (127.5 * 1024) - 1)
         for c in range(3):
             own = x[torch.from_numpy(PRIVATE.labels) == c]
@@ -234,7 +240,7 @@ def test_under_noise_alone_the_centres_come_out() -> None:
     std = 1e4
     noisy = clipped_sums(PRIVATE, q) + std * torch.randn(3, 65, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     noisy[:, -1] = 40 * q.count  # counts as they are
-    found = denoised(noisy, q, std)
+    found = answered(noisy, q, std)
     torch.testing.assert_close(found.images, q.centres.float(), atol=0.05, rtol=0)
     assert found.trust.max() < 0.05
     for c in range(3):
@@ -244,13 +250,13 @@ def test_under_noise_alone_the_centres_come_out() -> None:
 
 def test_denoising_comes_nearer_to_the_means_than_the_raw_sums(tmp_path: Path) -> None:
     q = question(6.0)
-    exact = denoised(clipped_sums(PRIVATE, q), q, 1e-9).images
+    exact = answered(clipped_sums(PRIVATE, q), q, 1e-9).images
     std, ratios = 3.0 * q.sensitivity, []
     for seed in range(5):
         noise = torch.randn(3, 65, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         noisy = clipped_sums(PRIVATE, q) + std * noise
         raw = noisy[:, :-1] / (noisy[:, -1:] / q.count).clamp(min=1.0) + q.centres.view(3, -1)
-        found = denoised(noisy, q, std).images
+        found = answered(noisy, q, std).images
         ratios.append(float((found - exact).norm() / (raw.float().view_as(exact) - exact).norm()))
     assert np.median(ratios) < 0.8
 
@@ -261,7 +267,7 @@ def test_a_class_without_images_gives_its_centre_and_nothing_infinite(count: flo
     noisy = clipped_sums(PRIVATE, q)
     noisy[1] = 0.01
     noisy[1, -1] = count
-    means = denoised(noisy, q, 2.0)
+    means = answered(noisy, q, 2.0)
     assert torch.isfinite(means.images).all() and means.images.abs().max() <= 1
     assert means.trust.min() >= 0 and means.trust.max() <= 1
 
@@ -281,18 +287,73 @@ def test_the_bound_and_the_basis_come_of_public_images() -> None:
 def test_classes_of_few_public_images_have_as_many_centres(tmp_path: Path) -> None:
     q = question(None, chosen=np.arange(3), labels=np.array([0, 0, 1]), modes=4)
     assert q.centres.shape == (12, 1, 8, 8) and torch.isfinite(q.centres).all() and q.max_norm > 0
-    shown = to_float(torch.from_numpy(PUBLIC.images[:3])).double()
-    assert {c.item() for c in torch.cdist(shown.flatten(1), q.centres[:8].flatten(1)).amin(0) < 1e-6} == {True}
+    assert len(q.centres[:8].unique(dim=0)) == 2  # too few for clusters: one of each, in every row
     assert len(q.centres[8:].unique(dim=0)) == 4  # the class without any: clusters of all public images
     images = ask(tmp_path, 2.0, modes=4, chosen=np.arange(3), labels=np.array([0, 0, 1]))
     assert images.shape == (12, 1, 8, 8) and torch.isfinite(images).all()
+
+
+@pytest.mark.parametrize("each", [4, 12, 40])
+def test_the_bound_is_not_of_the_images_that_clusters_were_made_of(each: int) -> None:
+    """Clusters of few images lie on them: their own distances would let hardly anything of a sensitive image through."""
+    chosen = np.concatenate([np.flatnonzero(PUBLIC.labels == c)[:each] for c in range(3)])
+    one, several = (question(None, chosen=chosen, labels=PUBLIC.labels[chosen], modes=m).max_norm for m in (1, 16))
+    assert several > 0.5 * one
+
+
+def test_noise_is_not_trusted_the_more_the_more_often_it_is_asked(tmp_path: Path) -> None:
+    """Neither of classes that noise drowns, nor of a small one beside large ones, whose signal is theirs."""
+    names = PRIVATE.label_names
+    large = replace(
+        PRIVATE, images=PRIVATE.images[PRIVATE.labels < 2].repeat(60, 0), labels=PRIVATE.labels[PRIVATE.labels < 2].repeat(60)
+    )
+    few = PRIVATE.subset(np.flatnonzero(PRIVATE.labels == 2)[:4])
+    both = ImageSet(np.concatenate([large.images, few.images]), np.concatenate([large.labels, few.labels]), names)
+    chosen = np.flatnonzero(PUBLIC.labels < 3)
+    for rounds in (1, 3, 6):
+        ask(tmp_path / str(rounds), 20.0, key=NoiseKey.from_seed(rounds), private=both, rounds=rounds, modes=2, max_norm=6.0,
+            chosen=chosen, labels=PUBLIC.labels[chosen])  # fmt: skip
+        means = load_means(RunFolder(tmp_path / str(rounds)))
+        assert means.trust[4:].max() < 0.3, rounds
+        q = question(2.0, modes=2)
+        doubt, public = torch.zeros(6, dtype=torch.float64), q.centres
+        for number in range(rounds):
+            drawn = NoiseKey.from_seed(100 * rounds + number).gaussian((6, 65), step=number, stream=Stream.MEANS)
+            noisy = clipped_sums(PRIVATE, q) + 500.0 * torch.from_numpy(drawn)
+            noisy[:, -1] = 20 * q.count
+            found, doubt = denoised(noisy, q, 500.0, public=public, doubt=doubt)
+            q = replace(q, centres=found.images.double())
+        assert found.trust.max() < 0.5, rounds
+
+
+def test_an_answer_is_kept_before_the_next_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in the second round, only that one is paid again; the first answer is what it goes on from."""
+    original, calls = means_module.clipped_sums, []
+
+    def failing(*arguments: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(means_module, "clipped_sums", failing)
+    with pytest.raises(KeyboardInterrupt):
+        ask(tmp_path, 4.0, modes=2, rounds=3)
+    folder = RunFolder(tmp_path)
+    first, described = folder.load_tensors(folder.means, "warmup")
+    assert described["rounds"] == 1
+    check_ledger(folder)
+    ask(tmp_path, 4.0, modes=2, rounds=3)
+    assert len(Ledger.read(folder.ledger).records()) == 4 and len(calls) == 4
+    last, described = folder.load_tensors(folder.means, "warmup")
+    assert described["rounds"] == 3 and torch.equal(last["public"], first["public"]) and (last["doubt"] >= first["doubt"]).all()
 
 
 def test_means_of_a_folder_from_before_there_were_modes(tmp_path: Path) -> None:
     images = ask(tmp_path, 2.0)
     folder = RunFolder(tmp_path)
     tensors, described = folder.load_tensors(folder.means, "warmup")
-    earlier = {name: tensors[name] for name in ("means", "trust", "sums", "centres")}
+    earlier = {name: tensors[name] for name in ("means", "trust", "sums", "centres")}  # what there was
     del described["modes"], described["rounds"]
     folder.save_tensors(folder.means, earlier, described)
     assert torch.equal(ask(tmp_path, 2.0), images)  # known by its fingerprint
@@ -306,4 +367,4 @@ def test_many_pixels_take_the_first_components_only() -> None:
     q = pose(large, n_classes=2, chosen=NOTHING, labels=NOTHING, modes=1, max_norm=None, seed=0)
     assert q.basis.shape == (40, 24 * 24 * 3)
     torch.testing.assert_close(q.basis @ q.basis.T, torch.eye(40, dtype=torch.float64), atol=1e-6, rtol=0)
-    assert torch.isfinite(denoised(clipped_sums(large, q), q, 1.0).images).all()
+    assert torch.isfinite(answered(clipped_sums(large, q), q, 1.0).images).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from dataclasses import replace
@@ -247,7 +248,8 @@ def test_as_many_means_a_class_are_asked_for_as_noise_allows() -> None:
     given = filled(800, warmup={"modes": 4, "share": 0.2, "lowest_level": 0.8})
     assert (given.modes, given.rounds, given.lowest_level) == (4, 3, 0.8)
     assert given.noise_multiplier == pytest.approx(3**0.5 * query_noise_multiplier(10.0, 1e-5, 0.2))
-    assert filled(800, warmup={"noise_multiplier": 0.5}).modes == int(0.05 / (0.5 * 4.0 / 80))
+    own = filled(10**6, warmup={"noise_multiplier": 0.5})  # meant for one question
+    assert (own.modes, own.rounds, own.noise_multiplier) == (1, 1, 0.5)
     twice = filled(800, warmup={"modes": 1, "rounds": 2})
     assert twice.rounds == 2 and twice.noise_multiplier == pytest.approx(few.noise_multiplier or 0.0)
 
@@ -270,6 +272,7 @@ def test_every_round_is_charged_and_said(moded: Run) -> None:
     assert plan.means_pixel_noise == pytest.approx(2 * plan.means_noise_multiplier * 4.0 / 40)
     page = moded.report().read_text()
     assert "of 2 sums a class to the one whose picture is nearest" in page and "in each of 2 rounds" in page
+    assert json.loads(moded.folder.budget.read_text())["means_rounds"] == 2
     assert not read_facts(moded.folder.path).privacy.banners and 'class means: draws</td><td class="n">2' in page
 
 
@@ -403,7 +406,10 @@ def test_the_report_says_what_was_asked(finished: Run) -> None:
         ({"max_norm": 0.0}, "warmup.max_norm must be positive"),
         ({"max_norm": math.inf}, "warmup.max_norm must be positive and finite"),
         ({"noise_multiplier": math.inf}, "warmup.noise_multiplier must be ≥ 0 and finite"),
-        ({"highest_level": 0.5}, "warmup.highest_level must be above lowest_level 1"),
+        ({"highest_level": 0.9}, "warmup.highest_level must be above lowest_level 1"),
+        ({"highest_level": 0.5, "modes": 2}, "warmup.highest_level must be above lowest_level 0.6"),
+        ({"modes": 0}, "warmup.modes must be ≥ 1 or null, found 0"),
+        ({"rounds": -1}, "warmup.rounds must be ≥ 1 or null, found -1"),
         ({"noise_multiplier": -1.0}, "warmup.noise_multiplier must be ≥ 0"),
         ({"ema_decay": 1.0}, "ema_decay"),
     ],
