@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,14 @@ from privimage_fast.models.edm import PublicDenoising
 from privimage_fast.report import summary_table
 from privimage_fast.stages import finetune as finetune_module
 from privimage_fast.stages.interrupt import interrupts_held, terminating_interrupts
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Whoever runs the suite in the background may have SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("at", [2, STEPS])  # the last one is of no progress file, but of the stage's own
