@@ -6,19 +6,15 @@ import importlib
 import os
 import signal
 import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
-from tiny import PRIVATE, PUBLIC, SECTIONS, STEPS, TEST, run_all
+from tiny import STEPS, run_all, wait_for_lines, write_run
 
-from privimage_fast.data import save_npz
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.models.edm import PublicDenoising
 from privimage_fast.report import summary_table
@@ -167,18 +163,9 @@ def test_signals_of_others_and_other_threads_are_left_alone() -> None:
 
 def test_a_terminated_command_has_saved_its_step(tmp_path: Path) -> None:
     """SIGTERM, as batch systems send it, in the middle of fine-tuning: --resume charges what was planned and no step more."""
-    for name, images in (("public", PUBLIC), ("private", PRIVATE), ("test", TEST)):
-        save_npz(images, tmp_path / f"{name}.npz")
-    data = {**SECTIONS["data"], **{name: str(tmp_path / f"{name}.npz") for name in ("public", "private", "test")}}
-    config = {**SECTIONS, "data": data, "finetune": {**SECTIONS["finetune"], "steps": 40, "checkpoint_steps": 1000}}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**config, "out": str(tmp_path / "out")}))
-    command = [sys.executable, "-P", "-m", "privimage_fast", "run", "--config", str(tmp_path / "run.yaml")]
-    ledger = tmp_path / "out" / "ledger.jsonl"
+    command, ledger = write_run(tmp_path, steps=40, checkpoint_steps=1000)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (ledger.exists() and ledger.read_bytes().count(b"\n") > 10):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
+    wait_for_lines(ledger, 10, process)
     os.kill(process.pid, signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130 and "--resume goes on" in said

@@ -5,18 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
-from tiny import PRIVATE, PUBLIC, SECTIONS, STEPS, TEST, dpsgd, run_all, tiny_config
+from tiny import PRIVATE, PUBLIC, SECTIONS, STEPS, TEST, dpsgd, run_all, tiny_config, wait_for_lines, write_run
 
-from privimage_fast.data import save_npz
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.pipeline import Run
 from privimage_fast.report import epsilon_text
@@ -133,18 +129,9 @@ def test_pretraining_resumes_to_the_same_weights(tmp_path: Path, monkeypatch: py
 
 def test_killed_for_real_and_resumed_by_command(tmp_path: Path) -> None:
     """SIGKILL in the middle of fine-tuning and of sampling; the command with --resume ends the job."""
-    for name, images in (("public", PUBLIC), ("private", PRIVATE), ("test", TEST)):
-        save_npz(images, tmp_path / f"{name}.npz")
-    data = {**SECTIONS["data"], **{name: str(tmp_path / f"{name}.npz") for name in ("public", "private", "test")}}
-    config = {**SECTIONS, "data": data, "finetune": {**SECTIONS["finetune"], "steps": 60, "checkpoint_steps": 20}}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**config, "out": str(tmp_path / "out")}))
-    command = [sys.executable, "-P", "-m", "privimage_fast", "run", "--config", str(tmp_path / "run.yaml")]
-    ledger = tmp_path / "out" / "ledger.jsonl"
+    command, ledger = write_run(tmp_path, steps=60, checkpoint_steps=20)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (ledger.exists() and ledger.read_bytes().count(b"\n") > 30):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
+    wait_for_lines(ledger, 30, process)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     charged = Ledger.read(ledger).steps_charged("finetune")

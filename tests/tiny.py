@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from privimage_fast.config import RunConfig, build_config
-from privimage_fast.data import ImageSet
+from privimage_fast.data import ImageSet, save_npz
 from privimage_fast.dp.accounting import DPSGDEvent
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.pipeline import Run
@@ -55,6 +59,25 @@ def run_all(out: Path, *, resume: bool = False, test: Any = TEST, **sections: An
     with run.opened(resume=resume):
         run.all()
     return run
+
+
+def write_run(folder: Path, **finetune: Any) -> tuple[list[str], Path]:
+    """The same run by command: its sets and configuration in ``folder``; the command line, and the ledger it will write."""
+    for name, images in (("public", PUBLIC), ("private", PRIVATE), ("test", TEST)):
+        save_npz(images, folder / f"{name}.npz")
+    data = {**SECTIONS["data"], **{name: str(folder / f"{name}.npz") for name in ("public", "private", "test")}}
+    sections = {**SECTIONS, "data": data, "finetune": {**SECTIONS["finetune"], **finetune}, "out": str(folder / "out")}
+    (folder / "run.yaml").write_text(yaml.safe_dump(sections))
+    command = [sys.executable, "-P", "-m", "privimage_fast", "run", "--config", str(folder / "run.yaml")]
+    return command, folder / "out" / "ledger.jsonl"
+
+
+def wait_for_lines(ledger: Path, lines: int, process: subprocess.Popen[Any]) -> None:
+    """Until the ledger has more than so many, within two minutes of a process that goes on."""
+    deadline = time.monotonic() + 120
+    while not (ledger.exists() and ledger.read_bytes().count(b"\n") > lines):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
 
 
 def dpsgd(run: Run) -> list[DPSGDEvent]:

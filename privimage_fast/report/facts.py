@@ -432,7 +432,7 @@ def _releases(run_dir: Path, metrics: list[Metric], secret_times: bool, asked: s
         Release("Noisy histogram", "query.json", True, "Gaussian noise was added before it was written; drawn once"),
         Release("Check of the query", "query-check.json", True, "computed from public images and the noisy histogram"),
         Release("Chosen public labels", "selection.json", True, "computed from the noisy histogram alone"),
-        Release("Noisy class means and counts", MEANS, True, "Gaussian noise was added before they were written; drawn once"),
+        Release("Noisy class means and counts", MEANS, True, "Gaussian noise was added before they were written"),
         Release("Sheet of class means", "samples/means.png", True, "computed from the noisy class means"),
         Release("Sheet before fine-tuning", "samples/before.png", True, "drawn from the model that saw public images only"),
         Release("Sheet of synthetic images", "samples/after.png", True, "drawn from the private model"),

@@ -192,7 +192,7 @@ def _charges(ledger: Ledger) -> list[Charges]:
 def _compare(
     privacy: Privacy, ledger: Ledger, budget: dict[str, Any], asked: dict[str, dict[str, Any] | None], trained: bool
 ) -> None:  # fmt: skip
-    """`asked`: what each question that is drawn once has left.
+    """`asked`: what the answers to each question have left, None where there is none.
 
     The plan beside the ledger. Steps charged beyond the plan are replays; fewer under a finished model are a gap.
     """

@@ -91,7 +91,7 @@ def pose(
             # Clusters of few images are those images, and near to nothing else: C is taken from images they were not made of.
             fitted, count = some[::2], min(modes, max(1, len(some) // (2 * _EACH)))
             clusters = torch.from_numpy(kmeans(fitted.numpy(), count, random))
-            found = torch.cat([clusters, clusters[:1].expand(modes - len(clusters), -1)])
+            found = torch.cat([clusters, clusters[:1].expand(modes - len(clusters), -1)])  # no image is nearer to a copy
             lengths.append(_nearest(some[1::2] if len(some) > 1 else some, found))
         elif len(own):
             found = sum((_floats(public.images[part]).sum(0) for part in _parts(own)), torch.zeros(1))[None] / len(own)
@@ -100,8 +100,8 @@ def pose(
             found = rest.mean(0, keepdim=True)
         centres.append(found)
     if max_norm is None:
-        found = torch.cat(lengths) if lengths else _nearest(rest, centres[0])
-        max_norm = max(float(np.quantile(found.numpy(), 0.9)), 1e-3)
+        distances = torch.cat(lengths) if lengths else _nearest(rest, centres[0])
+        max_norm = max(float(np.quantile(distances.numpy(), 0.9)), 1e-3)
     shape = public.channels, public.resolution, public.resolution
     return Question(_on_grid(torch.cat(centres)).view(-1, *shape), modes, max_norm, _components(rest - rest.mean(0), seed))
 
@@ -198,16 +198,16 @@ def clipped_sums(images: ImageSet, question: Question) -> Tensor:
     centres = np.rint((question.centres.flatten(1).numpy() + 1) * scale).astype(np.int64)
     table, counts = np.zeros(centres.shape, np.int64), np.zeros(len(centres), np.int64)
     for part in _parts(np.arange(len(images))):
-        rows = images.labels[part] * question.modes
+        rows = first = images.labels[part] * question.modes
         pixels = images.images[part].transpose(0, 3, 1, 2).reshape(len(rows), -1).astype(np.int64) * _UNIT
         residual = pixels - centres[rows]
         squared = np.square(residual).sum(1)
         for mode in range(1, question.modes):
-            other = pixels - centres[images.labels[part] * question.modes + mode]
+            other = pixels - centres[first + mode]
             length = np.square(other).sum(1)
             nearer = length < squared
             residual[nearer], squared[nearer] = other[nearer], length[nearer]
-            rows = np.where(nearer, images.labels[part] * question.modes + mode, rows)
+            rows = np.where(nearer, first + mode, rows)
         norm = np.sqrt(squared.astype(np.float64))
         # A whisker below C for what the root and the product round; towards zero, so that no entry grows.
         factor = np.minimum(1.0, question.max_norm * (1 - 1e-12) * scale / np.maximum(norm, 1.0))

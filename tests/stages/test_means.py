@@ -301,6 +301,16 @@ def test_the_bound_is_not_of_the_images_that_clusters_were_made_of(each: int) ->
     assert several > 0.5 * one
 
 
+def test_the_bound_of_images_without_kinds_is_no_smaller_for_more_of_them() -> None:
+    """Pure noise has no kinds: what is near to clusters found in it is what they were made of, and no other image."""
+    pixels = np.random.default_rng(0).integers(0, 256, (512, 8, 8, 1)).astype(np.uint8)
+    noise, chosen = ImageSet(pixels, np.arange(512) % 2, ("a", "b")), np.arange(512)
+    one, several = (
+        pose(noise, n_classes=2, chosen=chosen, labels=noise.labels, modes=m, max_norm=None, seed=0).max_norm for m in (1, 16)
+    )
+    assert several > one
+
+
 def test_noise_is_not_trusted_the_more_the_more_often_it_is_asked(tmp_path: Path) -> None:
     """Neither of classes that noise drowns, nor of a small one beside large ones, whose signal is theirs."""
     names = PRIVATE.label_names

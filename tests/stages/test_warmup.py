@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from tiny import PRIVATE, PUBLIC, SECTIONS, STEPS, TEST, run_all, tiny_config
+from tiny import PRIVATE, PUBLIC, SECTIONS, STEPS, TEST, dpsgd, run_all, tiny_config
 
 from privimage_fast.cli import main
-from privimage_fast.config import ConfigError
+from privimage_fast.config import ConfigError, load_config
 from privimage_fast.data import save_npz
 from privimage_fast.dp.accounting import GaussianEvent
 from privimage_fast.dp.ledger import Ledger
@@ -268,6 +268,7 @@ def test_every_round_is_charged_and_said(moded: Run) -> None:
     means = load_means(moded.folder)
     assert means.classes.tolist() == [0, 0, 1, 1, 2, 2] and torch.allclose(means.weights.view(3, 2).sum(1), torch.ones(3))
     plan = moded.plan()
+    assert plan.noise_multiplier == dpsgd(moded)[0].noise_multiplier  # solved with as many rounds in
     assert "in each of 2 rounds: noise of about" in plan.table() and "on a pixel of each of 2 a class" in plan.table()
     assert plan.means_pixel_noise == pytest.approx(2 * plan.means_noise_multiplier * 4.0 / 40)
     page = moded.report().read_text()
@@ -334,6 +335,17 @@ def test_a_run_of_before_there_was_a_warm_up_goes_on_without(tmp_path: Path) -> 
         run_all(tmp_path / "run", resume=True, test=None)
     run_all(tmp_path / "run", resume=True, test=None, warmup={"steps": 0, "lr": 0.5})  # what is off may change
     assert Ledger.read(run.folder.ledger).steps_charged("warmup") == 0
+
+
+def test_a_run_of_before_there_were_modes_has_one(finished: Run) -> None:
+    """A large set's null would read as several now, which such a folder never asked for."""
+    saved = yaml.safe_load(finished.folder.config.read_text())
+    del saved["warmup"]["modes"], saved["warmup"]["rounds"]
+    path = finished.folder.path / "earlier.yaml"
+    path.write_text(yaml.safe_dump(saved))
+    warmup = load_config(path).warmup
+    assert (warmup.modes, warmup.rounds) == (1, 1)
+    path.unlink()
 
 
 def test_a_folder_of_before_serves_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
