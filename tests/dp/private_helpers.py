@@ -1,4 +1,4 @@
-"""A private training loop in a few lines, for the tests of the privacy engine."""
+"""A private training loop in a few lines, and its gradient as the oracle has it, for the tests of the privacy engine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from oracle import per_sample_loop
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.data import DataLoader, TensorDataset
 
 import privimage_fast as pf
@@ -51,3 +53,30 @@ def gradient(module: nn.Module) -> Tensor:
 
 def weights(module: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten().clone() for p in module.parameters()])
+
+
+def row_losses(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(module(x), y, reduction="none")
+
+
+def derived_net() -> nn.Module:
+    return nn.Sequential(weight_norm(nn.Linear(6, 8)), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), weight_norm(nn.Linear(8, 3)))
+
+
+class Discriminator(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.main = nn.Sequential(nn.Linear(6, 8), nn.LeakyReLU(0.2, inplace=True), nn.Linear(8, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.main(x)[:, 0]
+
+
+def expected_gradient(module: nn.Module, x: Tensor, y: Tensor, c: float, multiplicity: int = 1) -> Tensor:
+    """Sum of clipped gradients of each sample's mean loss, in double precision."""
+
+    def mean_loss(m: nn.Module, *args: Tensor) -> Tensor:
+        return row_losses(m, *args) / multiplicity
+
+    sums, _ = per_sample_loop(module, mean_loss, (x, y), max_grad_norm=c, multiplicity=multiplicity)
+    return torch.cat([s.flatten() for s in sums.values()])
