@@ -95,9 +95,7 @@ def _is_for_users(error: Exception) -> bool:
 def _parse_run(command: str, argv: list[str], description: str, *, base: str | None = None) -> tuple[Any, argparse.Namespace]:
     """(RunConfig, flags) from ``--config FILE``, dotted overrides and flags; ``base`` is YAML beneath both (several documents:
     each over those before it)."""
-    import yaml
-
-    from privimage_fast.config import ConfigError, build_config, check_keys, load_config, load_yaml, nest
+    from privimage_fast.config import ConfigError, build_config, check_keys, load_config, load_yaml, nest, parse_value, read_text
     from privimage_fast.stages.folder import RunFolder
 
     parser = argparse.ArgumentParser(f"privimage {command}", description=description, allow_abbrev=False)
@@ -126,7 +124,7 @@ def _parse_run(command: str, argv: list[str], description: str, *, base: str | N
             if not rest:
                 raise ConfigError(f"--{key} needs a value")
             value = rest.pop(0)
-        overrides[key] = yaml.safe_load(value) if value else ""
+        overrides[key] = parse_value(key, value)
     if flags.skip_bad:
         overrides["data.skip_bad"] = True
     if flags.out:
@@ -141,7 +139,7 @@ def _parse_run(command: str, argv: list[str], description: str, *, base: str | N
         path = Path(flags.config)
         if not path.is_file():
             raise ConfigError(f"--config: no file {path}")
-        config = build_config(load_yaml(path.read_text(), str(path)), config)
+        config = build_config(load_yaml(read_text(path), str(path)), config)
     elif saved is not None and saved.begun and (flags.resume or command in STAGES):
         config = load_config(saved.config)
     elif base is None and "data.private" not in overrides and command != "report":

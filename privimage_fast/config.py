@@ -119,6 +119,14 @@ class ModelConfig:
             raise ValueError(f"model.preset must be one of {', '.join(unet.PRESETS)}, custom; found {self.preset!r}")
 
     @property
+    def unused_sizes(self) -> str | None:
+        """What is set, and not used: sizes beside a preset that has its own."""
+        changed = [name for name, plain in (("unet", UNetConfig()), ("gan", GANConfig())) if getattr(self, name) != plain]
+        if self.preset == "custom" or not changed:
+            return None
+        return f"model.{changed[0]} is not used: preset {self.preset} has sizes of its own; set model.preset custom"
+
+    @property
     def default_multiplicity(self) -> int:
         return FAMILIES[self.family].default_multiplicity
 
@@ -162,6 +170,9 @@ class RunConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def __post_init__(self) -> None:
+        for name in ("seed", "public_seed"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name} must not be negative, found {getattr(self, name)}")
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"precision must be auto, float32 or bfloat16, found {self.precision!r}")
 
@@ -212,6 +223,32 @@ def load_yaml(text: str, source: str = "configuration") -> dict[str, Any]:
         raise ConfigError(f"{source} must hold keys such as `data:` and `privacy:`, found {type(values).__name__}")
     check_keys(dotted_keys(values), source)
     return values
+
+
+def read_text(path: Path) -> str:
+    """A configuration file's text. ConfigError where it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); is it a YAML file?") from error
+
+
+def parse_value(key: str, text: str) -> Any:
+    """A value from the command line: text where the key takes text, so that a path is what was written; else YAML.
+
+    Raises:
+        ConfigError: not YAML.
+    """
+    takes_text = any(kind == "str" for kind in _kinds_of(key))
+    try:
+        value = read_yaml(text)
+    except yaml.YAMLError as error:
+        if takes_text:
+            return text
+        raise ConfigError(f"--{key}: {text!r} is not a YAML value ({str(error).splitlines()[0]})") from error
+    if takes_text and not (isinstance(value, list) or (value is None and text and "None" in _kinds_of(key))):
+        return text
+    return "" if value is None and not text else value
 
 
 def load_config(path: Path) -> RunConfig:
@@ -311,14 +348,22 @@ def _in_words(message: str, values: dict[str, Any]) -> str:
     named = re.match(r'Parser key "([\w.]+)":', message)
     if named is None or named[1] not in valid_keys():
         return message
-    config: Any = RunConfig()
     found: Any = values
     *sections, last = named[1].split(".")
     for section in sections:
-        config, found = getattr(config, section), found[section]
-    kinds = str(next(f.type for f in fields(config) if f.name == last)).split(" | ")
+        found = found[section]
+    kinds = _kinds_of(named[1])
     infinite = "; YAML writes infinity .inf" if str(found[last]).lower().lstrip("+-") in ("inf", "infinity", "∞") else ""
     return f"{named[1]}: expected {' or '.join(_KINDS.get(kind, kind) for kind in kinds)}, found {found[last]!r}{infinite}"
+
+
+def _kinds_of(key: str) -> list[str]:
+    """Types that a valid dotted key takes, as they are written; of a section its class."""
+    config: Any = RunConfig()
+    *sections, last = key.split(".")
+    for section in sections:
+        config = getattr(config, section)
+    return str(next(f.type for f in fields(config) if f.name == last)).split(" | ")
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -12,11 +12,10 @@ import numpy as np
 
 from privimage_fast.config import RunConfig, build_config
 from privimage_fast.data import ImageSet
-from privimage_fast.data.atomic import atomic_write_text
 from privimage_fast.models.training import Drawable
 from privimage_fast.pipeline import Run, autocast_of, device_of
 from privimage_fast.planning import Plan
-from privimage_fast.stages.folder import RunError
+from privimage_fast.stages.folder import RunError, RunFolder
 from privimage_fast.stages.query import SemanticFunction
 from privimage_fast.stages.sample import draw
 from privimage_fast.stages.saved import load_pretrained, save_pretrained
@@ -42,6 +41,7 @@ class PrivImage:
         self._model: Drawable | None = None
         self._class_names: tuple[str, ...] = ()
         self._pretrained: dict[str, Any] = {}
+        self._companions: dict[str, Any] = {}  # what a saved model came with, to be saved with it again
 
     def plan(self, public: ImageSet | str, private: ImageSet | str) -> Plan:
         """σ, steps, memory and rough time, before anything is spent."""
@@ -60,7 +60,8 @@ class PrivImage:
             run.warmup()
             self._model = run.finetune().drawable.eval()
             run.report()
-        self._run, self._class_names, self.config = run, run.private.label_names, run.config
+        # Not the run's configuration: N, δ and steps of this set would be taken for those of the next.
+        self._run, self._class_names = run, run.private.label_names
         return self
 
     def sample(self, n: int, labels: np.ndarray | None = None, *, seed: int | None = None) -> ImageSet:
@@ -101,13 +102,11 @@ class PrivImage:
         return dict(self._pretrained)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Weights as safetensors, configuration, ledger and card."""
+        """Weights as safetensors, configuration, ledger, and the card without figures that are not private."""
         if self._run is None:
-            save_pretrained(self._fitted(), path, class_names=self._class_names)
-            return
-        self._run.save(self._fitted(), path)
-        card = self._run.folder.path / "README.md"
-        atomic_write_text(Path(path) / "README.md", card.read_text())
+            save_pretrained(self._fitted(), path, class_names=self._class_names, **self._companions)
+        else:
+            self._run.save(self._fitted(), path)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> PrivImage:
@@ -117,6 +116,10 @@ class PrivImage:
         self = cls(sample={"sampler": described["sampler"]} if "sampler" in described else {})
         self._model, self._class_names = model, names
         self._pretrained = described.get("privacy", {})
+        folder = RunFolder(path)
+        texts = {name: file.read_text() for name, file in (("ledger", folder.ledger), ("card", folder.card)) if file.exists()}
+        sampler = self.config.sample.sampler if "sampler" in described else None
+        self._companions = {"privacy": described.get("privacy"), "sampler": sampler, **texts}
         return self
 
     def _fitted(self) -> Drawable:

@@ -35,7 +35,9 @@ def resolve(c: RunConfig, saved: RunConfig | None, *, images: int, n_classes: in
     warmup = replace(c.warmup, **{name: getattr(filled.warmup, name) for name in nulls})
     if c.warms_up:
         warmup = fill_warmup(replace(c, warmup=warmup), delta, population=population, n_classes=n_classes)
-    steps = c.finetune.steps or filled.finetune.steps or c.finetune.total_steps(population)
+    steps = c.finetune.steps or filled.finetune.steps
+    if steps is None and c.privacy.train:
+        steps = c.finetune.total_steps(population)
     multiplicity = c.finetune.multiplicity or filled.finetune.multiplicity or c.model.default_multiplicity
     return replace(
         c,
@@ -56,10 +58,11 @@ def check_public_numbers(c: RunConfig, *, images: int) -> None:
     """
     population, delta = c.privacy.population, c.privacy.delta
     assert population is not None and delta is not None
-    if delta >= 1 / population:
+    most = max(population, images)  # a stated N that is too small does not make a δ of so many images sound
+    if delta >= 1 / most:
         raise ConfigError(
-            f"privacy.delta is {delta:g}, which lets one of the {population} images be published as it is: it must be well "
-            f"below 1/N = {1 / population:.3g}; null takes 1/(N ln N) = {default_delta(population):.3g}"
+            f"privacy.delta is {delta:g}, which lets one of the {most} images be published as it is: it must be well "
+            f"below 1/N = {1 / most:.3g}; null takes 1/(N ln N) = {default_delta(population):.3g}"
         )
     if population < images:
         logger.warning("privacy.population states %d images, but %d were found", population, images)

@@ -16,7 +16,7 @@ import torch
 
 from privimage_fast import report
 from privimage_fast.config import ConfigError, DataConfig, RunConfig, differing_keys, load_config
-from privimage_fast.data import ImageSet, Limits, holdout_split, join, open_image_set
+from privimage_fast.data import ImageSet, Limits, holdout_split, images_in_both, join, open_image_set
 from privimage_fast.data.atomic import atomic_write_text
 from privimage_fast.dp.accounting import ADJACENCY, UNIT
 from privimage_fast.dp.ledger import Ledger
@@ -29,7 +29,7 @@ from privimage_fast.opening import check_ledger, check_public_numbers, resolve
 from privimage_fast.planning import Plan, make_plan, query_noise_multiplier
 from privimage_fast.stages.agreement import check_text, question, stand_in_tables
 from privimage_fast.stages.clusters import check_clusters, public_clusters
-from privimage_fast.stages.evaluate import run_evaluate
+from privimage_fast.stages.evaluate import check_evaluation, run_evaluate
 from privimage_fast.stages.finetune import budget_record, run_finetune
 from privimage_fast.stages.folder import RunError, RunFolder, fingerprint, timed
 from privimage_fast.stages.means import load_means, pictures, run_means
@@ -160,9 +160,12 @@ class Run:
         """Finds out before anything is spent what would stop a later stage.
 
         Raises:
-            ConfigError: a test set of other classes, or an ONNX classifier that is not there.
+            ConfigError: a test set of other classes, or files that are not there.
+            RunError: too few images to be evaluated.
         """
         test, private = self.test, self.private
+        if self.config.model.unused_sizes:
+            logger.warning("%s", self.config.model.unused_sizes)
         if test is not None and test.label_names != private.label_names:
             odd = sorted(set(test.label_names) ^ set(private.label_names))
             raise ConfigError(
@@ -175,6 +178,30 @@ class Run:
             raise ConfigError(f"query.onnx: no file {self.config.query.onnx}")
         if self.config.evaluate.inception and not Path(self.config.evaluate.inception).is_file():
             raise ConfigError(f"evaluate.inception: no file {self.config.evaluate.inception}")
+        if test is not None:
+            check_evaluation(self.config.evaluate, synthetic=self.config.sample.per_class * private.n_classes, test=len(test))
+
+    def _check_apart(self) -> None:
+        """Refuses a public or test set that is the sensitive one, by its images; a few in both are only told. The first of all
+        checks: with the same folder twice every other answer would mislead.
+
+        Who gives one folder for two sets must not get a run that claims ε for images it was pre-trained on. Few equal images
+        (blank ones, say) may be in both by chance. The answer goes to the owner's terminal and nowhere else.
+        """
+        apart = {
+            "public": (self.public, "public images are trained on without noise, so ε would mean nothing for them"),
+            "test": (self.test, "the quality of images would be judged by the very ones that they were learned from"),
+        }
+        for name, (images, why) in apart.items():
+            shared = 0 if images is None else images_in_both(images, self.private)
+            if images is None or not shared:
+                continue
+            if 2 * shared > min(len(images), len(self.private)):
+                raise ConfigError(
+                    f"data.{name} and data.private hold the same images ({shared:,} of {len(images):,} and "
+                    f"{len(self.private):,}): {why}; give another {name} set"
+                )
+            logger.warning("%d images of data.%s are in data.private as well, pixel for pixel: %s", shared, name, why)
 
     def check_new(self, *, resume: bool) -> None:
         """Refuses a folder that holds a run, unless it is to be gone on with, and a path that is no folder."""
@@ -196,9 +223,12 @@ class Run:
         with self.folder.locked():
             self.check_new(resume=resume)  # another process may have begun it meanwhile
             saved = load_config(self.folder.config) if self.folder.begun else None
+            self._check_apart()
             self.config = self._resolved(saved)
             if saved is not None:
                 free = _REOPENABLE if self.config.warms_up or saved.warms_up else (*_REOPENABLE, "warmup.")
+                if not saved.data.holdout:  # with a share held out, a test set of its own would be trained on more images
+                    free += ("data.test",)
                 changed = [k for k in differing_keys(saved, self.config) if not k.startswith(free)]
                 if changed:
                     raise RunError(
@@ -408,7 +438,7 @@ class Run:
         """The model with what the run has spent and how it samples."""
         save_pretrained(
             model, path, class_names=self.private.label_names, privacy=self.spent(), sampler=self.config.sample.sampler,
-            ledger=self.folder.ledger,
+            ledger=self.folder.ledger.read_text(), card=report.published_card(self.folder.path),
         )  # fmt: skip
 
     def sample(self) -> ImageSet:
@@ -444,16 +474,21 @@ class Run:
 
     def all(self) -> Path:
         """Every stage in order; those that are done already return at once."""
-        stages = (self.query, self.select, self.pretrain, self.warmup, self.finetune, self.sample, self.evaluate)
-        for stage in stages:
+        for stage in (self.query, self.select, self.pretrain, self.warmup, self.finetune, self.sample):
             logger.info("%s", stage.__name__)
             stage()
-        return self.report()
+        logger.info("evaluate")
+        try:
+            self.evaluate()
+        finally:  # what was paid for is described, whatever became of its figures
+            page = self.report()
+        return page
 
     # ---- planning
 
     def plan(self) -> Plan:
         """Needs the sizes of both sets, and spends nothing."""
+        self._check_apart()
         self.check_inputs()
         c = self._resolved(None)
         check_public_numbers(c, images=len(self.private))

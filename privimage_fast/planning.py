@@ -85,11 +85,11 @@ def make_plan(c: RunConfig, model: ImageModel, *, n_labels: int, n_classes: int)
 
     n_labels: labels that the query would ask for; n_classes: of the sensitive set.
     """
-    assert c.privacy.population and c.privacy.delta and c.finetune.steps and c.select.labels_per_class
-    rate = c.finetune.sample_rate(c.privacy.population)
+    assert c.privacy.population and c.privacy.delta and c.select.labels_per_class
+    rate = c.finetune.sample_rate(c.privacy.population) if c.privacy.train else 0.0
     queried, votes = c.select.mode == "semantic", c.query.votes_per_image or c.select.labels_per_class
     prior, modes = questions(c), c.warmup.modes or 1
-    sigma, steps = 0.0, c.finetune.steps if c.privacy.train else 0
+    sigma, steps = 0.0, (c.finetune.steps or 0) if c.privacy.train else 0
     if math.isfinite(c.privacy.epsilon) and steps:
         sigma = solve_noise_multiplier(
             target_epsilon=c.privacy.epsilon, delta=c.privacy.delta, sample_rate=rate, steps=steps,

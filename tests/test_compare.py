@@ -24,7 +24,7 @@ from privimage_fast.compare.runner import is_finished
 from privimage_fast.compare.shared import SharedTraining
 from privimage_fast.compare.tables import Row, accuracy, distance, summarise
 from privimage_fast.config import build_config
-from privimage_fast.data import save_npz
+from privimage_fast.data import DataError, save_npz
 from privimage_fast.dp.accounting import DPSGDEvent, GaussianEvent, epsilon
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.pipeline import Run
@@ -252,7 +252,31 @@ def test_epsilon_of_all_runs_is_composed(seeds: Path) -> None:
     runs = [f"{v}_epsilon=5_seed={s}" for v in ("privimage", "pdp-diffusion") for s in (0, 1)]
     assert together == pytest.approx(epsilon([e for run in runs for e in ledger(seeds, run).events()], 1e-3))
     assert together > 7
-    assert "All 4 runs as one release: ε = " in (table := (seeds / "out" / "table.md").read_text()) and "±" in table
+    table = (seeds / "out" / "table.md").read_text()
+    assert "All 4 ledgers below `runs/` (unfinished and earlier runs too) as one release: ε = " in table and "±" in table
+
+
+def test_epsilon_of_all_runs_counts_those_that_failed_or_left_the_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, variants=["dpdm", "pdp-diffusion"])
+
+    def broken(self: Run) -> None:
+        raise DataError("/secret/patient-7.png cannot be read")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "evaluate", broken)
+        assert main(["compare", "--config", str(path)]) == 2
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    events = [e for run in ("dpdm", "pdp-diffusion") for e in ledger(tmp_path, f"{run}_epsilon=5_seed=0").events()]
+    assert (
+        record["ledgers_together"] == 2
+        and record["epsilon_together"] == pytest.approx(epsilon(events, 1e-3))
+        and not record["runs"]
+    )
+    for name in ("results.json", "table.md"):  # tables are passed on
+        text = (tmp_path / "out" / name).read_text()
+        assert "DataError" in text and "patient" not in text
+    assert main(["compare", "--config", str(write(tmp_path, variants=["dpdm"]))]) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["ledgers_together"] == 2
 
 
 def test_a_wrong_offer_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import PRIVATE, PUBLIC, STEPS, TEST, run_all, tiny_config
+from tiny import PRIVATE, PUBLIC, STEPS, TEST, bars, run_all, tiny_config
 
 import privimage_fast as pf
+from privimage_fast.dp.accounting import default_delta
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.stages.folder import RunError
 
@@ -33,7 +34,12 @@ def test_python_api_end_to_end(tmp_path: Path) -> None:
     other.config = model.config
     assert np.array_equal(other.sample(7).images, images.images)
     assert other.privacy_spent()["epsilon"] == spent["epsilon"]
-    assert (tmp_path / "saved" / "README.md").read_text()
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert "accuracy, trained and tested on synthetic" in card and "tested on real" not in card and "not private**" not in card
+    other.save_pretrained(tmp_path / "again")  # whoever passes it on passes on what it cost
+    assert {p.name for p in (tmp_path / "again").iterdir()} == {p.name for p in (tmp_path / "saved").iterdir()}
+    for path in (tmp_path / "saved").iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
     with pytest.raises(ValueError, match="labels must be"):
         model.sample(2, np.array([0, 9]))
     with pytest.raises(ValueError, match="n must be at least 1, found -1"):
@@ -43,6 +49,22 @@ def test_python_api_end_to_end(tmp_path: Path) -> None:
 def test_the_neighbour_sheet_is_written_only_when_asked_for(tmp_path: Path) -> None:
     run = run_all(tmp_path / "a", evaluate={"neighbours": True})
     assert (run.folder.samples / "neighbours-not-private.png").stat().st_size > 100
+
+
+def test_a_second_set_gets_numbers_of_its_own(tmp_path: Path) -> None:
+    """N, δ, σ₂ and steps of the first set would be a promise about the second that nobody made."""
+    config = tiny_config(tmp_path, privacy={"delta": None}, finetune={"steps": None, "epochs": 1.0})
+    model, larger = pf.PrivImage(config), bars(360, 3, 5, prefix="digit")
+    for name, private in (("a", PRIVATE), ("b", larger)):
+        model.fit(PUBLIC, private, out=tmp_path / name)
+        header = Ledger.read(tmp_path / name / "ledger.jsonl").header
+        assert (header.population, header.delta) == (len(private), default_delta(len(private)))
+        assert (
+            model.plan(PUBLIC, private).steps
+            == len(private) // 30
+            == Ledger.read(tmp_path / name / "ledger.jsonl").steps_charged("finetune")
+        )
+    assert model.config == config
 
 
 def test_another_test_set_is_another_evaluation(tmp_path: Path) -> None:
@@ -56,7 +78,7 @@ def test_another_test_set_leaves_the_split_of_the_run(tmp_path: Path, caplog: py
     config = tiny_config(tmp_path, data={"holdout": 0.25})
     model = pf.PrivImage(config).fit(PUBLIC, PRIVATE, out=tmp_path / "a")
     model.evaluate(TEST)
-    assert model._run is not None and len(model._run.private) == model.config.privacy.population < len(PRIVATE)
+    assert model._run is not None and len(model._run.private) == model._run.config.privacy.population < len(PRIVATE)
     assert "N stays" not in caplog.text and "holdout" not in caplog.text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import math
@@ -18,6 +19,7 @@ import privimage_fast as pf
 from privimage_fast.config import ConfigError, build_config, load_yaml
 from privimage_fast.dp.accounting import DPSGDEvent, GaussianEvent, cross_check, solve_noise_multiplier
 from privimage_fast.dp.ledger import Ledger
+from privimage_fast.dp.noise import NoiseKey
 from privimage_fast.dp.sampling import OSRandom
 from privimage_fast.pipeline import Run
 from privimage_fast.planning import query_noise_multiplier
@@ -114,10 +116,18 @@ def test_nothing_private_is_written_unmarked(finished: Run) -> None:
     assert {p.name for p in finished.folder.samples.iterdir()} == {"after.png", "before.png", "means.png", "public.png"}
 
 
-def test_no_key_is_stored_and_nothing_is_pickled(finished: Run) -> None:
-    for path in finished.folder.path.rglob("*"):
-        if path.is_file() and path.suffix in {".pt", ".pth", ".pkl", ".bin"}:
-            raise AssertionError(path)
+def test_no_key_is_stored_and_nothing_is_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever had the key could take the noise off everything that was released."""
+    key, secret = NoiseKey.from_os(), bytes(range(101, 133))
+    key._NoiseKey__key = secret  # type: ignore[attr-defined]
+    monkeypatch.setattr(NoiseKey, "from_os", lambda: key)
+    run = run_all(tmp_path / "a")
+    forms = (secret, secret.hex().encode(), base64.b64encode(secret), str(list(secret)).encode())
+    for path in (p for p in run.folder.path.rglob("*") if p.is_file()):
+        assert path.suffix not in {".pt", ".pth", ".pkl", ".bin"}, path
+        content = path.read_bytes()
+        # In pieces too: as numbers of four bytes a key would not stand in one.
+        assert not any(form in content for form in forms) and secret[:8] not in content, path
 
 
 def test_a_finished_run_is_not_overwritten_and_resuming_it_charges_nothing(finished: Run) -> None:
@@ -313,6 +323,9 @@ def test_a_delta_that_promises_nothing_is_refused(tmp_path: Path, caplog: pytest
         run.plan()
     Run(tiny_config(tmp_path / "a", privacy={"population": 100}), public=PUBLIC, private=PRIVATE).plan()
     assert "states 100 images, but 120 were found" in caplog.text
+    stated = tiny_config(tmp_path / "a", privacy={"population": 100, "delta": 1 / 110})  # below 1/100, and not below 1/120
+    with pytest.raises(ConfigError, match=r"one of the 120 images"):
+        Run(stated, public=PUBLIC, private=PRIVATE).plan()
 
 
 def test_batches_larger_than_the_set_are_refused_before_anything_is_asked(tmp_path: Path) -> None:

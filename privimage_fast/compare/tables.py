@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,13 +79,14 @@ def write_results(comparison: Comparison, outcomes: Sequence[Outcome] = ()) -> P
     """
     rows = [read_row(cell) for cell in comparison.cells if is_finished(cell)]
     summaries = summarise(rows)
-    out, together = comparison.out, spent_together(rows)
+    out, together = comparison.out, spent_together(comparison.out)
     errors = {o.cell.name: o.error for o in outcomes if o.error is not None}
     open_cells = [c.name for c in comparison.cells if not is_finished(c) and c.name not in errors]
     out.mkdir(parents=True, exist_ok=True)
     record = {
-        "note": NOT_PRIVATE.replace("*", ""), "epsilon_together": _plain(together), "runs": [_run_record(row) for row in rows],
-        "failed": errors, "open": open_cells,
+        "note": NOT_PRIVATE.replace("*", ""), "epsilon_together": _plain(together.epsilon), "ledgers_together": together.ledgers,
+        "runs": [_run_record(row) for row in rows],
+        "failed": {name: _kind_of(error) for name, error in errors.items()}, "open": open_cells,
     }  # fmt: skip
     atomic_write_text(out / "results.json", json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     atomic_write_text(out / "results.csv", _csv(rows))
@@ -116,20 +118,29 @@ def summarise(rows: Sequence[Row]) -> list[Summary]:
     return [Summary(runs[0].cell.variant, runs[0].cell.settings, tuple(runs)) for runs in groups.values()]
 
 
-def spent_together(rows: Sequence[Row]) -> float | None:
-    """ε of all these runs as one release on one sensitive set, at the largest δ; None if it cannot be computed."""
-    events = [event for row in rows for event in Ledger.read(RunFolder(row.cell.config.out).ledger).events()]
-    if not events:
-        return 0.0 if rows else None
+@dataclass(frozen=True)
+class Together:
+    """ε of so many ledgers as one release on one sensitive set, at the largest δ; None if it cannot be computed."""
+
+    epsilon: float | None
+    ledgers: int
+
+
+def spent_together(out: Path) -> Together:
+    """Of every ledger below ``out``: runs that failed, were interrupted, or are no longer in the grid have spent as well."""
+    paths = sorted(out.glob("runs/*/ledger.jsonl"))
     try:
-        return epsilon(events, max(row.delta for row in rows))
+        ledgers = [Ledger.read(path) for path in paths]
+        events = [event for ledger in ledgers for event in ledger.events()]
+        found = epsilon(events, max(ledger.header.delta for ledger in ledgers)) if events else 0.0 if ledgers else None
     except (BudgetError, ValueError, ArithmeticError):
-        return None
+        found = None
+    return Together(found, len(paths))
 
 
 def markdown(
     comparison: Comparison, summaries: Sequence[Summary], errors: Mapping[str, str | None], open_cells: Sequence[str],
-    together: float | None, pictures: Sequence[Path],
+    together: Together, pictures: Sequence[Path],
 ) -> str:  # fmt: skip
     """The table: a line a variant and setting, means over seeds."""
     keys = list(dict.fromkeys(key for s in summaries for key in s.settings))
@@ -145,18 +156,28 @@ def markdown(
         cells += [_figure(*s.figure(lambda row, name=name: row.metrics.get(name)), 1, ".3g", "") for name in names]
         lines.append(_line(cells))
     finished = sum(len(s.runs) for s in summaries)
-    private = [r.epsilon for s in summaries for r in s.runs]
     lines += ["", f"{finished} of {len(comparison.cells)} runs finished; figures are means ± standard deviations over seeds."]
-    if finished > 1 and together is not None and math.isfinite(max(private)):
-        lines.append(f"All {finished} runs as one release: ε = {epsilon_text(together)}.")
-    elif finished > 1:
+    if together.ledgers > 1 and together.epsilon is not None and math.isfinite(together.epsilon):
+        lines.append(
+            f"All {together.ledgers} ledgers below `runs/` (unfinished and earlier runs too) as one release: "
+            f"ε = {epsilon_text(together.epsilon)}."
+        )
+    elif together.ledgers > 1:
         lines.append("All runs as one release have no finite ε.")
     if comparison.share_public_training and len(comparison.seeds) > 1:
         lines.append("Seeds share the public classifier and, of one subset, the pre-training: the spread leaves these out.")
-    lines += [f"- failed: {name}: {str(error).splitlines()[0]}" for name, error in errors.items()]
+    # What an error says may name a sensitive file: its kind only, for tables are passed on.
+    lines += [f"- failed: {name}: {_kind_of(error)}; see runs/{name}/error.txt" for name, error in errors.items()]
     lines += [f"- not run yet: {name}" for name in open_cells]
     lines += ["", *[f"![{path.stem}]({path.name})" for path in pictures]]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _kind_of(error: str | None) -> str:
+    """OverBudgetError of "OverBudgetError: runs/a/ledger.jsonl: …"; how a process died, as it is."""
+    text = str(error).splitlines()[0]
+    named = re.match(r"([A-Za-z_][\w.]*): ", text)
+    return named[1] if named else text
 
 
 def _run_record(row: Row) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from privimage_fast.data.export import save_folder, save_npz, save_zip
 from privimage_fast.data.formats import FORMATS, load_image_set
 from privimage_fast.data.imageset import ImageSet, join
 from privimage_fast.data.limits import Limits
+from privimage_fast.data.overlap import images_in_both
 from privimage_fast.data.sheet import class_sheet, image_sheet
 from privimage_fast.data.split import holdout_split, train_test_split
 
@@ -33,6 +34,7 @@ __all__ = [
     "embedded_set",
     "holdout_split",
     "image_sheet",
+    "images_in_both",
     "join",
     "letters",
     "load_image_set",

@@ -6,6 +6,8 @@ Four families, keyed by the objects a TorchFunctionMode is handed:
 - ``ELEMENTWISE``: broadcasting functions; a parameter broadcast against the batch is its own copy for each row.
 - ``EXPANDS``: the copies a model makes itself (``class_token.expand(rows, -1, -1)``).
 - ``BORROWS_ONLY``: functions that take shape, dtype or device, but no values, from their last tensor.
+
+And :func:`selects_rows`: whether a call's rows are those that the batch's values chose.
 """
 
 from __future__ import annotations
@@ -84,6 +86,44 @@ def expanded_source(
     else:
         target = tuple(o if s == -1 else s for o, s in zip(own, sizes, strict=True))
     return (tensor, target) if target[0] == rows else None
+
+
+_SELECTS = _named("masked_select", "nonzero", "argwhere", "unique", "unique_consecutive", "repeat_interleave", "take")
+_PUTS = ("masked_scatter", "scatter", "scatter_add", "index_put", "index_add", "index_copy")
+PUTS_BACK = _named(*_PUTS, *(f"{name}_" for name in _PUTS), "__setitem__") | {torch._C._nn.pad_sequence}
+
+
+def selects_rows(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], from_batch: Callable[[Tensor], bool]
+) -> bool:
+    """Whether the result's first dimension counts what values of the batch chose: ``x[mask]``, ``x[order]``, ``nonzero``.
+
+    Which sample such a row belongs to changes from batch to batch, without a trace in any shape.
+    """
+    if func in _SELECTS:
+        # Repeating each row equally often keeps rows where they are.
+        return func not in _REPEATS or any(isinstance(a, Tensor) for a in (*args[1:], *kwargs.values()))
+    if func is torch.where:
+        return len(args) + len(kwargs) == 1
+    if func in _TAKES:
+        index = kwargs.get("index", args[2] if len(args) > 2 else None)
+        along = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+        return along == 0 and isinstance(index, Tensor) and from_batch(index) and _is_from_batch(args[:1], from_batch)
+    if func is Tensor.__getitem__:
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        if not _is_from_batch(args[:1], from_batch):
+            return False
+        if any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) and i.dim() for i in index):
+            return True
+        return bool(index) and isinstance(index[0], Tensor) and index[0].dim() > 0 and from_batch(index[0])
+    return False
+
+
+_REPEATS, _TAKES = _named("repeat_interleave"), _named("index_select", "take_along_dim")
+
+
+def _is_from_batch(tensors: tuple[Any, ...], from_batch: Callable[[Tensor], bool]) -> bool:
+    return any(isinstance(t, Tensor) and from_batch(t) for t in tensors)
 
 
 def batch_norm_training(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

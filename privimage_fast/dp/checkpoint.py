@@ -76,7 +76,7 @@ def load_file(
                 _, index, name = key.split("/", 2)
                 entries.setdefault(int(index), {})[name] = t
         optimizer.load_state_dict({"state": entries, "param_groups": [_group(g) for g in state["optimizer"]["param_groups"]]})
-        if isinstance(optimizer, DPOptimizer):
+        if isinstance(optimizer, DPOptimizer) and "max_grad_norm" in state:  # not where its inner optimizer was saved
             optimizer.max_grad_norm = state["max_grad_norm"]
     return state["account"], state["extra"]
 

@@ -124,7 +124,7 @@ class DPOptimizer(Optimizer):
         self._under_way: tuple[object, int] | None = None  # the logical batch whose first parts are summed
         self._sensitivity = 0.0  # of its parts: the largest bound that one of them was clipped with
         self._undone: list[DrawnBatch] = []  # handed out by the loader in this pass, no step yet
-        self._fed_by_loader = self._told_foreign = False
+        self._fed_by_loader = self._told_foreign = self._told_left = False
         self._skip_signals: list[bool] = []
 
     # --- what the loader says
@@ -132,6 +132,13 @@ class DPOptimizer(Optimizer):
     def batch_drawn(self, drawn: DrawnBatch) -> None:
         """Called by the loader as it hands out a batch."""
         # A pass that was left early, or an evaluation over the same loader, leaves nothing to be stepped.
+        left = [other for other in self._undone if other.pass_id is not drawn.pass_id]
+        if len(left) == 1 and not self._told_left:  # many are an evaluation
+            self._told_left = True
+            logger.warning(
+                "a batch was drawn from the private data loader, not stepped, and another pass begun: if batches are kept or "
+                "dropped by what is in them, or by their size, ε is of another procedure"
+            )
         self._undone = [other for other in self._undone if other.pass_id is drawn.pass_id]
         self._undone.append(drawn)
         self._recorder.batch = drawn

@@ -218,13 +218,14 @@ def probe_rows(
     half of the samples, then on the other half. Differentiated alone, it must leave the output gradients of every call zero on
     all rows of the other samples. Real and fake images concatenated behind each other, a sequence-first layer, positions
     broadcast over the batch and means over it all fail here, whatever their shapes. ``key`` is what counts as one shape; the
-    shapes of ``args`` unless given.
+    shapes of ``args`` unless given. Where the tracker took a tensor for the batch's because it has as many rows, each number of
+    rows is a shape of its own: at another it may not be.
 
     Raises:
         UncoveredParameterError: naming the parameters of the call.
     """
     samples = rows // multiplicity
-    key = (multiplicity, module.training, key or tuple(tuple(t.shape) for t in batch_tensors(args)))
+    key = (multiplicity, module.training, key or tuple(tuple(t.shape) for t in batch_tensors(args)), tracker.by_number and rows)
     seen = _probed.setdefault(module, Counter())
     if samples < 2 or seen[key] >= _PROBE_ATTEMPTS:
         return

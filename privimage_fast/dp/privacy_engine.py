@@ -227,6 +227,12 @@ class PrivacyEngine:
         def charge(noise_multiplier: float, batch: DrawnBatch | None) -> None:
             nonlocal paid
             if batch is None:  # from elsewhere: each step might hold any sample, so nothing is gained by sampling
+                if self.ledger is not None:
+                    raise RuntimeError(
+                        "optimizer.step() on a batch that is not of the private data loader: what one sample more would do to "
+                        f"such batches is not known, and {self.ledger.path} promises {self.ledger.header.adjacency}. Iterate the "
+                        "loader that make_private returned, or go without a ledger"
+                    )
                 self._charge(GaussianEvent(noise_multiplier))
                 return
             if loader.poisson:

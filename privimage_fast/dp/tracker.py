@@ -27,10 +27,12 @@ from privimage_fast.dp.calls import (
     BORROWS_VALUES_OF_FIRST,
     ELEMENTWISE,
     EXPANDS,
+    PUTS_BACK,
     REWRITES,
     batch_norm_training,
     elementwise_rows,
     expanded_source,
+    selects_rows,
 )  # fmt: skip
 from privimage_fast.dp.parsers import RULES
 from privimage_fast.dp.rules import ExpandRule, GeneralRule, MatrixRule, Rule, UncoveredParameterError, like
@@ -153,6 +155,8 @@ class Tracker(TorchFunctionMode):
     def __init__(self, module: nn.Module, inputs: Any, sink: Sink) -> None:
         super().__init__()
         self.parameters = trainable_parameters(module)
+        if odd := [name for name, p in self.parameters.items() if p.is_complex()]:
+            raise UncoveredParameterError(f"parameter {odd[0]!r} is complex, which no rule covers; keep it as two real ones")
         self._names = {id(p): name for name, p in self.parameters.items()}
         self._buffers = {id(b): name for name, b in module.named_buffers()}
         self._versions = {name: b._version for name, b in module.named_buffers()}
@@ -162,6 +166,7 @@ class Tracker(TorchFunctionMode):
         self._sink = sink
         self._batch = WeakIdKeyDictionary()
         self._derived = WeakIdKeyDictionary()  # tensor → True
+        self._selected = WeakIdKeyDictionary()  # tensor whose rows the batch's values chose → True
         self._keys = WeakIdKeyDictionary()  # derived tensor that met the batch → its key
         # On the module's device: a copy to a GPU in every call would wait for it, and could not be captured.
         device = next((p.device for p in self.parameters.values()), torch.device("cpu"))
@@ -173,6 +178,7 @@ class Tracker(TorchFunctionMode):
         self.without_grad: dict[str, str] = {}  # parameter → function that used it where gradients are off
         self._data_free: dict[str, int] = {}  # buffer → version up to which only parameters changed it
         self.recording = True  # False while checkpointed parts are computed again
+        self.by_number = False  # something was taken for the batch's for having as many rows
         first = next((t for t in _tensors(inputs) if t.dim()), None)
         self.rows = 0 if first is None else first.shape[0]
         for tensor in _tensors(inputs):
@@ -254,6 +260,11 @@ class Tracker(TorchFunctionMode):
             out = self._on_parameters(func, args, kwargs, tensors, weights)
         self._watch_buffers(tensors, touched, versions)
         values = tensors[:1] if func in BORROWS_VALUES_OF_FIRST else tensors
+        chosen = (bool(self._selected) and func not in PUTS_BACK and any(t in self._selected for t in values)) or (
+            bool(tensors) and selects_rows(func, args, kwargs, self._from_batch) and any(self._from_batch(t) for t in tensors)
+        )
+        if chosen:
+            self._selected.update({t: True for t in _tensors(out) if t.dim()})
         if any(self._from_batch(t) for t in values):
             # In-place calls change their first argument and may return nothing (``buffer[:, :n] = x``).
             for tensor in (*_tensors(out), *_tensors(args[:1] if out is None else ())):
@@ -269,7 +280,10 @@ class Tracker(TorchFunctionMode):
         meets_batch = rows_of_constants or any(self._from_batch(t) for t in tensors)
         source = expanded_source(func, args, kwargs, self.rows) if func in EXPANDS and self.rows else None
         if source is not None and any(source[0] is w for w in weights):
+            self.by_number = True
             return self._expand(*source)
+        if meets_batch and self._selected and func not in BORROWS_ONLY and any(t in self._selected for t in tensors):
+            self._refuse_selected(func, weights)
         if self.rows == 0:
             return func(*args, **kwargs)  # nothing to keep apart
         if not meets_batch or func in BORROWS_ONLY:
@@ -292,16 +306,20 @@ class Tracker(TorchFunctionMode):
     def _constant_rows(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """An input made inside the loss (a GAN's noise) with one row for each row of the batch counts as the batch's.
 
-        If it is not (positions, as many as there are rows), ``_probe_rows`` finds out.
+        If it is not (class descriptions, as many as there are rows in a batch of this size), ``probe_rows`` finds out: it looks
+        at every number of rows anew where such a tensor was met. A buffer is never the batch's.
         """
         x = kwargs.get("input", args[0] if args else None)
-        return (
+        found = (
             isinstance(x, Tensor)
             and x.is_floating_point()
             and x.dim() > 1
             and x.shape[0] == self.rows
             and not self._is_derived(x)
+            and id(x) not in self._buffers
         )
+        self.by_number |= found and not self._from_batch(x)
+        return found
 
     def _apply(self, rule: Rule, x: Tensor, *more: Tensor) -> Tensor:
         return _Call.apply(self._anchor.to(x.device), rule, self._sink, x, *more)
@@ -369,6 +387,14 @@ class Tracker(TorchFunctionMode):
         return self._apply(rule, *data)
 
     # --- refusals
+
+    def _refuse_selected(self, func: Callable[..., Any], weights: list[Tensor]) -> None:
+        names = sorted({n for t in weights for n in self._parameters_of(t)})
+        raise UncoveredParameterError(
+            f"{_function_name(func)}({', '.join(names)}) is applied to rows that were chosen by the batch's own values (a "
+            "boolean mask, nonzero, a sort): which sample a row belongs to cannot be known. Apply the layer to all rows and mask "
+            "what comes out, put the rows back first, or freeze the parameter with requires_grad_(False)"
+        )
 
     def _refuse_batch_norm(self, weights: list[Tensor]) -> None:
         names = sorted({n for t in weights for n in self._parameters_of(t)})

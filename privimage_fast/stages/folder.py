@@ -23,6 +23,7 @@ from privimage_fast.dp.ledger import Ledger
 logger = logging.getLogger(__name__)
 
 SENSITIVE_STAGES = ("query", "warmup", "finetune", "evaluate")
+CHARGED_STAGES = SENSITIVE_STAGES[:-1]
 
 
 class RunError(RuntimeError):
@@ -46,6 +47,7 @@ class RunFolder:
     synthetic = property(lambda self: self.path / "synthetic.npz")
     samples = property(lambda self: self.path / "samples")
     model = property(lambda self: self.path / "model")
+    card = property(lambda self: self.path / "README.md")
     stages = property(lambda self: self.path / "stages.json")
 
     @property
@@ -89,7 +91,7 @@ class RunFolder:
         try:
             return json.loads(path.read_text())
         except ValueError as error:
-            raise RunError(f"{path} is not valid JSON ({error}); restore it, or delete it and run `privimage {stage}`") from error
+            raise RunError(f"{path} is not valid JSON ({error}); restore it, or {_begin_again(stage)}") from error
 
     def save_tensors(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         with atomic_path(path) as temporary:
@@ -105,9 +107,7 @@ class RunFolder:
                 metadata = json.loads((handle.metadata() or {}).get("privimage", "{}"))
                 return {name: handle.get_tensor(name) for name in handle.keys()}, metadata
         except Exception as error:
-            raise RunError(
-                f"{path} cannot be read as safetensors ({error}); delete it and run `privimage {stage}` again"
-            ) from error
+            raise RunError(f"{path} cannot be read as safetensors ({error}); restore it, or {_begin_again(stage)}") from error
 
     def finished(self, stage: str, fingerprint: str) -> bool:
         """Whether the stage has ended before, with the same inputs."""
@@ -133,6 +133,11 @@ class RunFolder:
 
     def _records(self) -> dict[str, Any]:
         return self.read_json(self.stages, "run") if self.stages.exists() else {}
+
+
+def _begin_again(stage: str) -> str:
+    paid = ": what it charged before stays charged, and it charges anew" if stage in CHARGED_STAGES else ""
+    return f"delete it and run `privimage {stage}` again{paid}"
 
 
 @contextmanager

@@ -16,9 +16,11 @@ from privimage_fast.stages.folder import RunError, RunFolder, fingerprint
 
 def save_pretrained(
     model: Drawable, path: str | Path, *, class_names: tuple[str, ...], privacy: dict[str, Any] | None = None,
-    sampler: SamplerConfig | None = None, ledger: Path | None = None,
+    sampler: SamplerConfig | None = None, ledger: str | None = None, card: str | None = None,
 ) -> None:  # fmt: skip
-    """Writes model.safetensors and config.json to a folder; of a run also what it spent, how to sample, and its ledger."""
+    """Writes model.safetensors and config.json to a folder; of a run also what it spent, how to sample, the text of its ledger
+    and of its card. A published model without these would be one of which nobody knows ε.
+    """
     folder = RunFolder(path)
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.save_tensors(folder.path / "model.safetensors", model.state_dict(), {})
@@ -30,8 +32,9 @@ def save_pretrained(
         described["privacy"] = privacy
     if sampler is not None:
         described["sampler"] = asdict(sampler)
-    if ledger is not None:
-        atomic_write_text(folder.ledger, ledger.read_text())
+    for file, text in ((folder.ledger, ledger), (folder.card, card)):
+        if text is not None:
+            atomic_write_text(file, text)
     folder.write_json(folder.path / "config.json", described)
 
 

@@ -45,6 +45,58 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
+# --- rows that the batch chose -----------------------------------------------------------------------------------------
+
+TOKENS = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0]], dtype=torch.bool)  # eight, as two each would be
+
+
+class Chosen(nn.Module):
+    """A layer on the tokens that a mask chooses, in one of the ways there are, or on all before choosing, or put back before."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.linear = how, nn.Linear(5, 4)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        empty, wide = x.new_zeros(*mask.shape, 4), mask[..., None].expand(*mask.shape, 4)
+        if self.how == "mask":
+            return empty.masked_scatter(wide, self.linear(x[mask])).sum((1, 2))
+        if self.how == "mask, then more":
+            return empty.masked_scatter(wide, self.linear(F.silu(x[mask]) * 2)).sum((1, 2))
+        if self.how == "masked_select":
+            return empty.masked_scatter(wide, self.linear(x.masked_select(mask[..., None]).view(-1, 5))).sum((1, 2))
+        if self.how == "nonzero":
+            return empty.masked_scatter(wide, self.linear(x.flatten(0, 1)[mask.flatten().nonzero()[:, 0]])).sum((1, 2))
+        if self.how == "sort":
+            return self.linear(x[mask.sum(1).argsort()]).sum((1, 2))
+        if self.how == "index_select":
+            return self.linear(torch.index_select(x, 0, mask.sum(1).argsort())).sum((1, 2))
+        if self.how == "all, then a mask":
+            return empty.masked_scatter(wide, self.linear(x)[mask]).sum((1, 2))
+        assert self.how == "put back"
+        return (self.linear(torch.zeros_like(x).masked_scatter(mask[..., None].expand_as(x), x[mask])) * mask[..., None]).sum(
+            (1, 2)
+        )
+
+
+def chosen_loss(module: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
+    return module(x, mask)
+
+
+@pytest.mark.parametrize("how", ["mask", "mask, then more", "masked_select", "nonzero", "sort", "index_select"])
+def test_layers_on_rows_that_the_batch_chose_are_refused(how: str) -> None:
+    """A first batch with two tokens each would pass every look at its gradients, and the next one's be grouped by it."""
+    even = torch.tensor([1, 1, 0, 0], dtype=torch.bool).expand(4, 4).clone()
+    for mask in (even, TOKENS):
+        with pytest.raises(pf.UncoveredParameterError, match=r"linear\(linear.*chosen by the batch's own values"):
+            pf.clipped_grad(Chosen(how), chosen_loss, (torch.randn(4, 4, 5), mask), max_grad_norm=0.1)
+
+
+@pytest.mark.parametrize("how", ["all, then a mask", "put back"])
+def test_choosing_afterwards_and_putting_back_are_covered(how: str) -> None:
+    assert_matches_loop(Chosen(how), chosen_loss, (torch.randn(4, 4, 5), TOKENS), max_grad_norm=0.1)
+
+
 # --- refused ----------------------------------------------------------------------------------------------------------
 
 

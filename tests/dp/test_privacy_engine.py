@@ -271,3 +271,10 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
     for bad in ({}, {"runs": 3}, {"runs": {"a": [[{"kind": "gaussian", "noise_multiplier": 1.0}, -1]]}}):
         with pytest.raises(ValueError, match="accountant's state"):
             engine.accountant.load_state_dict(bad)
+
+
+def test_a_checkpoint_of_the_inner_optimizer_serves_the_private_one(tmp_path: Path) -> None:
+    module, optimizer, _, engine = private(small_net(), max_grad_norm=0.3)
+    engine.save_checkpoint(path=tmp_path / "a.safetensors", module=module, optimizer=optimizer.original_optimizer)
+    engine.load_checkpoint(path=tmp_path / "a.safetensors", module=module, optimizer=optimizer)
+    assert optimizer.max_grad_norm == pytest.approx(0.3)

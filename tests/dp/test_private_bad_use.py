@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 import privimage_fast as pf
 from privimage_fast.dp.ledger import Ledger
+from privimage_fast.dp.rules import UncoveredParameterError
 
 
 class MeanOver(nn.Module):
@@ -339,3 +340,44 @@ def test_batch_memory_manager_checks_its_parts() -> None:
         pf.BatchMemoryManager(data_loader=loader, max_physical_batch_size=0, optimizer=optimizer)
     with pytest.raises(ValueError, match="different calls"):
         pf.BatchMemoryManager(data_loader=loader, max_physical_batch_size=2, optimizer=other)
+
+
+def test_tensors_of_different_lengths_need_the_private_loader() -> None:
+    """Four rows of mask before eight of images would make pairs of images samples."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 3)
+
+        def forward(self, mask: Tensor, x: Tensor) -> Tensor:
+            return self.linear(x)
+
+    module, optimizer, _, _ = private(Masked())
+    x, y = data(8).tensors
+    F.cross_entropy(module(torch.ones(4, 4), x), y).backward()
+    with pytest.raises(RuntimeError, match="4 and 8 rows"):
+        optimizer.step()
+
+
+def test_dropping_batches_that_do_not_suit_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    module, optimizer, loader, _ = private(small_net(), data(32), poisson_sampling=True, noise_multiplier=1.0)
+    for _ in range(2):
+        next(iter(loader))
+    batch_step(module, optimizer, *next(iter(loader)))
+    assert caplog.text.count("not stepped, and another pass begun") == 1
+
+
+def test_complex_parameters_are_refused() -> None:
+    """A real sum of their gradients would drop the imaginary part."""
+
+    class Spectral(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.filter = nn.Parameter(torch.randn(6, dtype=torch.complex64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.fft.ifft(torch.fft.fft(x) * self.filter).real
+
+    with pytest.raises(UncoveredParameterError, match="'filter' is complex"):
+        pf.clipped_grad(Spectral(), lambda m, x: m(x).sum(1), (torch.randn(4, 6),), max_grad_norm=1.0)

@@ -148,12 +148,22 @@ def test_a_step_is_charged_before_anything_of_it_exists(tmp_path: Path) -> None:
 def test_a_refused_charge_changes_nothing(tmp_path: Path) -> None:
     with Ledger(tmp_path / "ledger.jsonl", target_epsilon=0.5, delta=1e-3, population=16) as ledger:
         engine = pf.PrivacyEngine(ledger=ledger)
-        module, optimizer, _, _ = private(small_net(), engine=engine, poisson_sampling=True, noise_multiplier=1.0)
+        module, optimizer, loader, _ = private(small_net(), engine=engine, poisson_sampling=True, noise_multiplier=1.0)
         before = weights(module)
         with pytest.raises(OverBudgetError):
-            batch_step(module, optimizer, *data(8).tensors)
+            batch_step(module, optimizer, *next(iter(loader)))
         assert torch.equal(before, weights(module)) and all(p.grad is None for p in module.parameters())
         assert len(engine.accountant) == 0 and not optimizer._sums._flat[0].any()
+
+
+def test_steps_on_batches_from_elsewhere_are_not_charged_to_a_ledger(tmp_path: Path) -> None:
+    """In batches cut from a list, one sample less moves all later ones: twice the bound a step, and another adjacency."""
+    with Ledger(tmp_path / "ledger.jsonl", target_epsilon=None, delta=1e-3, population=16) as ledger:
+        module, optimizer, _, _ = private(small_net(), engine=pf.PrivacyEngine(ledger=ledger), poisson_sampling=True)
+        before = weights(module)
+        with pytest.raises(RuntimeError, match=r"not of the private data loader.*add_or_remove_one"):
+            batch_step(module, optimizer, *data(8).tensors)
+        assert torch.equal(before, weights(module)) and not ledger.records()
 
 
 def test_an_error_after_the_charge_does_not_take_it_back() -> None:

@@ -23,6 +23,7 @@ from private_helpers import (
 from torch import Tensor, nn
 
 import privimage_fast as pf
+from privimage_fast.dp.rules import UncoveredParameterError
 
 
 class Attention(nn.Module):
@@ -237,3 +238,56 @@ def test_double_parameters_are_clipped_in_double() -> None:
     module, optimizer, _, _ = private(small_net().double())
     batch_step(module, optimizer, x.double(), y)
     torch.testing.assert_close(gradient(module) * 8, expected, rtol=1e-6, atol=5e-8)  # factors are float32
+
+
+# ------------------------------------------------------------------------------------ tensors with as many rows by chance
+
+
+class ClassDescriptions(nn.Module):
+    """Scores against ten projected descriptions: constants with as many rows as some batches have."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.body, self.project = nn.Linear(6, 5), nn.Linear(4, 5, bias=False)
+        descriptions = torch.linspace(-3, 3, 40).reshape(10, 4).cos()
+        if kind == "buffer":
+            self.register_buffer("descriptions", descriptions)
+        else:
+            self.descriptions = descriptions
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) @ self.project(self.descriptions).T
+
+
+class Prototypes(nn.Module):
+    """A direction repeated for ten classes, not for ten rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.direction, self.codes = nn.Parameter(torch.randn(1, 6)), torch.eye(10, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.direction.expand(10, -1) * self.codes).T
+
+
+@pytest.mark.parametrize("kind", ["buffer", "attribute", "prototypes"])
+def test_a_batch_with_as_many_rows_as_a_constant_is_not_clipped_by_it(kind: str) -> None:
+    """After a batch of nine, one of ten: rows of the constant must not pass for samples. Removing a sample moves the sum by C."""
+
+    def summed(samples: int) -> Tensor:
+        torch.manual_seed(0)
+        module = Prototypes() if kind == "prototypes" else ClassDescriptions(kind)
+        module, optimizer, _, _ = private(module, data(40), max_grad_norm=0.1, loss_reduction="sum")
+        x, y = torch.ones(11, 6), torch.zeros(11, dtype=torch.long)
+        F.cross_entropy(module(x[:9]), y[:9], reduction="sum").backward()
+        optimizer.zero_grad()
+        F.cross_entropy(module(x[:samples]), y[:samples], reduction="sum").backward()
+        optimizer.pre_step()
+        return gradient(module)
+
+    assert (summed(9) - summed(8)).norm() <= 0.1 * (1 + 1e-5)
+    if kind == "buffer":
+        assert (summed(10) - summed(9)).norm() <= 0.1 * (1 + 1e-5)
+    else:  # what it is cannot be known, but that it is no batch can be seen
+        with pytest.raises(UncoveredParameterError, match="rows of"):
+            summed(10)

@@ -217,6 +217,12 @@ def test_copies_of_training_images_are_seen_and_fresh_ones_are_not() -> None:
     assert not any(m["private"] for m in copying(config, PRIVATE, PRIVATE, held_out, seed=0))
 
 
+def test_copies_are_looked_for_among_all_training_images() -> None:
+    """With fewer held-out images than training ones, most copies are of images that a part of as many would not hold."""
+    many, few = bars(600, 3, 7, prefix="digit"), bars(30, 3, 99, prefix="digit")
+    assert values(copying(EvaluateConfig(), many, many, few, seed=0))["near copies of training images"] == 1.0
+
+
 @pytest.mark.parametrize("asked", [False, True])
 def test_memorisation_is_written_only_when_asked_for(tmp_path: Path, asked: bool) -> None:
     folder = RunFolder(tmp_path)

@@ -349,7 +349,7 @@ def test_a_run_of_before_there_were_modes_has_one(finished: Run) -> None:
 
 
 def test_a_folder_of_before_serves_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, images in (("public", PUBLIC), ("private", PRIVATE), ("test", PRIVATE)):
+    for name, images in (("public", PUBLIC), ("private", PRIVATE), ("test", TEST)):
         save_npz(images, tmp_path / f"{name}.npz")
     data = {**SECTIONS["data"], **{name: str(tmp_path / f"{name}.npz") for name in ("public", "private", "test")}}
     run = run_all(tmp_path / "run", test=None, warmup={"steps": 0}, data=data)
@@ -357,7 +357,7 @@ def test_a_folder_of_before_serves_the_commands(tmp_path: Path, capsys: pytest.C
     del saved["warmup"]
     run.folder.config.write_text(yaml.safe_dump(saved))
     for command in ("sample", "evaluate"):
-        assert main([command, "--out", str(tmp_path / "run"), "--sample.per_class", "3"]) == 0, capsys.readouterr().err
+        assert main([command, "--out", str(tmp_path / "run"), "--sample.per_class", "4"]) == 0, capsys.readouterr().err
 
 
 def test_sampling_otherwise_leaves_the_warm_up_alone(finished: Run) -> None:
