@@ -110,12 +110,8 @@ def selects_rows(
         along = kwargs.get("dim", args[1] if len(args) > 1 else 0)
         return along == 0 and isinstance(index, Tensor) and from_batch(index) and _is_from_batch(args[:1], from_batch)
     if func is Tensor.__getitem__:
-        index = args[1] if isinstance(args[1], tuple) else (args[1],)
-        if not _is_from_batch(args[:1], from_batch):
-            return False
-        if any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) and i.dim() for i in index):
-            return True
-        return bool(index) and isinstance(index[0], Tensor) and index[0].dim() > 0 and from_batch(index[0])
+        first = args[1][:1] if isinstance(args[1], tuple) else args[1:]  # a mask, or numbers; further ones choose within rows
+        return _is_from_batch(args[:1], from_batch) and any(t.dim() > 0 for t in first if isinstance(t, Tensor) and from_batch(t))
     return False
 
 
