@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,13 @@ from privimage_fast import ops
 SECONDS = {
     "tests": 110, "ceilings": 25, "kernels": 50, "steps": 150, "memory": 50, "sampling": 40, "job": 105, "sanitize": 50,
     "build": 20,
+}  # fmt: skip
+# What a part needs besides torch and numpy: module → package. A machine without network may have neither.
+_DRAWING = {"safetensors": "safetensors", "PIL": "pillow", "tqdm": "tqdm"}
+NEEDS: dict[str, dict[str, str]] = {
+    "tests": {"pytest": "pytest", "hypothesis": "hypothesis", "scipy": "scipy", **_DRAWING},
+    "sampling": _DRAWING,
+    "job": {"jsonargparse": "jsonargparse", "dp_accounting": "dp-accounting", "scipy": "scipy", "yaml": "pyyaml", **_DRAWING},
 }  # fmt: skip
 ROW = "row: "  # begins a line that a part's process has for the script
 
@@ -99,6 +107,7 @@ def run_part(name: str, seconds: float, options: argparse.Namespace) -> list[Row
             if text.startswith(ROW):
                 row = json.loads(text.removeprefix(ROW))
                 reached = goals(name, row)
+                rows[:] = [r for r in rows if r["what"] != row["what"]]  # measured once more: with fewer rows, see `steps`
                 rows.append(row | ({"goals": reached} if reached else {}))
                 print(line(row, reached), flush=True)
         process.wait()
@@ -113,6 +122,12 @@ def run_part(name: str, seconds: float, options: argparse.Namespace) -> list[Row
         rows.append({"what": name, "failed": why or f"exit status {process.returncode}"})
         print(line(rows[-1], {}), flush=True)
     return rows
+
+
+def missing(parts: Sequence[str]) -> dict[str, list[str]]:
+    """Part → packages that it needs and that are not installed."""
+    found = {part: [p for module, p in NEEDS.get(part, {}).items() if importlib.util.find_spec(module) is None] for part in parts}
+    return {part: packages for part, packages in found.items() if packages}
 
 
 def child(name: str, machine: Machine, share: float) -> None:
@@ -162,6 +177,17 @@ def main(argv: list[str] | None = None) -> int:
         "rehearsal": options.rehearse, "device": info.cuda_device, "torch": torch.__version__, "cuda": torch.version.cuda,
         "triton": importlib.util.find_spec("triton") is not None, "build": asdict(info), "parts": {},
     }  # fmt: skip
+
+    def write() -> None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+
+    absent = missing(wanted)
+    for part, packages in absent.items():
+        results["parts"][part] = [{"what": part, "skipped": f"not installed: {', '.join(packages)}"}]
+        print(f"Skipped: {part} needs {', '.join(packages)}; pip install {' '.join(packages)}", flush=True)
+    wanted = [part for part in wanted if part not in absent]
+    write()
     for i, name in enumerate(wanted):
         left = end - time.perf_counter()
         later = sum(SECONDS[n] for n in wanted[i + 1 :])
@@ -171,8 +197,9 @@ def main(argv: list[str] | None = None) -> int:
             print(line(results["parts"][name][0], {}), flush=True)
         else:
             results["parts"][name] = run_part(name, min(left, max(SECONDS[name], left - later)), options)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        write()
+    if absent:
+        print(f"\nSkipped, for want of packages: {', '.join(absent)}")
     failed = [f"{name}: {row['what']}" for name, rows in results["parts"].items() for row in rows if "failed" in row]
     if failed:
         print("\nFailed: " + "; ".join(failed))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import re
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ import torch
 from privimage_fast import ops
 from privimage_fast.dp.graphs import CapturedStep
 from privimage_fast.dp.optimizer import PrivateOptimizer, UpdateRule
+from privimage_fast.dp.planner import free_cuda_bytes
 from privimage_fast.models.edm import Denoiser, DenoisingLoss, EDMConfig, SamplerConfig, denoising_batch
 from privimage_fast.models.unet import PRESETS, UNetConfig
 
@@ -75,6 +78,15 @@ class Machine:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
+
+    def free_bytes(self) -> int | None:
+        return free_cuda_bytes(self.device) if self.device.type == "cuda" else None
+
+    def forget(self) -> None:
+        """Gives back what the last measurement held, cycles and all."""
+        if self.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 def attempt(row: Callable[[], Row], what: str) -> Row:
@@ -236,11 +248,7 @@ def kernels(machine: Machine) -> Iterator[Row]:
         (64, 32, 8, torch.bfloat16), (128, 32, 8, torch.bfloat16), (256, 32, 8, torch.bfloat16), (256, 8, 8, torch.bfloat16),
         (128, 32, 1, torch.bfloat16), (128, 32, 8, torch.float32),
     ]:  # fmt: skip
-        for how, store in (
-            ("stored", {}),
-            ("stored in bfloat16", {"store_dtype": torch.bfloat16}),
-            ("norm only", {"store": False}),
-        ):
+        for how, store in STORES.items():
             name = f"conv 3×3 {channels}→{channels} {size}×{size} K={k} {str(dtype)[6:]} {how}"
             yield attempt(lambda: _conv(machine, channels, size, k, dtype, store, gemm), name)  # noqa: B023
     yield attempt(lambda: _private_step(machine, copy), "noise + Adam + EMA")
@@ -319,27 +327,73 @@ STEPS = ("plain", "plain compiled", "DP", "DP captured", "DP captured, compiled 
 
 
 def steps(machine: Machine) -> Iterator[Row]:
-    """DP step ÷ plain step, 3.7 M U-Net in bf16: plain eager and compiled; DP eager, in CUDA graphs, of a compiled model."""
-    for k, rows in ((8, 4096), (1, 1024)):
-        taken: dict[str, float] = {}
-        for kind in STEPS:
-            if kind == "plain compiled" and machine.rehearsal:
-                continue  # compiles for a minute
-            row = attempt(lambda: _step(machine, kind, k, machine.scale(rows // k, 2)), f"{kind}, K={k}")  # noqa: B023
-            if "median" in row:
-                taken[kind] = row["median"]
-                for plain in ("plain", "plain compiled"):
-                    if plain in taken and plain != kind:
-                        row[f"÷ {plain}"] = taken[kind] / taken[plain]
-            yield row
-            if machine.device.type == "cuda":
-                torch.cuda.empty_cache()
+    """DP step ÷ plain step, 3.7 M U-Net in bf16: plain eager and compiled; DP eager, in CUDA graphs, of a compiled model.
+
+    All have the same rows at a time: as many as fit (4,096 of K=8 take more than 78 GiB), fewer for all where one does not.
+    """
+    for k, most in ((8, 4096), (1, 1024)):
+        samples = _fitting(machine, k, machine.scale(most // k, 4))
+        while not (yield from _compared(machine, k, samples)):
+            samples //= 2
+
+
+def _fitting(machine: Machine, k: int, most: int) -> int:
+    """Samples, ``most`` or a half or a quarter of it …, of which a DP step should fit: by what two small ones take."""
+    small, free = machine.scale(32, 1), machine.free_bytes()
+    one, two = (_peak(machine, k, n) for n in (small, 2 * small))
+    samples = most
+    if free is not None and one is not None and two is not None:
+        # A tenth is for what a capture and cuDNN's workspaces take besides.
+        while samples > 1 and 1.1 * (one + (two - one) * (samples / small - 1)) > free:
+            samples //= 2
+    return samples
+
+
+def _peak(machine: Machine, k: int, samples: int) -> int | None:
+    """Of a DP step; None where it is not known, or the step fails: then a failure to measure it says so."""
+    try:
+        run, _ = _runner(machine, "DP", k, samples)
+        run()  # what the first one measures and warms up does not count
+        return machine.peak_bytes(run)
+    except Exception:
+        return None
+    finally:
+        machine.forget()
+
+
+def _compared(machine: Machine, k: int, samples: int) -> Generator[Row, None, bool]:
+    """Every kind of step. False: one had too little memory, so all should be measured once more with fewer rows."""
+    taken: dict[str, float] = {}
+    for kind in STEPS:
+        if kind == "plain compiled" and machine.rehearsal:
+            continue  # compiles for a minute
+        row = attempt(lambda: _step(machine, kind, k, samples), f"{kind}, K={k}")  # noqa: B023
+        machine.forget()
+        if samples > 1 and re.search("out of memory|OutOfMemoryError", row.get("failed", "")):
+            yield {"what": row["what"], "out of memory at": samples * k, "all repeated with": samples // 2 * k}
+            return False
+        if "median" in row:
+            taken[kind] = row["median"]
+            for plain in ("plain", "plain compiled"):
+                if plain in taken and plain != kind:
+                    row[f"÷ {plain}"] = taken[kind] / taken[plain]
+        yield row
+    return True
 
 
 def _step(machine: Machine, kind: str, k: int, samples: int) -> Row:
+    run, more = _runner(machine, kind, k, samples)
+    took = machine.seconds(run, rounds=7)
+    rows = samples * k
+    return {"rows": rows, "rows/s": rows / took["median"], **took, "peak bytes": machine.peak_bytes(run), **more}
+
+
+def _runner(machine: Machine, kind: str, k: int, samples: int) -> tuple[Callable[[], None], Row]:
+    """One step of this kind, and what is to be said of it."""
     model, args, loss_fn = network(machine, TOY if machine.rehearsal else PRESETS["large"], samples, k)
     more: Row = {}
     if "compiled" in kind:
+        torch.compiler.reset()  # the same code was compiled for other rows, and would now be for any number of them
         model.compile()
     if kind.startswith("DP"):
         private = PrivateOptimizer(
@@ -347,7 +401,9 @@ def _step(machine: Machine, kind: str, k: int, samples: int) -> Row:
             update=UpdateRule("adam", lr=1e-4), ema_decay=0.999,
         )  # fmt: skip
         if "captured" in kind:
-            captured = CapturedStep(private, loss_fn, args, autocast=torch.bfloat16)
+            # What cannot be captured is no captured step: an error, rather than the time of an eager one.
+            capture = True if machine.device.type == "cuda" else None
+            captured = CapturedStep(private, loss_fn, args, autocast=torch.bfloat16, capture=capture)
             more["captured"] = captured.captured
 
             def run() -> None:
@@ -369,8 +425,7 @@ def _step(machine: Machine, kind: str, k: int, samples: int) -> Row:
             losses.sum().backward()
             plain.step()
 
-    took = machine.seconds(run, rounds=7)
-    return {"rows/s": samples * k / took["median"], **took, "peak bytes": machine.peak_bytes(run), **more}
+    return run, more
 
 
 def memory(machine: Machine) -> Iterator[Row]:
@@ -431,6 +486,7 @@ TOY_JOB: dict[str, Any] = {
     "query": {"classifier": {"width": 8, "epochs": 1, "batch_size": 32}},
     "model": {"preset": "custom", "unet": {"base_channels": 8, "channel_mult": [1], "blocks": 1, "attention_levels": []}},
     "pretrain": {"steps": 4, "batch_size": 8},
+    "warmup": {"steps": 2, "batch_size": 6},
     "finetune": {"steps": 4, "batch_size": 8, "multiplicity": 2, "physical_batch_size": 8},
     "sample": {"per_class": 10, "batch_size": 10, "sampler": {"steps": 3}},
 }
@@ -457,7 +513,7 @@ def job(machine: Machine, share: float = 0.1) -> Iterator[Row]:
         config = build_config({**settings, "out": f"{folder}/run", "device": machine.device.type})
         run = Run(config, public=public, private=private)
         with run.opened(resume=False):
-            for stage in ("query", "select", "pretrain", "finetune", "sample"):
+            for stage in ("query", "select", "pretrain", "warmup", "finetune", "sample"):
                 start = time.perf_counter()
                 getattr(run, stage)()
                 machine.synchronize()

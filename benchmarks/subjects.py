@@ -3,7 +3,9 @@
 Each subject makes its own network and optimizer and returns one step without arguments. A private step is forward, backward,
 clip, noise and Adam; ours keeps an EMA besides. Opacus noises with torch's ordinary generator, ours with ChaCha20.
 
-"ours-lean" is what the planner makes of a memory budget of LEAN times the plain step's peak.
+"ours-lean" is what the planner makes of a memory budget of LEAN times the plain step's peak, the sum of gradients included.
+
+The others allocate gradients in the step; ours keeps one buffer for their sum, whose size is its step's ``gradient_bytes``.
 """
 
 from __future__ import annotations
@@ -63,31 +65,36 @@ def _plain(layout: torch.memory_format) -> Subject:
 def _ours(layout: torch.memory_format, lean: bool = False) -> Subject:
     def make(case: Case, built: Built | None, budget: int | None) -> Step:
         model, args, loss = _build(case, built, layout)
+        sum_bytes = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
         optimizer = PrivateOptimizer(
             model, max_grad_norm=MAX_GRAD_NORM, noise_multiplier=NOISE_MULTIPLIER, expected_batch_size=case.samples,
             multiplicity=case.multiplicity, update=UpdateRule("adam", lr=LEARNING_RATE), ema_decay=0.999,
-            memory_budget=budget if lean else None,
+            memory_budget=budget - sum_bytes if lean and budget is not None else None,  # the budget is for the whole step
         )  # fmt: skip
 
         def step() -> None:
             optimizer.accumulate(loss, args)
             optimizer.step()
 
+        step.gradient_bytes = sum_bytes
         return step
 
     return make
 
 
-def _opacus(ghost: bool) -> Subject:
+def _opacus(layout: torch.memory_format, ghost: bool) -> Subject:
     def make(case: Case, built: Built | None, budget: int | None) -> Step:
         if case.multiplicity > 1:
             raise Refused("no multiplicity")
+        if layout == torch.channels_last:
+            # Its unfold2d (1.6) takes as_strided of them with contiguous strides: wrong gradients, and reads past the end.
+            raise Refused("takes the inputs of convolutions for contiguous, and computes wrong gradients of channels-last ones")
         from opacus import GradSampleModule
         from opacus.grad_sample import GradSampleModuleFastGradientClipping
         from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
         from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 
-        model, args, loss = _build(case, built, torch.contiguous_format)
+        model, args, loss = _build(case, built, layout)
         adam = _adam(model)
         if ghost:
             wrapped = GradSampleModuleFastGradientClipping(
@@ -127,8 +134,10 @@ SUBJECTS: dict[str, Subject] = {
     "ours": _ours(torch.contiguous_format),
     "ours-channels-last": _ours(torch.channels_last),
     "ours-lean": _ours(torch.contiguous_format, lean=True),
-    "opacus-hooks": _opacus(ghost=False),
-    "opacus-ghost": _opacus(ghost=True),
+    "opacus-hooks": _opacus(torch.contiguous_format, ghost=False),
+    "opacus-hooks-channels-last": _opacus(torch.channels_last, ghost=False),
+    "opacus-ghost": _opacus(torch.contiguous_format, ghost=True),
+    "opacus-ghost-channels-last": _opacus(torch.channels_last, ghost=True),
 }
 
 

@@ -70,7 +70,7 @@ def _source(result: Entry, path: str) -> str:
 def dp_step(result: Entry) -> str:
     """One row a network and K: time ÷ plain and peak memory ÷ plain."""
     names = (("ours", ("ours", "ours-channels-last")), ("ours, lean", ("ours-lean",)))
-    names += (("Opacus hooks", ("opacus-hooks",)), ("Opacus ghost", ("opacus-ghost",)))
+    names += tuple((f"Opacus {way}", (f"opacus-{way}", f"opacus-{way}-channels-last")) for way in ("hooks", "ghost"))
     rows = []
     footnotes: dict[str, list[str]] = defaultdict(list)
     for name, group in _entries(result, "test_step").items():
@@ -81,10 +81,13 @@ def dp_step(result: Entry) -> str:
         row = [f"{name}, {facts['parameters'] / 1e6:.1f} M", f"{plain['stats']['median'] * 1e3:.0f} ms"]
         for title, subjects in names:
             found = [s for s in subjects if s in group]
+            refusals = {s: facts["refused"][s] for s in subjects if s in facts["refused"]}
+            reason = refusals.get(subjects[0], "not run")
+            for subject, why in (refusals or ({} if found else {subjects[0]: reason})).items():
+                if why != "no multiplicity":
+                    layout = ", channels last" if subject.endswith("-channels-last") else ""
+                    footnotes[f"{title}{layout}: {why}"].append(name)
             if not found:
-                reason = facts["refused"].get(subjects[0], "not run")
-                if reason != "no multiplicity":
-                    footnotes[f"{title}: {reason}"].append(name)
                 row.append("no multiplicity" if reason == "no multiplicity" else "refused")
                 continue
             entry = fastest(group, *found)

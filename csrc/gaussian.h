@@ -17,7 +17,6 @@
 namespace privimage {
 
 constexpr int kNormalsPerBlock = 8;
-constexpr int64_t kMaxBlocks = int64_t{1} << 32;  // word 12 of the state is the block number
 
 struct ScalarMath {
   using D = double;

@@ -37,7 +37,8 @@ def test_raw_results_say_where_they_come_from(results: Path) -> None:
     assert {"torch", "opacus", "numpy"} <= result["machine_info"]["versions"].keys()
     assert result["machine_info"]["threads"] == 1
     steps = [e for e in result["benchmarks"] if e["name"].startswith("test_step[")]
-    assert {e["extra_info"]["subject"] for e in steps} >= {"plain", "ours", "ours-lean", "opacus-hooks"}
+    subjects = {f"{name}{layout}" for name in ("plain", "ours") for layout in ("", "-channels-last")}
+    assert {e["extra_info"]["subject"] for e in steps} == subjects | {"ours-lean", "opacus-hooks", "opacus-ghost"}
     for entry in steps:
         assert len(entry["stats"]["data"]) == entry["stats"]["rounds"] == 2
         assert min(entry["stats"]["data"]) > 0
@@ -46,6 +47,9 @@ def test_raw_results_say_where_they_come_from(results: Path) -> None:
     assert min(measured) > 0
     refused = [e["extra_info"]["refused"] for e in steps if e["extra_info"]["multiplicity"] > 1]
     assert all(r["opacus-hooks"] == "no multiplicity" for r in refused)
+    one = next(e["extra_info"]["refused"] for e in steps if e["extra_info"]["multiplicity"] == 1)
+    assert set(one) == {"opacus-hooks-channels-last", "opacus-ghost-channels-last"}
+    assert all("wrong gradients of channels-last" in reason for reason in one.values())
 
 
 def test_tables_are_written_between_the_markers_of_the_readme(results: Path) -> None:
@@ -70,6 +74,60 @@ def test_tables_are_written_between_the_markers_of_the_readme(results: Path) -> 
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0
     assert "no '<!-- table: ops -->'" in done.stderr
+
+
+def test_the_table_takes_the_faster_layout_and_says_what_was_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    table = importlib.import_module("table")
+    seconds = {
+        "plain": 1.0, "plain-channels-last": 2.0, "ours": 3.0, "ours-channels-last": 1.5, "ours-lean": 2.0,
+        "opacus-hooks": 6.0, "opacus-ghost": 8.0,
+    }  # fmt: skip
+    entries = [
+        {
+            "name": "test_step[x]", "group": "net, K=1", "stats": {"data": [s, s], "median": s},
+            "extra_info": {"subject": name, "parameters": 10**6, "refused": {"opacus-ghost-channels-last": "wrong"}},
+        } for name, s in seconds.items()
+    ]  # fmt: skip
+    lines = table.dp_step({"benchmarks": entries}).splitlines()
+    cells = [f"{v:.2f} ({v:.2f}–{v:.2f})" for v in (1.5, 2.0, 6.0, 8.0)]
+    assert lines[-1] == "- net, K=1: Opacus ghost, channels last: wrong"
+    assert lines[2] == f"| net, K=1, 1.0 M | 1000 ms | {' | '.join(cells)} |"
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
+def test_gradients_count_as_growth_for_every_subject(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours has its buffer before the first reading, the others allocate gradients in the step: both are 4 bytes a parameter."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    cases, subjects, memory = (importlib.import_module(name) for name in ("cases", "subjects", "memory"))
+    case = cases.Case("tiny ViT", 1, rows=4)
+    size = 4 * cases.parameters(case.build().model)
+    for name in ("plain", "ours", "ours-channels-last", "ours-lean", "opacus-hooks"):
+        make = subjects.SUBJECTS[name]
+        assert getattr(make(case, None, 2**26), "gradient_bytes", 0) == (size if name.startswith("ours") else 0)
+
+    def step() -> None:
+        pass
+
+    step.gradient_bytes = 1 << 30  # type: ignore[attr-defined]
+    monkeypatch.setitem(subjects.SUBJECTS, "still", lambda case, built, budget: step)
+    assert 1 << 30 <= memory._measure(case, "still", None) < (1 << 30) + (1 << 24)
+
+
+def test_a_lean_step_has_the_budget_less_its_sum_of_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    cases, subjects = (importlib.import_module(name) for name in ("cases", "subjects"))
+    given, make = [], subjects.PrivateOptimizer
+
+    def made(*arguments: Any, **options: Any) -> Any:
+        given.append(options["memory_budget"])
+        return make(*arguments, **options)
+
+    monkeypatch.setattr(subjects, "PrivateOptimizer", made)
+    case = cases.Case("tiny ViT", 1, rows=4)
+    for name in ("ours-lean", "ours"):
+        subjects.SUBJECTS[name](case, None, 2**26)
+    assert given == [2**26 - 4 * cases.parameters(case.build().model), None]
 
 
 def test_comparisons_are_means_over_seeds_at_the_ratio_of_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,14 +78,79 @@ def test_steps_compare_every_kind(gpu: Any, capsys: pytest.CaptureFixture[str]) 
         for kind in kinds[1:]:
             row = rows[f"{kind}, K={k}"]
             assert row["÷ plain"] == pytest.approx(row["median"] / rows[f"plain, K={k}"]["median"])
-            assert row["rows/s"] == pytest.approx(2 * k / row["median"])
+            assert row["rows"] == 4 * k
+            assert row["rows/s"] == pytest.approx(4 * k / row["median"])
+
+
+def test_too_many_rows_for_one_step_are_too_many_for_all(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = sys.modules["gpu_parts"]
+    step = parts._step
+
+    def short_of_memory(machine: Any, kind: str, k: int, samples: int) -> Any:
+        if kind == "DP captured" and k == 8 and samples > 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return step(machine, kind, k, samples)
+
+    monkeypatch.setattr(parts, "_step", short_of_memory)
+    monkeypatch.setattr(parts, "STEPS", ("plain", "DP", "DP captured"))
+    gpu.child("steps", gpu.Machine(torch.device("cpu"), True), 0.5)
+    rows = [json.loads(line.removeprefix(gpu.ROW)) for line in capsys.readouterr().out.splitlines()]
+    assert not any("failed" in row for row in rows)
+    assert [row for row in rows if "out of memory at" in row] == [
+        {"what": "DP captured, K=8", "out of memory at": at, "all repeated with": at // 2} for at in (32, 16)
+    ]
+    assert [row["rows"] for row in rows if row["what"] == "plain, K=8"] == [32, 16, 8]
+    last = {row["what"]: row for row in rows}
+    assert [last[f"{kind}, K=8"]["rows"] for kind in parts.STEPS] == [8, 8, 8]
+    assert [last[f"{kind}, K=1"]["rows"] for kind in parts.STEPS] == [4, 4, 4]
+    assert last["DP captured, K=8"]["÷ plain"] == last["DP captured, K=8"]["median"] / last["plain, K=8"]["median"]
+
+
+@pytest.mark.parametrize(("gib", "samples"), [(120, 512), (78, 256), (20, 64), (0, 1), (None, 512)])
+def test_rows_are_as_many_as_fit(gpu: Any, monkeypatch: pytest.MonkeyPatch, gib: int | None, samples: int) -> None:
+    """A step that takes 1 GiB and 0.18 a sample: 93 GiB for 512."""
+    parts = sys.modules["gpu_parts"]
+    monkeypatch.setattr(parts, "_peak", lambda machine, k, n: int((1 + 0.18 * n) * 2**30))
+    monkeypatch.setattr(parts.Machine, "free_bytes", lambda self: None if gib is None else gib * 2**30)
+    assert parts._fitting(gpu.Machine(torch.device("cpu"), True), 8, 512) == samples
+
+
+def test_a_part_whose_packages_are_missing_is_skipped_and_says_what_to_install(
+    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "NEEDS", {"job": {"no_such_module": "no-such-package", "json": "json"}})
+    out = tmp_path / "gpu.json"
+    assert gpu.main(["--rehearse", "--parts", "job,ceilings", "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("Skipped: job needs no-such-package; pip install no-such-package\n") and "## job" not in shown
+    assert shown.endswith("Skipped, for want of packages: job\n")
+    parts = json.loads(out.read_text())["parts"]
+    assert parts["job"] == [{"what": "job", "skipped": "not installed: no-such-package"}]
+    assert [row["what"] for row in parts["ceilings"]] == ["bf16 GEMM", "copy"]
+
+
+@pytest.mark.parametrize("part", ["sampling", "steps", pytest.param("job", marks=pytest.mark.slow)])
+def test_a_part_needs_no_other_packages(part: str) -> None:
+    """Fails if NEEDS leaves out what a bare machine lacks."""
+    code = (
+        "import sys\n"
+        f"sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
+        "installed = 'opacus mlxtend matplotlib sklearn jsonargparse dp_accounting scipy yaml safetensors PIL hypothesis'\n"
+        "import torch, gpu\n"
+        f"for name in set(installed.split()) - set(gpu.NEEDS.get({part!r}, ())): sys.modules[name] = None\n"
+        f"gpu.child({part!r}, gpu.Machine(torch.device('cpu'), True), 1.0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and '"failed"' not in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "names"),
     [
-        ("job", ["query", "select", "pretrain", "finetune", "sample", "the whole job"]), ("tests", ["pytest"]),
+        ("job", ["query", "select", "pretrain", "warmup", "finetune", "sample", "the whole job"]), ("tests", ["pytest"]),
         ("build", ["runtime.cu", "clip_factors.cu"]),
     ],
 )  # fmt: skip
@@ -109,6 +174,7 @@ def test_a_part_that_breaks_or_hangs_leaves_the_others(
         "import sys, time, os\n"
         "name = sys.argv[sys.argv.index('--child') + 1]\n"
         f'print(\'{gpu.ROW}\' + \'{{"what": "first", "share of copy": 0.4}}\', flush=True)\n'
+        f'print(\'{gpu.ROW}\' + \'{{"what": "first", "share of copy": 0.5}}\', flush=True)\n'
         "if name == 'kernels': sys.exit('CUDA error: an illegal memory access was encountered')\n"
         "if name == 'steps': time.sleep(60)\n".replace("{{", "{").replace("}}", "}")
     )
@@ -119,6 +185,7 @@ def test_a_part_that_breaks_or_hangs_leaves_the_others(
     assert gpu.main(arguments) == 1
     parts = json.loads(out.read_text())["parts"]
     assert [row["what"] for row in parts["ceilings"]] == ["first"] == [row["what"] for row in parts["memory"]]
+    assert parts["memory"][0]["share of copy"] == 0.5  # of two rows of one name the later
     assert "illegal memory access" in parts["kernels"][1]["failed"] and "not finished in" in parts["steps"][1]["failed"]
     assert "Failed: kernels: kernels; steps: steps" in capsys.readouterr().out
 
@@ -131,7 +198,8 @@ def test_one_measurement_that_fails_leaves_the_others_of_its_part(
     monkeypatch.setattr(parts, "_step", lambda machine, kind, *a: 1 / 0 if kind == "DP" else step(machine, kind, *a))
     gpu.child("steps", gpu.Machine(torch.device("cpu"), True), 0.5)
     shown = capsys.readouterr().out
-    assert '"what": "DP, K=8", "failed": "ZeroDivisionError' in shown and '"what": "DP captured, K=8", "rows/s"' in shown
+    assert '"what": "DP, K=8", "failed": "ZeroDivisionError' in shown
+    assert '"what": "DP captured, K=8", "rows": 32, "rows/s"' in shown
 
 
 def test_goals_stand_beside_what_was_reached(gpu: Any) -> None:

@@ -300,15 +300,13 @@ void warp_collective(const char* operation, WarpFunction compute, const void* in
     wait(State::in_warp, operation);
   } else {
     warp.arrived = 0;
-    if (compute) {
-      const unsigned char* ins[kWarp];
-      unsigned char* outs[kWarp];
-      for (int l = 0; l < kWarp; ++l) {
-        ins[l] = warp.in[l];
-        outs[l] = warp.out[l];
-      }
-      compute(ins, outs);
+    const unsigned char* ins[kWarp];
+    unsigned char* outs[kWarp];
+    for (int l = 0; l < kWarp; ++l) {
+      ins[l] = warp.in[l];
+      outs[l] = warp.out[l];
     }
+    compute(ins, outs);
     const size_t first = block->current / kWarp * kWarp;
     for (size_t i = first; i < first + kWarp; ++i)
       if (i != block->current) block->fibers[i].state = State::ready;

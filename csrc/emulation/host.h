@@ -26,9 +26,6 @@
 struct alignas(16) float4 {
   float x, y, z, w;
 };
-struct alignas(16) uint4 {
-  uint32_t x, y, z, w;
-};
 struct alignas(8) float2 {
   float x, y;
 };
@@ -66,41 +63,12 @@ static inline T shuffle_from(const char* operation, unsigned mask, T value, int 
   return collective<Shuffle<T>, T, shuffle<T>>(operation, {value, source});
 }
 
-static inline void ballot(const int* const* in, uint32_t* const* out) {
-  uint32_t bits = 0;
-  for (int l = 0; l < kWarp; ++l) bits |= uint32_t{*in[l] != 0} << l;
-  for (int l = 0; l < kWarp; ++l) *out[l] = bits;
-}
-
 }  // namespace emulation
 }  // namespace privimage
 
-static inline void __syncwarp() { ::privimage::emulation::warp_collective("__syncwarp", nullptr, "", 0, nullptr, 0); }
-template <class T>
-static inline T __shfl_sync(unsigned mask, T value, int source) {
-  return ::privimage::emulation::shuffle_from("__shfl_sync", mask, value, source & 31);
-}
 template <class T>
 static inline T __shfl_xor_sync(unsigned mask, T value, int bits) {
   return ::privimage::emulation::shuffle_from("__shfl_xor_sync", mask, value, (::privimage::emulation::lane() ^ bits) & 31);
-}
-template <class T>
-static inline T __shfl_down_sync(unsigned mask, T value, unsigned delta) {
-  const unsigned self = static_cast<unsigned>(::privimage::emulation::lane());
-  return ::privimage::emulation::shuffle_from("__shfl_down_sync", mask, value, static_cast<int>(self + delta < 32 ? self + delta : self));
-}
-static inline uint32_t __ballot_sync(unsigned mask, int predicate) {
-  if (mask != 0xffffffffu) throw std::runtime_error("a warp operation for part of a warp is not emulated");
-  return ::privimage::emulation::collective<int, uint32_t, ::privimage::emulation::ballot>("__ballot_sync", predicate);
-}
-static inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
-static inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == 0xffffffffu; }
-
-template <class T>
-static inline T atomicAdd(T* address, T value) {
-  const T before = *address;
-  *address = before + value;
-  return before;
 }
 
 static inline uint32_t __float_as_uint(float v) {

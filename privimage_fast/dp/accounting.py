@@ -112,16 +112,6 @@ def event_from_dict(values: dict[str, Any]) -> Event:
     return cls(**{name: values[name] for name in expected})
 
 
-def to_dp_event(event: Event) -> Any:
-    """The event in dp-accounting's terms (`dp_accounting.DpEvent`)."""
-    from dp_accounting import dp_event
-
-    if isinstance(event, GaussianEvent):
-        return dp_event.GaussianDpEvent(event.noise_multiplier)
-    step = dp_event.PoissonSampledDpEvent(event.sample_rate, dp_event.GaussianDpEvent(event.noise_multiplier))
-    return dp_event.SelfComposedDpEvent(step, event.steps)
-
-
 def merge_events(events: Iterable[Event]) -> dict[tuple[float, float], int]:
     """Equal mechanisms added up: {(noise_multiplier, sample_rate): count}; a Gaussian event has sample_rate 1.
 
@@ -433,27 +423,3 @@ def default_delta(population: int) -> float:
     if isinstance(population, bool) or not isinstance(population, numbers.Integral) or population < 2:
         raise BudgetError(f"population is {population!r}; it must be an integer of 2 or more")
     return 1.0 / (int(population) * math.log(population))
-
-
-@dataclass(frozen=True)
-class QueryCost:
-    """What the semantic query takes from the training: ε at equal σ, and σ at equal ε, each with and without it."""
-
-    epsilon_with: float
-    epsilon_without: float
-    noise_multiplier_with: float
-    noise_multiplier_without: float
-
-
-def query_cost(query: GaussianEvent, training: DPSGDEvent, *, delta: float, target_epsilon: float) -> QueryCost:
-    """Price of `query` beside `training`: ε at training's σ, and the σ that `target_epsilon` asks for. BudgetError as
-    in `solve_noise_multiplier`.
-    """
-    run = {"target_epsilon": target_epsilon, "delta": delta}
-    run |= {"sample_rate": training.sample_rate, "steps": training.steps}
-    return QueryCost(
-        epsilon_with=epsilon([query, training], delta),
-        epsilon_without=epsilon([training], delta),
-        noise_multiplier_with=solve_noise_multiplier(**run, prior_events=[query]),
-        noise_multiplier_without=solve_noise_multiplier(**run),
-    )

@@ -7,8 +7,7 @@ norms are taken now ("gram", "norm-only") and x, g kept for one ordinary weight 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from privimage_fast import ops
 from privimage_fast.dp.grouping import LinearQueue, at_end_of_pass
+from privimage_fast.dp.precision import full_precision
 from privimage_fast.dp.rules import LinearRule, MatrixRule, Term, UncoveredParameterError, squared_norms
 from privimage_fast.dp.tracker import Use
 
@@ -31,24 +31,6 @@ _LEAST_NORM = 1e-15
 
 # What decides how a call's weight gradient is had: (rule, x, g, multiplicity) → "store" | "gram" | "norm-only".
 Choice = Callable[[MatrixRule, Tensor, Tensor, int], str]
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """No autocast and no TF32: a norm of 10-bit products is off by more than the bound allows."""
-    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    try:
-        if matmul != "highest":
-            torch.set_float32_matmul_precision("highest")
-        if device.type == "cuda":
-            torch.backends.cudnn.allow_tf32 = False
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        if matmul != "highest":
-            torch.set_float32_matmul_precision(matmul)
-        if device.type == "cuda":
-            torch.backends.cudnn.allow_tf32 = cudnn
 
 
 @dataclass

@@ -26,9 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from privimage_fast import ops
-from privimage_fast.dp.collector import Choice, Collector, Pending, fixed, full_precision, misplaced
+from privimage_fast.dp.collector import Choice, Collector, Pending, fixed, misplaced
 from privimage_fast.dp.passes import backward, eagerly
 from privimage_fast.dp.planner import Plan, batch_rows, cheapest, device_of, make_plan, take_samples
+from privimage_fast.dp.precision import full_precision
 from privimage_fast.dp.rules import UncoveredParameterError
 from privimage_fast.dp.tracker import Sink, Tracker, Use, batch_tensors, trainable_parameters
 

@@ -237,7 +237,7 @@ def linear_clipped_sum_(out: Tensor, x: Tensor, g: Tensor, coef: Tensor, *, mult
     checks.accumulator(op, "out", out, (outputs, inputs), x)
     if x.numel() == 0 or g.numel() == 0:
         return
-    x, g = _operands(x, g)
+    x, g = (_features_last(t) for t in _operands(x, g))
     chunk = _chunk(samples, _tiles(outputs) * _tiles(inputs))
     parts = torch.empty(-(-samples // chunk), outputs, inputs, device=x.device)
     strides = [(t.stride(0), t.stride(2), 0, t.stride(1)) for t in (x, g)]

@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from privimage_fast.data import ImageSet, train_test_split
 from privimage_fast.dp.accounting import GaussianEvent
-from privimage_fast.dp.collector import full_precision
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.dp.noise import NoiseKey, Stream
+from privimage_fast.dp.precision import full_precision
 from privimage_fast.models.classifier import Classifier, ClassifierConfig, batched, train_classifier
 from privimage_fast.models.edm import to_float
 from privimage_fast.stages.folder import RunError, RunFolder, fingerprint, set_fingerprint, timed

@@ -27,9 +27,7 @@ from privimage_fast.dp.accounting import (
     event_from_dict,
     event_to_dict,
     merge_events,
-    query_cost,
     solve_noise_multiplier,
-    to_dp_event,
 )
 
 Q, STEPS, DELTA = 4096 / 60000, 2200, 1e-5
@@ -217,11 +215,6 @@ def test_default_delta() -> None:
     assert default_delta(60_000) == pytest.approx(1 / (60_000 * math.log(60_000)))
 
 
-def test_dp_event_matches() -> None:
-    event = to_dp_event(RUN[0])
-    assert (event.count, event.event.sampling_probability, event.event.event.noise_multiplier) == (STEPS, Q, 2.0)
-
-
 # ---------------------------------------------------------------------------------------------------------- solving
 
 
@@ -264,10 +257,12 @@ def test_affordable_steps_are_the_most_that_fit() -> None:
 
 def test_the_query_is_in_the_figure_and_its_price_is_shown() -> None:
     """Peer's fault: the logged ε left the query out. A noisy query is nearly free, a sharp one is not."""
-    cheap = query_cost(GaussianEvent(50.0), RUN[0], delta=DELTA, target_epsilon=10.0)
-    assert 0 < cheap.epsilon_with - cheap.epsilon_without < 0.002
-    assert 0 <= cheap.noise_multiplier_with / cheap.noise_multiplier_without - 1 < 0.002
-    assert epsilon([GaussianEvent(1.0), RUN[0]], DELTA) > cheap.epsilon_without + 0.5
+    query, training = GaussianEvent(50.0), RUN[0]
+    without = epsilon([training], DELTA)
+    assert 0 < epsilon([query, training], DELTA) - without < 0.002
+    asked = {"target_epsilon": 10.0, "delta": DELTA, "sample_rate": training.sample_rate, "steps": training.steps}
+    assert 0 <= solve_noise_multiplier(**asked, prior_events=[query]) / solve_noise_multiplier(**asked) - 1 < 0.002
+    assert epsilon([GaussianEvent(1.0), training], DELTA) > without + 0.5
 
 
 def test_nominal_batch_is_no_substitute_for_the_rate() -> None:

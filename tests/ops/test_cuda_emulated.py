@@ -153,6 +153,35 @@ def test_clipped_sums_of_linear_layers(sizes: tuple[int, ...]) -> None:
     assert_sums(out, (scale * expected).sum(0), (scale * magnitude).sum(0), 1e-6)
 
 
+@pytest.mark.parametrize("op", ["linear_weight_grad", "linear_clipped_sum_"])
+@pytest.mark.parametrize(("sizes", "laid_out"), [((2, 2, 3, 8, 16), True), ((2, 2, 3, 7, 16), False)])
+def test_linear_operands_have_features_innermost(
+    op: str, sizes: tuple[int, ...], laid_out: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel fetches 16 bytes at a time only so; a transposed input is copied where its features fill such chunks."""
+    b, k, t, d, p = sizes
+    x, g = torch.randn(d, b * k, t).movedim(0, -1), torch.randn(b * k, p, t).transpose(1, 2)
+    launched, conv = [], cuda._conv
+
+    def watching(op: str, x: Any, g: Any, shape: Any, groups: int, multiplicity: int, *strides: Any) -> Any:
+        launched.append((x.stride(2) == 1, g.stride(2) == 1, strides[0][1] == x.stride(2), strides[1][1] == g.stride(2)))
+        return conv(op, x, g, shape, groups, multiplicity, *strides)
+
+    monkeypatch.setattr(cuda, "_conv", watching)
+    expected = reference.linear_weight_grad(x.double(), g.double(), multiplicity=k)[1]
+    magnitude = reference.linear_weight_grad(x.double().abs(), g.double().abs(), multiplicity=k)[1]
+    assert expected is not None and magnitude is not None
+    if op == "linear_weight_grad":
+        found = cuda.linear_weight_grad(x, g, multiplicity=k)[1]
+        assert found is not None
+        assert_sums(found, expected, magnitude, 1e-6)
+    else:
+        out = torch.zeros(p, d)
+        cuda.linear_clipped_sum_(out, x, g, torch.ones(b), multiplicity=k)
+        assert_sums(out, expected.sum(0), magnitude.sum(0), 1e-6)
+    assert launched == [(laid_out, True, True, True)]
+
+
 LINEAR_SHAPES = [
     (1, 1, 1, 1, 1), (3, 1, 1, 37, 70), (3, 2, 7, 33, 5), (2, 1, 70, 16, 65), (2, 8, 1, 128, 40), (2, 3, 17, 3, 9),
     (1, 1, 3, 136, 72), *itertools.product((1, 2), (1, 3), (1, 5, 66), (4, 9, 24), (8, 17)),
