@@ -17,7 +17,7 @@ from privimage_fast import ops
 from privimage_fast.dp.grouping import LinearQueue, at_end_of_pass
 from privimage_fast.dp.precision import full_precision
 from privimage_fast.dp.rules import LinearRule, MatrixRule, Term, UncoveredParameterError, squared_norms
-from privimage_fast.dp.tracker import Use
+from privimage_fast.dp.uses import Use
 
 # A deferred layer measures the norm in one computation and contributes through another; both round, and where the positions of a
 # sample cancel (W_b = Σ_t g_t a_tᵀ before a normalisation, say) that is much against ‖W_b‖. So, of W_b as it is contributed:

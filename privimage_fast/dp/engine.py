@@ -31,7 +31,8 @@ from privimage_fast.dp.passes import backward, eagerly
 from privimage_fast.dp.planner import Plan, batch_rows, cheapest, device_of, make_plan, take_samples
 from privimage_fast.dp.precision import full_precision
 from privimage_fast.dp.rules import UncoveredParameterError
-from privimage_fast.dp.tracker import Sink, Tracker, Use, batch_tensors, trainable_parameters
+from privimage_fast.dp.tracker import Tracker, batch_tensors, trainable_parameters
+from privimage_fast.dp.uses import Sink, Use
 
 logger = logging.getLogger(__name__)
 

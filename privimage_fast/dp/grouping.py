@@ -16,7 +16,7 @@ from torch import Tensor
 
 from privimage_fast import ops
 from privimage_fast.dp.rules import MatrixRule, Term
-from privimage_fast.dp.tracker import Use
+from privimage_fast.dp.uses import Use
 
 MOST_USES = 12  # as many as one launch takes
 # x and g of a use, and of all that wait: they stay alive longer than the backward pass would keep them.

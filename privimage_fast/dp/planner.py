@@ -30,7 +30,8 @@ from privimage_fast.dp.grouping import QUEUE_BYTES
 from privimage_fast.dp.passes import backward, eagerly
 from privimage_fast.dp.rates import Rates, machine_rates, pairs
 from privimage_fast.dp.rules import ConvRule, LinearRule, MatrixRule, like
-from privimage_fast.dp.tracker import Sink, Tracker, Use, batch_tensors
+from privimage_fast.dp.tracker import Tracker, batch_tensors
+from privimage_fast.dp.uses import Sink, Use
 
 WAYS = ("store", "gram", "norm-only")
 

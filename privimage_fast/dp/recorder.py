@@ -27,7 +27,8 @@ from privimage_fast.dp.engine import probe_rows
 from privimage_fast.dp.loader import DrawnBatch
 from privimage_fast.dp.passes import eagerly
 from privimage_fast.dp.rules import Rule, UncoveredParameterError
-from privimage_fast.dp.tracker import Sink, Tracker, Use, batch_tensors, trainable_parameters
+from privimage_fast.dp.tracker import Tracker, batch_tensors, trainable_parameters
+from privimage_fast.dp.uses import Sink, Use
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,7 @@ parameters later. What no rule covers is tried by the general rule, and what tha
 from __future__ import annotations
 
 import inspect
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,112 +33,8 @@ from privimage_fast.dp.calls import (
     selects_rows,
 )  # fmt: skip
 from privimage_fast.dp.parsers import RULES
-from privimage_fast.dp.rules import ExpandRule, GeneralRule, MatrixRule, Rule, UncoveredParameterError, like
-
-
-@dataclass
-class Use:
-    """What the backward pass left of one call: the rule, its input, its output gradient, and what forward saved.
-
-    ``second_order``: x is the gradient that came back, and g belongs to an earlier pass (a gradient penalty).
-    """
-
-    rule: Rule
-    x: Tensor
-    g: Tensor
-    saved: tuple[Tensor, ...]
-    second_order: bool = False
-
-    @property
-    def incoming(self) -> Tensor:
-        """What the backward pass brought: zero on rows whose loss is not differentiated."""
-        return self.x if self.second_order else self.g
-
-
-class Sink:
-    """Where uses go: nowhere until a receiver is set. ``calls`` counts how often each parameter is used in a step."""
-
-    def __init__(self) -> None:
-        self.receiver: Callable[[Use], None] | None = None
-        self.calls: Counter[str] = Counter()
-
-    def __call__(self, use: Use) -> None:
-        if self.receiver is not None:
-            self.receiver(use)
-
-
-def _wanted(anchor: Tensor) -> bool:
-    """Whether the backward pass that is running asks for weight gradients.
-
-    A gradient penalty differentiates with respect to inputs; nothing of that pass is a parameter's gradient.
-    """
-    return torch._C._will_engine_execute_node(anchor.grad_fn)  # type: ignore[attr-defined]
-
-
-class _Call(torch.autograd.Function):
-    """y = rule(x). The anchor keeps the call in the graph when x itself needs no gradient (first layers, ids)."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, rule: Rule, sink: Sink, x: Tensor, *more: Tensor) -> Tensor:
-        y, saved = rule.forward(x, *more)
-        if y._is_view():  # F.linear's reshaped product: a view made in here could not be changed in place outside
-            y = torch.ops.aten._unsafe_view(y, y.shape)
-        ctx.rule, ctx.sink, ctx.anchor, ctx.inputs = rule, sink, anchor, 1 + len(more)
-        ctx.save_for_backward(x, *more, *saved)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, *rest = ctx.saved_tensors  # computes a checkpointed part again, watched
-        needs = ctx.needs_input_grad[3:]
-        with torch._C.DisableTorchFunction():  # rules and kernels need not be watched: thousands of small calls a step
-            if torch.is_grad_enabled():  # create_graph: the gradient has to be differentiable, and its use of weights seen
-                grads = _differentiable_input_grad(ctx, x, g, rest) if any(needs) else (None,) * ctx.inputs
-            else:
-                grads = ctx.rule.input_grads(x, g, tuple(rest), needs)
-            if _wanted(ctx.anchor):
-                ctx.sink(Use(ctx.rule, x.detach(), g.detach(), tuple(rest)))
-        return None, None, None, *grads
-
-
-def _differentiable_input_grad(ctx: Any, x: Tensor, g: Tensor, rest: list[Tensor]) -> tuple[Tensor | None, ...]:
-    rule: Rule = ctx.rule
-    if isinstance(rule, MatrixRule):
-        ctx.sink.calls.update([rule.names["weight"]] if "weight" in rule.names else [])
-        return (_InputGrad.apply(ctx.anchor, rule.without_bias(), ctx.sink, g, x.detach()),)
-    plain = rule.without_affine(x)
-    if plain is None:
-        raise UncoveredParameterError(
-            f"a gradient was taken through {rule.describe()} with create_graph=True (a gradient penalty?); the engine covers "
-            "that for linear, convolution and normalisation layers and broadcast parameters only"
-        )
-    if "weight" in rule.names:
-        ctx.sink.calls[rule.names["weight"]] += 1
-        scale, view = rule.scale_rule(x)
-        g = g * _Call.apply(ctx.anchor, scale, ctx.sink, x.new_empty(x.shape[0], 0)).view(view)
-    elif rule.weight is not None:
-        g = g * rule.weight.view(rule.scale_view(x))
-    return torch.autograd.grad(plain, x, g, create_graph=True)
-
-
-class _InputGrad(torch.autograd.Function):
-    """dx = ∂⟨g, f(x, W)⟩/∂x of a call f that is linear in x and in W; itself a use of W, with ``gg`` in the place of x."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, rule: Rule, sink: Sink, g: Tensor, x: Tensor) -> Tensor:
-        ctx.rule, ctx.sink, ctx.anchor = rule, sink, anchor
-        ctx.save_for_backward(g)
-        return rule.input_grad(x, g, ())
-
-    @staticmethod
-    def backward(ctx: Any, gg: Tensor) -> tuple[None, None, None, Tensor, None]:
-        (g,) = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            raise UncoveredParameterError(f"third-order gradients through {ctx.rule.describe()} are not covered")
-        with torch._C.DisableTorchFunction():
-            if _wanted(ctx.anchor):
-                ctx.sink(Use(ctx.rule, gg.detach(), g.detach(), (), second_order=True))
-            return None, None, None, ctx.rule.forward(gg)[0], None
+from privimage_fast.dp.rules import ExpandRule, GeneralRule, Rule, UncoveredParameterError, like
+from privimage_fast.dp.uses import RuleCall, Sink
 
 
 class Tracker(TorchFunctionMode):
@@ -322,7 +216,7 @@ class Tracker(TorchFunctionMode):
         return found
 
     def _apply(self, rule: Rule, x: Tensor, *more: Tensor) -> Tensor:
-        return _Call.apply(self._anchor.to(x.device), rule, self._sink, x, *more)
+        return RuleCall.apply(self._anchor.to(x.device), rule, self._sink, x, *more)
 
     def _expand(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
         """A parameter repeated for each row, as a tensor of the batch whose rows carry their own gradient."""

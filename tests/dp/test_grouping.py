@@ -15,7 +15,7 @@ from privimage_fast import ops
 from privimage_fast.dp import grouping
 from privimage_fast.dp.collector import Collector, fixed
 from privimage_fast.dp.rules import ConvRule, ConvTransposeRule, LinearRule, MatrixRule
-from privimage_fast.dp.tracker import Sink, Use
+from privimage_fast.dp.uses import Sink, Use
 from privimage_fast.models.unet import SelfAttention
 from privimage_fast.ops import cuda, native
 
