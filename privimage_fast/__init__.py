@@ -20,6 +20,7 @@ _EXPORTS = {
     "MemoryBudgetError": "privimage_fast.dp.planner",
     "PrivateOptimizer": "privimage_fast.dp.optimizer",
     "PrivacyEngine": "privimage_fast.dp.privacy_engine",
+    "Ledger": "privimage_fast.dp.ledger",
     "DPOptimizer": "privimage_fast.dp.dp_optimizer",
     "DPDataLoader": "privimage_fast.dp.loader",
     "BatchMemoryManager": "privimage_fast.dp.batch_memory",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from privimage_fast.dp.batch_memory import BatchMemoryManager
     from privimage_fast.dp.dp_optimizer import DPOptimizer
     from privimage_fast.dp.engine import ClippedGrad, check_per_sample, clipped_grad
+    from privimage_fast.dp.ledger import Ledger
     from privimage_fast.dp.loader import DPDataLoader
     from privimage_fast.dp.optimizer import PrivateOptimizer
     from privimage_fast.dp.planner import MemoryBudgetError, Plan, make_plan

@@ -143,6 +143,8 @@ def _parse_run(command: str, argv: list[str], description: str, *, base: str | N
     elif saved is not None and saved.begun and (flags.resume or command in STAGES):
         config = load_config(saved.config)
     elif base is None and "data.private" not in overrides and command != "report":
+        if saved is not None and (flags.resume or command in STAGES):
+            raise ConfigError(f"{flags.out} holds no run; give the --out of one that was begun, or --config FILE")
         raise ConfigError(
             "give --config FILE, or --out DIR of a run that was begun, or at least --data.public and --data.private"
         )

@@ -53,19 +53,26 @@ def check_public_numbers(c: RunConfig, *, images: int) -> None:
     """Of a resolved configuration, before anything is spent. ``images``: found in the sensitive set.
 
     Raises:
-        ConfigError: a δ that promises nothing, or questions that leave nothing to fine-tune with.
+        ConfigError: a stated N below what was found, a δ that promises nothing, questions that leave nothing to fine-tune with.
         RunError: batches larger than the set.
     """
     population, delta = c.privacy.population, c.privacy.delta
     assert population is not None and delta is not None
-    most = max(population, images)  # a stated N that is too small does not make a δ of so many images sound
-    if delta >= 1 / most:
-        raise ConfigError(
-            f"privacy.delta is {delta:g}, which lets one of the {most} images be published as it is: it must be well "
-            f"below 1/N = {1 / most:.3g}; null takes 1/(N ln N) = {default_delta(population):.3g}"
-        )
     if population < images:
-        logger.warning("privacy.population states %d images, but %d were found", population, images)
+        raise ConfigError(
+            f"privacy.population states {population} sensitive images, but {images} were found: state at least as many, for δ "
+            "has to be small against 1/N, and the card tells N; null takes the number found"
+        )
+    if delta >= 1 / population:
+        raise ConfigError(
+            f"privacy.delta is {delta:g}, which lets one of the {population} images be published as it is: it must be well "
+            f"below 1/N = {1 / population:.3g}; null takes 1/(N ln N) = {default_delta(population):.3g}"
+        )
+    if delta > 0.5 / population:
+        logger.warning(
+            "privacy.delta is %.3g, close to 1/N = %.3g: a mechanism that publishes one image in two sets keeps that promise. "
+            "null takes 1/(N ln N) = %.3g", delta, 1 / population, default_delta(population),
+        )  # fmt: skip
     if not c.privacy.train:
         return
     c.finetune.sample_rate(population)

@@ -7,6 +7,7 @@ import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,6 @@ class Run:
 
         Raises:
             ConfigError: a test set of other classes, or files that are not there.
-            RunError: too few images to be evaluated.
         """
         test, private = self.test, self.private
         if self.config.model.unused_sizes:
@@ -178,11 +178,15 @@ class Run:
             raise ConfigError(f"query.onnx: no file {self.config.query.onnx}")
         if self.config.evaluate.inception and not Path(self.config.evaluate.inception).is_file():
             raise ConfigError(f"evaluate.inception: no file {self.config.evaluate.inception}")
-        if test is not None:
-            check_evaluation(self.config.evaluate, synthetic=self.config.sample.per_class * private.n_classes, test=len(test))
+
+    def check_evaluation(self) -> None:
+        """RunError where there will be too few images to evaluate, or a package for it is missing."""
+        if self.test is not None:
+            synthetic = self.config.sample.per_class * self.private.n_classes
+            check_evaluation(self.config.evaluate, synthetic=synthetic, test=len(self.test))
 
     def _check_apart(self) -> None:
-        """Refuses a public or test set that is the sensitive one, by its images; a few in both are only told. The first of all
+        """Refuses a public or test set that holds sensitive images; fewer than one in a hundred are only told. The first of all
         checks: with the same folder twice every other answer would mislead.
 
         Who gives one folder for two sets must not get a run that claims ε for images it was pre-trained on. Few equal images
@@ -196,12 +200,15 @@ class Run:
             shared = 0 if images is None else images_in_both(images, self.private)
             if images is None or not shared:
                 continue
-            if 2 * shared > min(len(images), len(self.private)):
+            if 100 * shared > min(len(images), len(self.private)):
                 raise ConfigError(
                     f"data.{name} and data.private hold the same images ({shared:,} of {len(images):,} and "
-                    f"{len(self.private):,}): {why}; give another {name} set"
+                    f"{len(self.private):,}): {why}; give another {name} set, or take them out of one of the two"
                 )
-            logger.warning("%d images of data.%s are in data.private as well, pixel for pixel: %s", shared, name, why)
+            logger.warning(
+                "data.%s and data.private have %d of their images in common, pixel for pixel: %s. The run goes on; take them out "
+                "of one of the two if they are not blank", name, shared, why,
+            )  # fmt: skip
 
     def check_new(self, *, resume: bool) -> None:
         """Refuses a folder that holds a run, unless it is to be gone on with, and a path that is no folder."""
@@ -223,6 +230,8 @@ class Run:
         with self.folder.locked():
             self.check_new(resume=resume)  # another process may have begun it meanwhile
             saved = load_config(self.folder.config) if self.folder.begun else None
+            if saved is not None and saved.data.test and not self.config.data.test:  # given to `evaluate` meanwhile
+                self.config = replace(self.config, data=replace(self.config.data, test=saved.data.test))
             self._check_apart()
             self.config = self._resolved(saved)
             if saved is not None:
@@ -238,6 +247,7 @@ class Run:
             check_ledger(self.folder)
             self.check_inputs()
             if saved is None:
+                self.check_evaluation()
                 check_public_numbers(self.config, images=len(self.private))
             elif self.config.privacy.population != len(self.private):
                 logger.warning(
@@ -454,6 +464,7 @@ class Run:
         """Against the test set, where there is one."""
         if self.test is None:
             return None
+        self.check_evaluation()
         c = self.config
         return run_evaluate(
             self.folder, c.evaluate, synthetic=self.sample(), test=self.test, feature_network=self.feature_network(),
@@ -490,6 +501,7 @@ class Run:
         """Needs the sizes of both sets, and spends nothing."""
         self._check_apart()
         self.check_inputs()
+        self.check_evaluation()
         c = self._resolved(None)
         check_public_numbers(c, images=len(self.private))
         return make_plan(c, self.model().to(self.device), n_labels=self._n_labels, n_classes=self.private.n_classes)

@@ -253,7 +253,11 @@ def test_epsilon_of_all_runs_is_composed(seeds: Path) -> None:
     assert together == pytest.approx(epsilon([e for run in runs for e in ledger(seeds, run).events()], 1e-3))
     assert together > 7
     table = (seeds / "out" / "table.md").read_text()
-    assert "All 4 ledgers below `runs/` (unfinished and earlier runs too) as one release: ε = " in table and "±" in table
+    assert (
+        "All 4 ledgers below `runs/` (unfinished and earlier runs too) as one release: ε = " in table
+        and "at δ = 0.001" in table
+        and "±" in table
+    )
 
 
 def test_epsilon_of_all_runs_counts_those_that_failed_or_left_the_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,3 +379,16 @@ def test_lines_along_an_axis(tmp_path: Path) -> None:
     assert [p.name for p in written] == [f"{f}-by-{a}.png" for a in ("epsilon", "per_class") for f in ("accuracy", "distance")]
     with Image.open(written[0]) as picture:
         assert np.asarray(picture.convert("RGB")).min() < 120  # something is drawn
+
+
+def test_the_table_alone_still_tells_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    path = write(
+        tmp_path,
+        variants={"dpdm": {"select": {"mode": "none"}, "warmup": {"steps": 0}}, "broken": {"query": {"onnx": "absent.onnx"}}},
+    )
+    assert main(["compare", "--config", str(path), "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "broken_epsilon=5_seed=0  would fail: query.onnx: no file absent.onnx" in told and "dpdm_epsilon=5_seed=0" in told
+    assert main(["compare", "--config", str(path)]) == 2
+    assert main(["compare", "--config", str(path), "--table"]) == 0
+    assert "- failed: broken_epsilon=5_seed=0: ConfigError; see runs/" in (tmp_path / "out" / "table.md").read_text()

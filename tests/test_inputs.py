@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import PRIVATE, PUBLIC, SECTIONS, TEST, run_all, tiny_config
+from tiny import PRIVATE, PUBLIC, SECTIONS, TEST, bars, run_all, tiny_config
 
 from privimage_fast.cli import main
 from privimage_fast.config import ConfigError, build_config, parse_value
@@ -30,11 +30,20 @@ def test_the_sensitive_set_as_another_is_refused_before_anything(
         ):
             pass
         assert not run.folder.config.exists()
-    few = ImageSet(
-        np.concatenate([sets[name].images, PRIVATE.images[:3]]), np.append(sets[name].labels, [0, 1, 2]), sets[name].label_names
-    )
-    with Run(tiny_config(tmp_path / "b"), **{**sets, name: few}).opened(resume=False):
-        assert f"3 images of data.{name} are in data.private as well" in caplog.text
+    for count in (1, 2):  # of 120: fewer than one in a hundred, and more
+        large = bars(300, sets[name].n_classes, 8, prefix="letter" if name == "public" else "digit")
+        images = np.concatenate([large.images, PRIVATE.images[:count]])
+        mixed = ImageSet(images, np.append(large.labels, PRIVATE.labels[:count]), large.label_names)
+        run = Run(tiny_config(tmp_path / f"{count}"), **{**sets, name: mixed})
+        if count == 1:
+            with run.opened(resume=False):
+                assert f"data.{name} and data.private have 1 of their images in common" in caplog.text
+        else:
+            with (
+                pytest.raises(ConfigError, match=rf"data\.{name} and data\.private hold the same images \(2 of"),
+                run.opened(resume=False),
+            ):
+                pass
 
 
 def test_what_evaluation_lacks_is_found_before_anything_is_charged(tmp_path: Path) -> None:
@@ -78,6 +87,8 @@ def test_a_test_set_may_come_later_unless_a_share_is_held_out(tmp_path: Path) ->
         if not share:
             with again.opened(resume=True):
                 assert again.test is not None
+            with Run(tiny_config(tmp_path / f"{share}", data=data)).opened(resume=True) as third:
+                assert third.test is not None  # and is not forgotten
         else:  # all images would be trained on
             with pytest.raises(RunError, match=r"data\.test"), again.opened(resume=True):
                 pass

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from tiny import PRIVATE, PUBLIC, STEPS, TEST, bars, run_all, tiny_config
 
 import privimage_fast as pf
 from privimage_fast.dp.accounting import default_delta
 from privimage_fast.dp.ledger import Ledger
+from privimage_fast.stages import folder as folder_module
 from privimage_fast.stages.folder import RunError
 
 
@@ -83,7 +85,7 @@ def test_another_test_set_leaves_the_split_of_the_run(tmp_path: Path, caplog: py
 
 
 def test_a_model_file_that_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="missing"):
+    with pytest.raises(RunError, match="holds no model"):
         pf.PrivImage.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"format": 7}')
     with pytest.raises(RunError, match="format 7"):
@@ -97,3 +99,23 @@ def test_a_user_semantic_function(tmp_path: Path) -> None:
     assert query["semantic_function"] == "given by the user"
     # Column c is bright in class c: the user's scores say so, and the noise is small against 40 votes.
     assert all(int(np.argmax(row)) == c for c, row in enumerate(query["counts"]))
+
+
+def test_a_run_without_test_images_is_finished(tmp_path: Path) -> None:
+    """A card for publication that calls itself unfinished makes its ε look unfinished as well."""
+    model = pf.PrivImage(tiny_config(tmp_path)).fit(PUBLIC, PRIVATE, out=tmp_path / "a")
+    model.save_pretrained(tmp_path / "saved")
+    assert "not finished" not in (tmp_path / "saved" / "README.md").read_text()
+    run = run_all(tmp_path / "b", test=None)
+    assert not any(
+        "not finished" in (run.folder.path / name).read_text() for name in ("README.md", "report.html", "model/README.md")
+    )
+
+
+def test_a_disk_that_is_full_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **options: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(folder_module, "save_file", full)
+    with pytest.raises(RunError, match=r"classifier\.safetensors cannot be written .*No space.*--resume"):
+        run_all(tmp_path / "a")

@@ -321,11 +321,11 @@ def test_a_delta_that_promises_nothing_is_refused(tmp_path: Path, caplog: pytest
     run = Run(tiny_config(tmp_path / "a", privacy={"delta": 1 / 120}), public=PUBLIC, private=PRIVATE)
     with pytest.raises(ConfigError, match=r"privacy\.delta is 0\.00833.*well below 1/N"):
         run.plan()
-    Run(tiny_config(tmp_path / "a", privacy={"population": 100}), public=PUBLIC, private=PRIVATE).plan()
-    assert "states 100 images, but 120 were found" in caplog.text
-    stated = tiny_config(tmp_path / "a", privacy={"population": 100, "delta": 1 / 110})  # below 1/100, and not below 1/120
-    with pytest.raises(ConfigError, match=r"one of the 120 images"):
-        Run(stated, public=PUBLIC, private=PRIVATE).plan()
+    with pytest.raises(ConfigError, match=r"privacy\.population states 100 sensitive images, but 120 were found"):
+        Run(tiny_config(tmp_path / "a", privacy={"population": 100}), public=PUBLIC, private=PRIVATE).plan()
+    for delta, told in ((0.4 / 120, False), (0.97 / 120, True)):
+        Run(tiny_config(tmp_path / "a", privacy={"delta": delta}), public=PUBLIC, private=PRIVATE).plan()
+        assert ("close to 1/N" in caplog.text) is told
 
 
 def test_batches_larger_than_the_set_are_refused_before_anything_is_asked(tmp_path: Path) -> None:

@@ -29,7 +29,11 @@ def describe(comparison: Comparison, wanted: Callable[[Cell], bool] = lambda cel
         # σ depends on the budget, times on the sizes; the seed on neither.
         key = fingerprint(replace(cell.config, out="", seed=0, public_seed=0))
         if key not in plans:
-            plans[key] = Run(cell.config, **read(cell.config.data)).plan()
+            try:
+                plans[key] = Run(cell.config, **read(cell.config.data)).plan()
+            except (ValueError, RuntimeError) as error:  # what a user can mend; the other runs are planned all the same
+                lines.append(f"{cell.name:<{width}}  would fail: {error}")
+                continue
         plan, subset = plans[key], cell.training_key
         seconds = plan.warmup_seconds + plan.finetune_seconds + plan.sample_seconds
         seconds += 0.0 if subset in pretrained else plan.pretrain_seconds

@@ -107,6 +107,13 @@ def is_finished(cell: Cell) -> bool:
         return False
 
 
+def last_error(cell: Cell) -> str | None:
+    """The last line of what a failed attempt left; None where there was none, or a later one went well."""
+    path = Path(cell.config.out) / "error.txt"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return lines[-1] if lines else None
+
+
 def _attempt(cell: Cell, read: Callable[[DataConfig], dict[str, ImageSet]], shared: SharedTraining) -> Outcome:
     folder = RunFolder(cell.config.out)
     try:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from privimage_fast.compare.grid import Cell, Comparison
 from privimage_fast.compare.plots import image_rows, plot_figures
-from privimage_fast.compare.runner import Outcome, is_finished
+from privimage_fast.compare.runner import Outcome, is_finished, last_error
 from privimage_fast.data.atomic import atomic_write_text
 from privimage_fast.dp.accounting import BudgetError, epsilon
 from privimage_fast.dp.ledger import Ledger
@@ -80,11 +80,13 @@ def write_results(comparison: Comparison, outcomes: Sequence[Outcome] = ()) -> P
     rows = [read_row(cell) for cell in comparison.cells if is_finished(cell)]
     summaries = summarise(rows)
     out, together = comparison.out, spent_together(comparison.out)
-    errors = {o.cell.name: o.error for o in outcomes if o.error is not None}
+    errors = {c.name: error for c in comparison.cells if not is_finished(c) and (error := last_error(c)) is not None}
+    errors |= {o.cell.name: o.error for o in outcomes if o.error is not None}
     open_cells = [c.name for c in comparison.cells if not is_finished(c) and c.name not in errors]
     out.mkdir(parents=True, exist_ok=True)
     record = {
-        "note": NOT_PRIVATE.replace("*", ""), "epsilon_together": _plain(together.epsilon), "ledgers_together": together.ledgers,
+        "note": NOT_PRIVATE.replace("*", ""), "epsilon_together": _plain(together.epsilon), "delta_together": together.delta,
+        "ledgers_together": together.ledgers,
         "runs": [_run_record(row) for row in rows],
         "failed": {name: _kind_of(error) for name, error in errors.items()}, "open": open_cells,
     }  # fmt: skip
@@ -123,19 +125,24 @@ class Together:
     """ε of so many ledgers as one release on one sensitive set, at the largest δ; None if it cannot be computed."""
 
     epsilon: float | None
+    delta: float | None
     ledgers: int
 
 
 def spent_together(out: Path) -> Together:
     """Of every ledger below ``out``: runs that failed, were interrupted, or are no longer in the grid have spent as well."""
     paths = sorted(out.glob("runs/*/ledger.jsonl"))
+    delta = None
     try:
         ledgers = [Ledger.read(path) for path in paths]
+        delta = max((ledger.header.delta for ledger in ledgers), default=None)
         events = [event for ledger in ledgers for event in ledger.events()]
-        found = epsilon(events, max(ledger.header.delta for ledger in ledgers)) if events else 0.0 if ledgers else None
+        found = 0.0 if delta is not None else None
+        if events and delta is not None:
+            found = epsilon(events, delta)
     except (BudgetError, ValueError, ArithmeticError):
         found = None
-    return Together(found, len(paths))
+    return Together(found, delta, len(paths))
 
 
 def markdown(
@@ -160,7 +167,7 @@ def markdown(
     if together.ledgers > 1 and together.epsilon is not None and math.isfinite(together.epsilon):
         lines.append(
             f"All {together.ledgers} ledgers below `runs/` (unfinished and earlier runs too) as one release: "
-            f"ε = {epsilon_text(together.epsilon)}."
+            f"ε = {epsilon_text(together.epsilon)} at δ = {together.delta:.3g}."
         )
     elif together.ledgers > 1:
         lines.append("All runs as one release have no finite ε.")
@@ -176,7 +183,7 @@ def markdown(
 def _kind_of(error: str | None) -> str:
     """OverBudgetError of "OverBudgetError: runs/a/ledger.jsonl: …"; how a process died, as it is."""
     text = str(error).splitlines()[0]
-    named = re.match(r"([A-Za-z_][\w.]*): ", text)
+    named = re.match(r"(?:[A-Za-z_]\w*\.)*([A-Za-z_]\w*): ", text)
     return named[1] if named else text
 
 

@@ -67,6 +67,8 @@ class PrivacyEngine:
             logger.warning("secure=False: noise and sampling can be reproduced from the seed. NOT PRIVATE")
         elif secure_mode is False:
             logger.info("secure_mode=False has no effect: noise and sampling are always from the operating system's randomness")
+        if ledger is not None and not isinstance(ledger, Ledger):
+            raise TypeError(f"ledger is {ledger!r}; open one: pf.Ledger(path, target_epsilon=…, delta=…, population=N)")
         if ledger is not None and not secure and not ledger.seeded:
             raise ValueError("secure=False with a ledger that is not opened with seeded=True: its records would look private")
         self.accountant, self.ledger = Accountant(accountant), ledger

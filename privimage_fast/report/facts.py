@@ -125,7 +125,9 @@ class Facts:
 
     @property
     def open_stages(self) -> list[str]:
-        return [stage for stage in STAGES if stage not in self.finished and (stage != "warmup" or self.warms_up)]
+        tested = self.setting("data", "test") or self.setting("data", "holdout")
+        left_out = {"warmup": not self.warms_up, "evaluate": not tested}
+        return [stage for stage in STAGES if stage not in self.finished and not left_out.get(stage)]
 
     @property
     def warms_up(self) -> bool:
@@ -445,7 +447,7 @@ def _releases(run_dir: Path, metrics: list[Metric], secret_times: bool, asked: s
             "Sheet of public images",
             "samples/public.png",
             True,
-            "real images of the public set, chosen by the histogram",
+            "real images of the public set, chosen by the histogram; that set itself gets no protection",
         ),
         Release("Ledger and budget", "ledger.jsonl", True, "public parameters only; no loss, norm or realised batch size"),
         Release("Configuration", "config.yaml", True, "public, provided no value was tuned by looking at the sensitive set"),

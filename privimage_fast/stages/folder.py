@@ -12,7 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -97,7 +97,10 @@ class RunFolder:
         with atomic_path(path) as temporary:
             # Views of one flat tensor share storage, which safetensors refuses: each is written as its own.
             own = {name: t.detach().to("cpu").clone().contiguous() for name, t in tensors.items()}
-            save_file(own, temporary, metadata={"privimage": json.dumps(metadata)})
+            try:
+                save_file(own, temporary, metadata={"privimage": json.dumps(metadata)})
+            except (SafetensorError, OSError) as error:
+                raise RunError(f"{path} cannot be written ({error}); make room, and go on with --resume") from error
 
     def load_tensors(self, path: Path, stage: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not path.exists():

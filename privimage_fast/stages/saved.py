@@ -43,6 +43,8 @@ def load_pretrained(path: str | Path) -> tuple[Drawable, tuple[str, ...], str]:
     folder = RunFolder(path)
     if not (folder.path / "config.json").exists() and (folder.model / "config.json").exists():
         raise RunError(f"{folder.path} is a run; its model is in {folder.model}")
+    if not (folder.path / "config.json").exists():
+        raise RunError(f"{folder.path} holds no model: there is no config.json in it; a run's is in its folder model/")
     described = folder.read_json(folder.path / "config.json", "finetune")
     try:
         if described["format"] != 1:

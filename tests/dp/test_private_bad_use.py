@@ -381,3 +381,9 @@ def test_complex_parameters_are_refused() -> None:
 
     with pytest.raises(UncoveredParameterError, match="'filter' is complex"):
         pf.clipped_grad(Spectral(), lambda m, x: m(x).sum(1), (torch.randn(4, 6),), max_grad_norm=1.0)
+
+
+def test_a_path_is_no_ledger() -> None:
+    with pytest.raises(TypeError, match=r"open one: pf\.Ledger\("):
+        pf.PrivacyEngine(ledger="ledger.jsonl")  # type: ignore[arg-type]
+    assert pf.Ledger is Ledger
