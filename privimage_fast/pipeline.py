@@ -200,14 +200,14 @@ class Run:
             shared = 0 if images is None else images_in_both(images, self.private)
             if images is None or not shared:
                 continue
-            if 100 * shared > min(len(images), len(self.private)):
+            if shared > max(1, min(len(images), len(self.private)) // 100):
                 raise ConfigError(
-                    f"data.{name} and data.private hold the same images ({shared:,} of {len(images):,} and "
+                    f"data.{name} and data.private have {shared:,} images in common (of {len(images):,} and "
                     f"{len(self.private):,}): {why}; give another {name} set, or take them out of one of the two"
                 )
             logger.warning(
-                "data.%s and data.private have %d of their images in common, pixel for pixel: %s. The run goes on; take them out "
-                "of one of the two if they are not blank", name, shared, why,
+                "data.%s and data.private have %d different images in common, pixel for pixel: %s. The run goes on; take them "
+                "out of one of the two if they are not blank", name, shared, why,
             )  # fmt: skip
 
     def check_new(self, *, resume: bool) -> None:
@@ -442,7 +442,7 @@ class Run:
             population, delta = self.ledger.header.population, self.ledger.header.delta
             record = budget_record(c.finetune, population, c.privacy.epsilon, delta, 0.0, 0, self.ledger)
             self.folder.write_json(self.folder.budget, record)
-            self.save(model.drawable, self.folder.model)
+        self.save(model.drawable, self.folder.model)
 
     def save(self, model: Drawable, path: str | Path) -> None:
         """The model with what the run has spent and how it samples."""

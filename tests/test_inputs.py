@@ -25,7 +25,7 @@ def test_the_sensitive_set_as_another_is_refused_before_anything(
     for copy in (relabelled, PRIVATE.subset(np.arange(7, 90))):
         run = Run(tiny_config(tmp_path / "a"), **{**sets, name: copy})
         with (
-            pytest.raises(ConfigError, match=rf"data\.{name} and data\.private hold the same images \(\d+ of"),
+            pytest.raises(ConfigError, match=rf"data\.{name} and data\.private have \d+ images in common"),
             run.opened(resume=False),
         ):
             pass
@@ -37,10 +37,10 @@ def test_the_sensitive_set_as_another_is_refused_before_anything(
         run = Run(tiny_config(tmp_path / f"{count}"), **{**sets, name: mixed})
         if count == 1:
             with run.opened(resume=False):
-                assert f"data.{name} and data.private have 1 of their images in common" in caplog.text
+                assert f"data.{name} and data.private have 1 different images in common" in caplog.text
         else:
             with (
-                pytest.raises(ConfigError, match=rf"data\.{name} and data\.private hold the same images \(2 of"),
+                pytest.raises(ConfigError, match=rf"data\.{name} and data\.private have 2 images in common"),
                 run.opened(resume=False),
             ):
                 pass

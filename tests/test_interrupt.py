@@ -75,7 +75,7 @@ def test_an_interrupted_question_is_answered_and_not_asked_twice(
     assert Ledger.read(ledger).records()[-1].stage == stage
     run = run_all(tmp_path / "a", resume=True, test=None)
     assert [r.stage for r in Ledger.read(ledger).records()] == ["query", "warmup"] + ["finetune"] * STEPS
-    assert summary_table(run.folder.path).splitlines()[-1].split() == ["not", "run", "yet", "evaluate"]
+    assert "not run yet" not in summary_table(run.folder.path)
 
 
 def test_a_second_signal_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,10 +108,13 @@ def is_finished(cell: Cell) -> bool:
 
 
 def last_error(cell: Cell) -> str | None:
-    """The last line of what a failed attempt left; None where there was none, or a later one went well."""
+    """What kind of error a failed attempt left: the first line of error.txt. None where there was none, or a later one went well.
+
+    The rest is for the owner: a message may name a sensitive file, and tables are passed on.
+    """
     path = Path(cell.config.out) / "error.txt"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return lines[-1] if lines else None
+    return lines[0] if lines else None
 
 
 def _attempt(cell: Cell, read: Callable[[DataConfig], dict[str, ImageSet]], shared: SharedTraining) -> Outcome:
@@ -123,7 +126,7 @@ def _attempt(cell: Cell, read: Callable[[DataConfig], dict[str, ImageSet]], shar
         return Outcome(cell, "done")
     except Exception as error:  # whatever it is, the other runs are wanted all the same
         reason = f"{type(error).__name__}: {error}"
-        _leave_error(cell, traceback.format_exc())
+        _leave_error(cell, f"{type(error).__name__}\n\n{traceback.format_exc()}")
         return Outcome(cell, "failed", reason)
 
 

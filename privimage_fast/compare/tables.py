@@ -80,15 +80,16 @@ def write_results(comparison: Comparison, outcomes: Sequence[Outcome] = ()) -> P
     rows = [read_row(cell) for cell in comparison.cells if is_finished(cell)]
     summaries = summarise(rows)
     out, together = comparison.out, spent_together(comparison.out)
-    errors = {c.name: error for c in comparison.cells if not is_finished(c) and (error := last_error(c)) is not None}
-    errors |= {o.cell.name: o.error for o in outcomes if o.error is not None}
-    open_cells = [c.name for c in comparison.cells if not is_finished(c) and c.name not in errors]
+    failed = {o.cell.name: o.error for o in outcomes if o.error is not None}
+    unfinished = [c for c in comparison.cells if not is_finished(c)]
+    errors = {c.name: _kind_of(c, failed.get(c.name)) for c in unfinished if c.name in failed or last_error(c)}
+    open_cells = [c.name for c in unfinished if c.name not in errors]
     out.mkdir(parents=True, exist_ok=True)
     record = {
         "note": NOT_PRIVATE.replace("*", ""), "epsilon_together": _plain(together.epsilon), "delta_together": together.delta,
         "ledgers_together": together.ledgers,
         "runs": [_run_record(row) for row in rows],
-        "failed": {name: _kind_of(error) for name, error in errors.items()}, "open": open_cells,
+        "failed": errors, "open": open_cells,
     }  # fmt: skip
     atomic_write_text(out / "results.json", json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     atomic_write_text(out / "results.csv", _csv(rows))
@@ -146,7 +147,7 @@ def spent_together(out: Path) -> Together:
 
 
 def markdown(
-    comparison: Comparison, summaries: Sequence[Summary], errors: Mapping[str, str | None], open_cells: Sequence[str],
+    comparison: Comparison, summaries: Sequence[Summary], errors: Mapping[str, str], open_cells: Sequence[str],
     together: Together, pictures: Sequence[Path],
 ) -> str:  # fmt: skip
     """The table: a line a variant and setting, means over seeds."""
@@ -169,22 +170,22 @@ def markdown(
             f"All {together.ledgers} ledgers below `runs/` (unfinished and earlier runs too) as one release: "
             f"ε = {epsilon_text(together.epsilon)} at δ = {together.delta:.3g}."
         )
-    elif together.ledgers > 1:
+    elif together.ledgers > 1 and together.epsilon is not None:
         lines.append("All runs as one release have no finite ε.")
+    elif together.ledgers > 1:
+        lines.append("ε of all runs as one release could not be computed: a ledger below `runs/` is damaged, or of no budget.")
     if comparison.share_public_training and len(comparison.seeds) > 1:
         lines.append("Seeds share the public classifier and, of one subset, the pre-training: the spread leaves these out.")
-    # What an error says may name a sensitive file: its kind only, for tables are passed on.
-    lines += [f"- failed: {name}: {_kind_of(error)}; see runs/{name}/error.txt" for name, error in errors.items()]
+    lines += [f"- failed: {name}: {kind}; see runs/{name}/error.txt" for name, kind in errors.items()]
     lines += [f"- not run yet: {name}" for name in open_cells]
     lines += ["", *[f"![{path.stem}]({path.name})" for path in pictures]]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _kind_of(error: str | None) -> str:
-    """OverBudgetError of "OverBudgetError: runs/a/ledger.jsonl: …"; how a process died, as it is."""
-    text = str(error).splitlines()[0]
-    named = re.match(r"(?:[A-Za-z_]\w*\.)*([A-Za-z_]\w*): ", text)
-    return named[1] if named else text
+def _kind_of(cell: Cell, error: str | None) -> str:
+    """An error's class, or how its process died: what it says may name a sensitive file, and tables are passed on."""
+    named = re.match(r"[A-Za-z_]\w*", error or "")
+    return last_error(cell) or (named[0] if named else "an error")
 
 
 def _run_record(row: Row) -> dict[str, Any]:

@@ -9,9 +9,8 @@ from privimage_fast.data.imageset import ImageSet
 
 
 def images_in_both(a: ImageSet, b: ImageSet) -> int:
-    """How many images of `a` are in `b`, pixel for pixel, whatever their labels; both sets are of one shape."""
-    other = set(_digests(b))
-    return sum(digest in other for digest in _digests(a))
+    """How many different images are in both, pixel for pixel, whatever their labels; both sets are of one shape."""
+    return len(set(_digests(a)) & set(_digests(b)))
 
 
 def _digests(images: ImageSet) -> Iterator[bytes]:

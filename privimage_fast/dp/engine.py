@@ -221,7 +221,8 @@ def probe_rows(
     all rows of the other samples. Real and fake images concatenated behind each other, a sequence-first layer, positions
     broadcast over the batch and means over it all fail here, whatever their shapes. ``key`` is what counts as one shape; the
     shapes of ``args`` unless given. Where the tracker took a tensor for the batch's because it has as many rows, each number of
-    rows is a shape of its own: at another it may not be.
+    rows is a shape of its own: at another it may not be. Where values of the batch decided something that a graph does not show
+    (rows that were chosen and put back, Python that branches), every call is looked at.
 
     Raises:
         UncoveredParameterError: naming the parameters of the call.
@@ -229,7 +230,7 @@ def probe_rows(
     samples = rows // multiplicity
     key = (multiplicity, module.training, key or tuple(tuple(t.shape) for t in batch_tensors(args)), tracker.by_number and rows)
     seen = _probed.setdefault(module, Counter())
-    if samples < 2 or seen[key] >= _PROBE_ATTEMPTS:
+    if samples < 2 or (seen[key] >= _PROBE_ATTEMPTS and not tracker.by_values):
         return
     chosen = torch.zeros(samples, dtype=torch.bool)
     chosen[random.SystemRandom().sample(range(samples), samples // 2)] = True  # leaves the user's generators alone
@@ -258,8 +259,9 @@ def probe_rows(
     finally:
         sink.receiver = None
     # A layer behind a zero-initialised one shows nothing yet: it is looked at again, a few times.
+    again = seen[key] >= _PROBE_ATTEMPTS
     seen[key] += 1 if silent else _PROBE_ATTEMPTS
-    if silent and seen[key] >= _PROBE_ATTEMPTS:
+    if silent and seen[key] >= _PROBE_ATTEMPTS and not again:
         logger.warning(
             "%s: some layers have shown no gradient in %d calls, so that they keep samples apart was not seen; check_per_sample "
             "on stand-in data, with weights that are not zero, can tell", type(module).__name__, _PROBE_ATTEMPTS,

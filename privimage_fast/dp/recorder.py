@@ -36,9 +36,11 @@ logger = logging.getLogger(__name__)
 class _Call:
     """One call of the module: its tracker, its rows, and the batch that was drawn last when it ran."""
 
-    def __init__(self, tracker: Tracker, inputs: Any, batch: DrawnBatch | None, step: int) -> None:
+    def __init__(self, tracker: Tracker, inputs: Any, out: Any, batch: DrawnBatch | None, step: int) -> None:
         self.tracker, self.rows, self.batch, self.step = tracker, tracker.rows, batch, step
-        self.sizes = sorted({t.shape[0] for t in batch_tensors(inputs) if t.dim()})
+        sizes = {t.shape[0] for t in batch_tensors(inputs) if t.dim()}
+        returned = {t.shape[0] for t in _outputs(out) if t.dim()}
+        self.unclear = sorted(sizes) if len(sizes) > 1 and self.rows not in returned else []
         self.received = False  # its backward pass has been here
 
 
@@ -122,7 +124,7 @@ class Recorder:
         tracker.check_buffers()
         tracker.check_gradients({})
         self._probe(out, (args, kwargs), tracker, sink)
-        made = _Call(tracker, (args, kwargs), self.batch, self._step)
+        made = _Call(tracker, (args, kwargs), out, self.batch, self._step)
         self._calls.append(made)
         sink.receiver = functools.partial(self._receive, made)
         return out
@@ -195,9 +197,9 @@ class Recorder:
         after a generator's backward pass through its discriminator.
         """
         batch, k = made.batch, self.multiplicity
-        if batch is None and len(made.sizes) > 1:
+        if batch is None and made.unclear:
             return (
-                f"the private module was called with tensors of {' and '.join(map(str, made.sizes))} rows, on a batch that is "
+                f"the private module was called with tensors of {' and '.join(map(str, made.unclear))} rows, on a batch that is "
                 "not of the private data loader: which of them counts the samples is not known. Iterate the loader that "
                 "make_private returned"
             )

@@ -25,11 +25,12 @@ from privimage_fast.dp.calls import (
     BORROWS_VALUES_OF_FIRST,
     ELEMENTWISE,
     EXPANDS,
-    PUTS_BACK,
     REWRITES,
     batch_norm_training,
     elementwise_rows,
     expanded_source,
+    puts_back,
+    reads_values,
     selects_rows,
 )  # fmt: skip
 from privimage_fast.dp.parsers import RULES
@@ -73,6 +74,7 @@ class Tracker(TorchFunctionMode):
         self._data_free: dict[str, int] = {}  # buffer → version up to which only parameters changed it
         self.recording = True  # False while checkpointed parts are computed again
         self.by_number = False  # something was taken for the batch's for having as many rows
+        self.by_values = False  # values of the batch chose rows, or went to Python
         first = next((t for t in _tensors(inputs) if t.dim()), None)
         self.rows = 0 if first is None else first.shape[0]
         for tensor in _tensors(inputs):
@@ -154,11 +156,7 @@ class Tracker(TorchFunctionMode):
             out = self._on_parameters(func, args, kwargs, tensors, weights)
         self._watch_buffers(tensors, touched, versions)
         values = tensors[:1] if func in BORROWS_VALUES_OF_FIRST else tensors
-        chosen = (bool(self._selected) and func not in PUTS_BACK and any(t in self._selected for t in values)) or (
-            bool(tensors) and selects_rows(func, args, kwargs, self._from_batch) and any(self._from_batch(t) for t in tensors)
-        )
-        if chosen:
-            self._selected.update({t: True for t in _tensors(out) if t.dim()})
+        self._watch_rows(func, args, kwargs, values, out)
         if any(self._from_batch(t) for t in values):
             # In-place calls change their first argument and may return nothing (``buffer[:, :n] = x``).
             for tensor in (*_tensors(out), *_tensors(args[:1] if out is None else ())):
@@ -297,6 +295,21 @@ class Tracker(TorchFunctionMode):
             f"batch normalisation{where} uses the statistics of the whole batch, so one sample's gradient depends on the "
             "others and cannot be clipped; use GroupNorm, or put the layer in eval() mode"
         )
+
+    def _watch_rows(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], values: list[Tensor], out: Any
+    ) -> None:
+        """Marks what has rows that the batch's values chose."""
+        if reads_values(func):
+            self.by_values |= any(self._from_batch(t) for t in values)
+            return
+        chosen = bool(values) and selects_rows(func, args, kwargs, self._from_batch)
+        self.by_values |= chosen
+        if not chosen and self._selected and any(t in self._selected for t in values):
+            chosen = not puts_back(func, args, kwargs, lambda t: self._from_batch(t) or t in self._selected, self.rows)
+        if chosen:
+            into = out if out is not None else args[:1]  # ``buffer[:n] = x[mask]`` returns nothing
+            self._selected.update({t: True for t in _tensors(into) if t.dim()})
 
     def _watch_buffers(self, tensors: list[Tensor], touched: list[Tensor], versions: list[int]) -> None:
         for t, before in zip(touched, versions, strict=True):

@@ -46,7 +46,7 @@ class EvaluateConfig:
         architectures: several of them instead, as arch, arch:width or arch:width:blocks with the training of `classifier`, e.g.
             [cnn, resnet:16:3, wrn:160:4]; the one that is best on synthetic images counts.
         seeds: trainings of each, whose mean and spread are reported.
-        max_images: at most so many images of each kind enter distances.
+        max_images: at most so many images of each kind enter distances (near copies are looked for among all training images).
         network: where distances are measured: public (the classifier of the public labels) or lite0 (ImageNet, for colour).
         inception: path of Inception as TorchScript or ONNX; distances are then measured on it, not on `network`, and called FID.
         per_class: distances and the rest also class by class.
@@ -95,7 +95,7 @@ def run_evaluate(
         raise RunError(f"the test set's classes {test.label_names} are not the synthetic ones {synthetic.label_names}")
     network = distance_network(config, feature_network, device)
     # Never taken from an earlier call: telling one test set from another would need a hash of sensitive images on disk, and
-    # their number is nobody's business either.
+    # their number stands beside figures that are not private only.
     with timed(folder, "evaluate", fingerprint(config, weights, seed, len(synthetic))):
         metrics = utility(config, synthetic, test, seed=seed, device=device)
         metrics += fidelity(config, synthetic, test, network, seed=seed)
@@ -216,7 +216,11 @@ def copying(config: EvaluateConfig, synthetic: ImageSet, private: ImageSet, test
     members, others = (-measures.nearest_neighbours(real, fake)[1][:, 0] for real in (train, held_out))
     attack = measures.membership_inference(members, others)
     # Copies are looked for among all training images: among as many as were held out, most copies would be of others.
-    copies = measures.memorisation(fake, _pixels(private), tolerance=tolerance).duplicate_rate
+    nearest = np.full(len(fake), np.inf)
+    for start in range(0, len(private), config.max_images):  # all at once, in float64, might not fit
+        block = private.subset(np.arange(start, min(len(private), start + config.max_images)))
+        nearest = np.minimum(nearest, measures.nearest_neighbours(fake, _pixels(block))[1][:, 0])
+    copies = float(np.mean(nearest <= tolerance))
     sizes = f"pixels of {len(fake)} synthetic images against {count} training and {count} held-out ones"
     away = np.median(found.to_held_out)
     ratio = float(np.median(found.to_train) / away) if away > 0 else float("nan")
