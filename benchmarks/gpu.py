@@ -28,7 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_parts import PARTS, ROOT, Machine, Row, every_kernel
+from gpu_checks import every_kernel
+from gpu_machine import ROOT, Machine, Row
+from gpu_parts import PARTS
 
 from privimage_fast import ops
 

@@ -1,4 +1,6 @@
-"""What a run is held to before a stage begins: nulls filled, public numbers sound, the folder charged for what it holds."""
+"""What a run is held to before a stage begins: nulls filled, sets apart and public numbers sound, the folder charged for what it
+holds.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from privimage_fast.config import ConfigError, RunConfig
+from privimage_fast.data import ImageSet, images_in_both
 from privimage_fast.dp.accounting import DPSGDEvent, GaussianEvent, default_delta, epsilon
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.planning import fill_warmup, query_noise_multiplier, questions
+from privimage_fast.stages.clusters import check_clusters
 from privimage_fast.stages.folder import RunError, RunFolder
 from privimage_fast.stages.select import labels_per_class
 
@@ -47,6 +51,56 @@ def resolve(c: RunConfig, saved: RunConfig | None, *, images: int, n_classes: in
         warmup=warmup,
         finetune=replace(c.finetune, steps=steps, multiplicity=multiplicity),
     )
+
+
+def check_apart(*, public: ImageSet, private: ImageSet, test: ImageSet | None) -> None:
+    """Refuses a public or test set that holds sensitive images; fewer than one in a hundred are only told. The first of all
+    checks: with the same folder twice every other answer would mislead.
+
+    Who gives one folder for two sets must not get a run that claims ε for images it was pre-trained on. Few equal images
+    (blank ones, say) may be in both by chance. The answer goes to the owner's terminal and nowhere else.
+
+    Raises:
+        ConfigError: naming the set, and how many images it has in common with the sensitive one.
+    """
+    apart = {
+        "public": (public, "public images are trained on without noise, so ε would mean nothing for them"),
+        "test": (test, "the quality of images would be judged by the very ones that they were learned from"),
+    }
+    for name, (images, why) in apart.items():
+        shared = 0 if images is None else images_in_both(images, private)
+        if images is None or not shared:
+            continue
+        if shared > max(1, min(len(images), len(private)) // 100):
+            raise ConfigError(
+                f"data.{name} and data.private have {shared:,} images in common (of {len(images):,} and {len(private):,}): "
+                f"{why}; give another {name} set, or take them out of one of the two"
+            )
+        logger.warning(
+            "data.%s and data.private have %d different images in common, pixel for pixel: %s. The run goes on; take them "
+            "out of one of the two if they are not blank", name, shared, why,
+        )  # fmt: skip
+
+
+def check_inputs(c: RunConfig, folder: RunFolder, *, public: ImageSet, private: ImageSet, test: ImageSet | None) -> None:
+    """Finds out before anything is spent what would stop a later stage.
+
+    Raises:
+        ConfigError: a test set of other classes, or files that are not there.
+    """
+    if c.model.unused_sizes:
+        logger.warning("%s", c.model.unused_sizes)
+    if test is not None and test.label_names != private.label_names:
+        odd = sorted(set(test.label_names) ^ set(private.label_names))
+        raise ConfigError(
+            f"data.test has other classes than data.private: {', '.join(odd) or 'the same names in another order'}; the test "
+            "set needs the same class folders (or label_names)"
+        )
+    if c.select.mode == "semantic" and not folder.query.exists():
+        check_clusters(c.query, public)
+    for key, path in (("query.onnx", c.query.onnx), ("evaluate.inception", c.evaluate.inception)):
+        if path and not Path(path).is_file():
+            raise ConfigError(f"{key}: no file {path}")
 
 
 def check_public_numbers(c: RunConfig, *, images: int) -> None:

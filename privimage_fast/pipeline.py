@@ -17,7 +17,7 @@ import torch
 
 from privimage_fast import report
 from privimage_fast.config import ConfigError, DataConfig, RunConfig, differing_keys, load_config
-from privimage_fast.data import ImageSet, Limits, holdout_split, images_in_both, join, open_image_set
+from privimage_fast.data import ImageSet, Limits, holdout_split, join, open_image_set
 from privimage_fast.data.atomic import atomic_write_text
 from privimage_fast.dp.accounting import ADJACENCY, UNIT
 from privimage_fast.dp.ledger import Ledger
@@ -26,10 +26,10 @@ from privimage_fast.dp.sampling import OSRandom, SeededRandom
 from privimage_fast.models.classifier import Classifier
 from privimage_fast.models.replay import forget
 from privimage_fast.models.training import Drawable, ImageModel
-from privimage_fast.opening import check_ledger, check_public_numbers, resolve
+from privimage_fast.opening import check_apart, check_inputs, check_ledger, check_public_numbers, resolve
 from privimage_fast.planning import Plan, make_plan, query_noise_multiplier
 from privimage_fast.stages.agreement import check_text, question, stand_in_tables
-from privimage_fast.stages.clusters import check_clusters, public_clusters
+from privimage_fast.stages.clusters import public_clusters
 from privimage_fast.stages.evaluate import check_evaluation, run_evaluate
 from privimage_fast.stages.finetune import budget_record, run_finetune
 from privimage_fast.stages.folder import RunError, RunFolder, fingerprint, timed
@@ -158,57 +158,14 @@ class Run:
     # ---- opening
 
     def check_inputs(self) -> None:
-        """Finds out before anything is spent what would stop a later stage.
-
-        Raises:
-            ConfigError: a test set of other classes, or files that are not there.
-        """
-        test, private = self.test, self.private
-        if self.config.model.unused_sizes:
-            logger.warning("%s", self.config.model.unused_sizes)
-        if test is not None and test.label_names != private.label_names:
-            odd = sorted(set(test.label_names) ^ set(private.label_names))
-            raise ConfigError(
-                f"data.test has other classes than data.private: {', '.join(odd) or 'the same names in another order'}; the test "
-                "set needs the same class folders (or label_names)"
-            )
-        if self.config.select.mode == "semantic" and not self.folder.query.exists():
-            check_clusters(self.config.query, self.public)
-        if self.config.query.onnx and not Path(self.config.query.onnx).is_file():
-            raise ConfigError(f"query.onnx: no file {self.config.query.onnx}")
-        if self.config.evaluate.inception and not Path(self.config.evaluate.inception).is_file():
-            raise ConfigError(f"evaluate.inception: no file {self.config.evaluate.inception}")
+        """As :func:`opening.check_inputs`, of this run's sets."""
+        check_inputs(self.config, self.folder, public=self.public, private=self.private, test=self.test)
 
     def check_evaluation(self) -> None:
         """RunError where there will be too few images to evaluate, or a package for it is missing."""
         if self.test is not None:
             synthetic = self.config.sample.per_class * self.private.n_classes
             check_evaluation(self.config.evaluate, synthetic=synthetic, test=len(self.test))
-
-    def _check_apart(self) -> None:
-        """Refuses a public or test set that holds sensitive images; fewer than one in a hundred are only told. The first of all
-        checks: with the same folder twice every other answer would mislead.
-
-        Who gives one folder for two sets must not get a run that claims ε for images it was pre-trained on. Few equal images
-        (blank ones, say) may be in both by chance. The answer goes to the owner's terminal and nowhere else.
-        """
-        apart = {
-            "public": (self.public, "public images are trained on without noise, so ε would mean nothing for them"),
-            "test": (self.test, "the quality of images would be judged by the very ones that they were learned from"),
-        }
-        for name, (images, why) in apart.items():
-            shared = 0 if images is None else images_in_both(images, self.private)
-            if images is None or not shared:
-                continue
-            if shared > max(1, min(len(images), len(self.private)) // 100):
-                raise ConfigError(
-                    f"data.{name} and data.private have {shared:,} images in common (of {len(images):,} and "
-                    f"{len(self.private):,}): {why}; give another {name} set, or take them out of one of the two"
-                )
-            logger.warning(
-                "data.%s and data.private have %d different images in common, pixel for pixel: %s. The run goes on; take them "
-                "out of one of the two if they are not blank", name, shared, why,
-            )  # fmt: skip
 
     def check_new(self, *, resume: bool) -> None:
         """Refuses a folder that holds a run, unless it is to be gone on with, and a path that is no folder."""
@@ -232,7 +189,7 @@ class Run:
             saved = load_config(self.folder.config) if self.folder.begun else None
             if saved is not None and saved.data.test and not self.config.data.test:  # given to `evaluate` meanwhile
                 self.config = replace(self.config, data=replace(self.config.data, test=saved.data.test))
-            self._check_apart()
+            check_apart(public=self.public, private=self.private, test=self.test)
             self.config = self._resolved(saved)
             if saved is not None:
                 free = _REOPENABLE if self.config.warms_up or saved.warms_up else (*_REOPENABLE, "warmup.")
@@ -499,7 +456,7 @@ class Run:
 
     def plan(self) -> Plan:
         """Needs the sizes of both sets, and spends nothing."""
-        self._check_apart()
+        check_apart(public=self.public, private=self.private, test=self.test)
         self.check_inputs()
         self.check_evaluation()
         c = self._resolved(None)

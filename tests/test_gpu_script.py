@@ -65,7 +65,7 @@ def test_every_kernel_is_sanitized(gpu: Any, monkeypatch: pytest.MonkeyPatch) ->
 
     for name in names:
         monkeypatch.setattr(ops, name, counted(name, getattr(ops, name)))
-    importlib.import_module("gpu_parts").every_kernel(gpu.Machine(torch.device("cpu"), True))
+    importlib.import_module("gpu_checks").every_kernel(gpu.Machine(torch.device("cpu"), True))
     assert called == names
 
 

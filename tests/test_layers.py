@@ -24,7 +24,7 @@ ALLOWED = {
     "report": {"data", "dp"},
     "config": {"stages", "models"},
     "planning": {"config", "stages", "models", "dp"},
-    "opening": {"planning", "config", "stages", "dp"},
+    "opening": {"planning", "config", "stages", "data", "dp"},
     "pipeline": {"opening", "planning", "config", "report", "stages", "models", "data", "dp", "ops"},
     "method": {"pipeline", "planning", "config", "stages", "models", "data"},
     "compare": {"pipeline", "planning", "config", "report", "stages", "data", "dp"},

@@ -173,7 +173,7 @@ def markdown(
     elif together.ledgers > 1 and together.epsilon is not None:
         lines.append("All runs as one release have no finite ε.")
     elif together.ledgers > 1:
-        lines.append("ε of all runs as one release could not be computed: a ledger below `runs/` is damaged, or of no budget.")
+        lines.append("ε of all runs as one release could not be computed: a ledger below `runs/` is damaged.")
     if comparison.share_public_training and len(comparison.seeds) > 1:
         lines.append("Seeds share the public classifier and, of one subset, the pre-training: the spread leaves these out.")
     lines += [f"- failed: {name}: {kind}; see runs/{name}/error.txt" for name, kind in errors.items()]

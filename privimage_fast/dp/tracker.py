@@ -29,11 +29,9 @@ from privimage_fast.dp.calls import (
     batch_norm_training,
     elementwise_rows,
     expanded_source,
-    puts_back,
-    reads_values,
-    selects_rows,
 )  # fmt: skip
 from privimage_fast.dp.parsers import RULES
+from privimage_fast.dp.row_selection import puts_back, reads_values, selects_rows
 from privimage_fast.dp.rules import ExpandRule, GeneralRule, Rule, UncoveredParameterError, like
 from privimage_fast.dp.uses import RuleCall, Sink
 

@@ -1,4 +1,4 @@
-// Built with AddressSanitizer by test_cuda_emulated.py. One argument: a faulty kernel that the emulation has to catch,
+// Built with AddressSanitizer by test_emulation_faults.py. One argument: a faulty kernel that the emulation has to catch,
 // "sound" for the same kernels as they should be, or "ops" for every kernel of the package on buffers that end where
 // their data ends.
 #define PRIVIMAGE_EMULATE
