@@ -41,6 +41,8 @@ class Chosen(nn.Module):
         if self.how == "cut by numbers":  # of which no tensor knows
             parts = torch.cat([x[b, :n] for b, n in enumerate(mask.sum(1).tolist())])
             return torch.stack([part.sum() for part in self.linear(parts).split(mask.sum(1).tolist())])
+        if self.how == "stacked by token":  # twice as many pieces as rows
+            return self.linear(torch.stack(x[mask].unbind(0))).view(4, 2, 4).sum((1, 2))
         if self.how == "gather":
             return self.linear(x.gather(0, mask.sum(1).argsort()[:, None, None].expand_as(x))).sum((1, 2))
         if self.how == "from behind":
@@ -79,7 +81,7 @@ def chosen_loss(module: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "how",
     ["mask", "mask, then more", "masked_select", "nonzero", "sort", "index_select", "gather", "from behind", "take_along_dim",
-     "sorted", "filled buffer"],
+     "sorted", "filled buffer", "stacked by token"],
 )  # fmt: skip
 def test_layers_on_rows_that_the_batch_chose_are_refused(how: str) -> None:
     """A first batch with two tokens each would pass every look at its gradients, and the next one's be grouped by it."""
