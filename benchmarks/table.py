@@ -185,17 +185,23 @@ TABLES: dict[str, Callable[[Entry], str]] = {"dp_step": dp_step, "ops": ops, "gr
 VARIANTS = {
     "**the selected subset, class means**": ("privimage-means", "privimage-gan-means"),
     "**a subset chosen by clusters, class means**": ("privimage-clusters-means", "privimage-clusters-gan-means"),
+    "a subset of as many clusters as the noise bears, class means": (
+        "privimage-auto-clusters-means",
+        "privimage-auto-clusters-gan-means",
+    ),
     "as many public images, blindly; class means": ("random-means", "random-gan-means"),
     "all public images, class means": ("pdp-means", "pdp-gan-means"),
     "no public images, class means": ("dpdm-means", "dpgan-means"),
     "the selected subset (PrivImage as published)": ("privimage", "privimage-gan"),
     "a subset chosen by clusters": ("privimage-clusters", "privimage-clusters-gan"),
+    "a subset of as many clusters as the noise bears": ("privimage-auto-clusters", "privimage-auto-clusters-gan"),
     "as many public images, blindly": ("random", "random-gan"),
     "all public images (PDP-Diffusion)": ("pdp-diffusion", "pdp-gan"),
     "no pre-training (DPDM, DPGAN)": ("dpdm", "dpgan"),
     "the subset, never fine-tuned": ("public-only", "public-only-gan"),
     "the clusters' subset, never fine-tuned": ("public-only-clusters", "public-only-clusters-gan"),
-    "the subset, no noise: *not private*": ("non-private", "non-private-gan"),
+    "the selected subset, the same steps without noise: *not private*": ("non-private", "non-private-gan"),
+    "the same with class means: *not private*": ("privimage-means, no noise", "privimage-gan-means, no noise"),
 }
 GRIDS = {"mnist-cpu": "MNIST +D", "mnist-gan-cpu": "MNIST +G", "fashion-cpu": "F-MNIST +D", "fashion-gan-cpu": "F-MNIST +G"}
 
@@ -207,12 +213,13 @@ def grids(folder: Path) -> str:
         path = folder / name / "results.json"
         for run in json.loads(path.read_text())["runs"] if path.exists() else []:
             accuracy = next(v for key, v in run["metrics"].items() if key.startswith("accuracy, trained on synthetic, tested"))
-            epsilon = run["settings"]["privacy.epsilon"]
-            if run["variant"].startswith("non-private"):
-                epsilon = 10
-            if run["settings"].get("select.max_image_ratio") in (None, 0.1) and accuracy is not None and epsilon in (1, 10):
-                column = f"{title}, ε = {epsilon:g}"
-                columns.setdefault(column, defaultdict(list))[run["variant"]].append(100 * accuracy)
+            settings, variant, epsilon = run["settings"], run["variant"], run["settings"]["privacy.epsilon"]
+            if epsilon == "inf":  # whatever it is set beside
+                variant, epsilon = variant if variant.startswith("non-private") else f"{variant}, no noise", 10
+            plain = {"select.max_image_ratio": 0.1, "model.preset": "small"}  # where a grid has such an axis
+            usual = all(settings.get(key, value) in (None, value) for key, value in plain.items())
+            if usual and accuracy is not None and epsilon in (1, 10):
+                columns.setdefault(f"{title}, ε = {epsilon:g}", defaultdict(list))[variant].append(100 * accuracy)
     rows = []
     for label, names in VARIANTS.items():
         found = [next((c[n] for n in names if n in c), []) for c in columns.values()]

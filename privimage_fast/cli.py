@@ -107,7 +107,7 @@ def _parse_run(command: str, argv: list[str], description: str, *, base: str | N
         what = "print σ, steps, memory, rough time and how each layer's gradients are had, and stop"
         parser.add_argument("--dry-run", action="store_true", help=what)
     if command == "query":
-        what = "how far noise would change the choice of labels, by its share of ε, on public stand-ins; spends nothing"
+        what = "how far noise would change the choice of labels, by its share of the budget, on public stand-ins; spends nothing"
         parser.add_argument("--dry-run", action="store_true", help=what)
     if command in ("run", "demo", "evaluate"):
         parser.add_argument("--inception", metavar="FILE", help="Inception as TorchScript or ONNX, for FID")

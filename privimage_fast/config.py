@@ -340,6 +340,7 @@ def build_config(values: dict[str, Any], base: RunConfig | None = None) -> RunCo
 _KINDS = {
     "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list[str]": "a list of texts",
     "tuple[int, ...]": "a list of whole numbers", "tuple[str, ...]": "a list of texts", "None": "null",
+    'Literal["auto"]': "auto",
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from privimage_fast.config import ConfigError, RunConfig
 from privimage_fast.data import ImageSet, images_in_both
 from privimage_fast.dp.accounting import DPSGDEvent, GaussianEvent, default_delta, epsilon
 from privimage_fast.dp.ledger import Ledger
-from privimage_fast.planning import fill_warmup, query_noise_multiplier, questions
+from privimage_fast.planning import fill_clusters, fill_warmup, query_noise_multiplier, questions
 from privimage_fast.stages.clusters import check_clusters
 from privimage_fast.stages.folder import RunError, RunFolder
 from privimage_fast.stages.select import labels_per_class
@@ -21,20 +21,29 @@ from privimage_fast.stages.select import labels_per_class
 logger = logging.getLogger(__name__)
 
 
-def resolve(c: RunConfig, saved: RunConfig | None, *, images: int, n_classes: int, n_labels: int) -> RunConfig:
-    """Fills every null from the saved run, or from the data, so that the saved configuration says what was done.
+def resolve(c: RunConfig, saved: RunConfig | None, *, images: int, n_classes: int, public: ImageSet) -> RunConfig:
+    """Fills every null and every "auto" number from the saved run, or from the data, so that the saved configuration says what
+    was done.
 
-    images, n_classes: of the sensitive set. n_labels: that the query would ask for.
+    images, n_classes: of the sensitive set.
     """
     filled = saved or c
     population = c.privacy.population or filled.privacy.population or images
     delta = c.privacy.delta or filled.privacy.delta or default_delta(population)
-    each = c.select.labels_per_class or filled.select.labels_per_class
-    if each is None or (saved is None and c.select.mode in ("semantic", "random")):
-        each = labels_per_class(c.select, n_labels=n_labels, n_classes=n_classes, clusters=c.query.clusters is not None)
     query_noise = filled.query.noise_multiplier if c.query.noise_multiplier is None else c.query.noise_multiplier
     if query_noise is None:
         query_noise = query_noise_multiplier(c.privacy.epsilon, delta, c.query.share)
+    query = replace(c.query, noise_multiplier=query_noise)
+    if query.clusters == "auto":
+        if saved is None or saved.query.clusters is None:
+            query = fill_clusters(query, population=population, n_classes=n_classes, public_images=len(public))
+        else:
+            votes = query.votes_per_image or saved.query.votes_per_image
+            query = replace(query, clusters=saved.query.clusters, votes_per_image=votes)
+    each = c.select.labels_per_class or filled.select.labels_per_class
+    if each is None or (saved is None and c.select.mode in ("semantic", "random")):
+        clustered = query.clusters is not None
+        each = labels_per_class(c.select, n_labels=query.n_labels(public), n_classes=n_classes, clusters=clustered)
     nulls = [name for name in ("modes", "rounds", "noise_multiplier", "lowest_level") if getattr(c.warmup, name) is None]
     warmup = replace(c.warmup, **{name: getattr(filled.warmup, name) for name in nulls})
     if c.warms_up:
@@ -46,7 +55,7 @@ def resolve(c: RunConfig, saved: RunConfig | None, *, images: int, n_classes: in
     return replace(
         c,
         privacy=replace(c.privacy, population=population, delta=delta),
-        query=replace(c.query, noise_multiplier=query_noise, votes_per_image=c.query.votes_per_image or each),
+        query=replace(query, votes_per_image=query.votes_per_image or each),
         select=replace(c.select, labels_per_class=each),
         warmup=warmup,
         finetune=replace(c.finetune, steps=steps, multiplicity=multiplicity),

@@ -221,12 +221,7 @@ class Run:
 
     def _resolved(self, saved: RunConfig | None) -> RunConfig:
         private = self.private
-        return resolve(self.config, saved, images=len(private), n_classes=private.n_classes, n_labels=self._n_labels)
-
-    @property
-    def _n_labels(self) -> int:
-        """As asked for; a few clusters may turn out empty."""
-        return self.config.query.clusters or self.public.n_classes
+        return resolve(self.config, saved, images=len(private), n_classes=private.n_classes, public=self.public)
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -318,7 +313,7 @@ class Run:
         query = self.folder.read_json(self.folder.query, "query") if c.select.mode == "semantic" else None
         return run_select(
             self.folder, c.select, public=self.asked, class_names=self.private.label_names, query=query,
-            labels_each=c.select.labels_per_class, seed=c.seed, n_labels=self._n_labels,
+            labels_each=c.select.labels_per_class, seed=c.seed, n_labels=c.query.n_labels(self.public),
         )  # fmt: skip
 
     def pretrain(self) -> ImageModel:
@@ -422,11 +417,12 @@ class Run:
         if self.test is None:
             return None
         self.check_evaluation()
-        c = self.config
+        c, ledger = self.config, Ledger.read(self.folder.ledger)
         return run_evaluate(
             self.folder, c.evaluate, synthetic=self.sample(), test=self.test, feature_network=self.feature_network(),
             weights=load_pretrained(self.folder.model)[2], seed=c.seed, device=self.device,
             private=self.private if c.evaluate.neighbours or c.evaluate.memorisation else None,
+            protected=math.isfinite(ledger.epsilon()) and not ledger.seeded,
         )  # fmt: skip
 
     def feature_network(self) -> Classifier:
@@ -461,7 +457,8 @@ class Run:
         self.check_evaluation()
         c = self._resolved(None)
         check_public_numbers(c, images=len(self.private))
-        return make_plan(c, self.model().to(self.device), n_labels=self._n_labels, n_classes=self.private.n_classes)
+        model, n_labels = self.model().to(self.device), c.query.n_labels(self.public)
+        return make_plan(c, model, n_labels=n_labels, n_classes=self.private.n_classes)
 
     def write_plan(self, plan: Plan) -> None:
         """budget.json as planned; fine-tuning replaces it by what it uses."""

@@ -11,12 +11,13 @@ import torch
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from privimage_fast.config import RunConfig
+from privimage_fast.config import ConfigError, RunConfig
 from privimage_fast.dp.accounting import DPSGDEvent, GaussianEvent, epsilon, solve_noise_multiplier
 from privimage_fast.dp.engine import accumulate_clipped
 from privimage_fast.dp.planner import Plan as StepPlan
 from privimage_fast.models.training import ImageModel
 from privimage_fast.stages.finetune import plan_finetune
+from privimage_fast.stages.query import QueryConfig
 from privimage_fast.stages.warmup import WarmupConfig, lowest_level
 
 
@@ -218,6 +219,25 @@ def query_noise_multiplier(target_epsilon: float, delta: float, share: float) ->
     return 1 / (mu * math.sqrt(share))
 
 
+# Votes of an image for clusters where none are set, and how many clusters there may be: one for so many public images, none so
+# fine that the votes of a cluster of its class, of which a tenth is meant, are fewer than so many standard deviations of noise.
+_CLUSTER_VOTES, _IMAGES_A_CLUSTER, _MOST_CLUSTERS, _VOTES_IN_NOISE = 3, 16, 2000, 14
+
+
+def fill_clusters(query: QueryConfig, *, population: int, n_classes: int, public_images: int) -> QueryConfig:
+    """As many clusters as the noise lets tell apart, in place of "auto": from public numbers only.
+
+    Finer clusters choose better until noise drowns their votes. ``query`` has its σ₁.
+    """
+    votes = query.votes_per_image or _CLUSTER_VOTES
+    most = min(_MOST_CLUSTERS, public_images // _IMAGES_A_CLUSTER)
+    if query.noise_multiplier:
+        noise = query.noise_multiplier * math.sqrt(votes)
+        most = min(most, int(population * votes / (0.1 * _VOTES_IN_NOISE * noise)))
+    count = min(public_images, max(most, 2 * n_classes))
+    return replace(query, clusters=count, votes_per_image=min(votes, count))
+
+
 # What is aimed at on a pixel of a class mean, of images in [−1, 1], what is too much, and what of the budget it may take.
 _PIXEL_NOISE, _DROWNED, _LEAST_SHARE, _MOST_SHARE = 0.1, 0.5, 0.02, 0.25
 # The same of several means a class, how many at most, and how often they are asked for.
@@ -225,7 +245,11 @@ _MODE_NOISE, _MODES_SHARE, _MOST_MODES, _ROUNDS = 0.05, 0.1, 16, 3
 
 
 def fill_warmup(c: RunConfig, delta: float, *, population: int, n_classes: int) -> WarmupConfig:
-    """The warm-up's nulls from public numbers: how many means a class, rounds, σ₂ of a round, and from which noise level on."""
+    """The warm-up's nulls from public numbers: how many means a class, rounds, σ₂ of a round, and from which noise level on.
+
+    Raises:
+        ConfigError: several means a class for a GAN.
+    """
     w = c.warmup
     asked = c.query.share if c.select.mode == "semantic" and c.query.noise_multiplier is None else 0.0
 
@@ -233,6 +257,11 @@ def fill_warmup(c: RunConfig, delta: float, *, population: int, n_classes: int) 
         share = share if w.share is not None else min(share, (1 - asked) / 2)  # the query's share is taken
         return math.sqrt(rounds) * query_noise_multiplier(c.privacy.epsilon, delta, share)
 
+    if c.model.family == "gan" and (w.modes or 1) > 1:
+        raise ConfigError(
+            f"warmup.modes is {w.modes}, but a GAN's images are held to one mean a class, and the others would be paid for in "
+            "vain; leave warmup.modes out, or take model.family diffusion"
+        )
     modes, rounds, sigma = w.modes, w.rounds or _ROUNDS, w.noise_multiplier
     if modes is None:
         each = _pixel_noise(c, noise(w.share or _MODES_SHARE, rounds), population, n_classes)

@@ -17,7 +17,7 @@ from PIL import Image
 from tiny import PRIVATE, PUBLIC, SECTIONS, TEST
 
 from privimage_fast.cli import main
-from privimage_fast.compare import Cell, GridError, built_in_variants, load_comparison, run_comparison
+from privimage_fast.compare import Cell, GridError, built_in_variants, load_comparison, plots, run_comparison, tables
 from privimage_fast.compare import runner as runner_module
 from privimage_fast.compare.plots import plot_figures, series
 from privimage_fast.compare.runner import is_finished
@@ -215,8 +215,41 @@ def test_table_and_sheet(done: Path) -> None:
     assert sum(line.startswith(f"| {v} |") for line in table.splitlines() for v in GRID["variants"]) == 6
     rows = list(csv.DictReader((done / "out" / "results.csv").read_text().splitlines()))
     assert len(rows) == 6 and {r["privacy.epsilon"] for r in rows} == {"5.0", "inf"}
+    # Every figure of real images says so, wherever the file is read; of a run without noise none is private.
+    marked = {name.removesuffix(" (not private)") for name in rows[0] if name.endswith(" (not private)")}
+    assert {ACCURACY, "accuracy, trained and tested on synthetic"} < marked and "epsilon" not in marked
+    record = json.loads((done / "out" / "results.json").read_text())
+    private = {r["variant"]: r["private_metrics"] for r in record["runs"]}
+    assert private["privimage"] == ["accuracy, trained and tested on synthetic"] and private["non-private"] == []
     with Image.open(done / "out" / "sheet.png") as sheet:
         assert sheet.height >= 6 * 8
+
+
+def test_what_made_a_run_is_told(seeds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A configuration says nothing of what a later version of the package makes of it."""
+    path, out = seeds / "grid.yaml", seeds / "out"
+    assert "states of the package's code" not in (out / "table.md").read_text()
+    first = {r["code"] for r in json.loads((out / "results.json").read_text())["runs"]}
+    assert first == {runner_module.code_fingerprint()}
+    cell = out / "runs" / "privimage_epsilon=5_seed=0" / "cell.json"
+    kept = json.loads(cell.read_text())
+    cell.write_text(json.dumps({**kept, "code": "other"}))
+    assert main(["compare", "--config", str(path), "--table"]) == 0
+    assert "made by 2 different states of the package's code" in (out / "table.md").read_text()
+    cell.write_text(json.dumps(kept))
+    assert main(["compare", "--config", str(path), "--table"]) == 0
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_distances_on_several_networks_are_told(tmp_path: Path, shared: bool) -> None:
+    rows = [
+        Row(c, 5.0, 1e-3, 1, 0.5, 9, {"Fréchet distance FD-a": 1.0}, frozenset(), tables._network(c.config), "code")
+        for c in load_comparison(write(tmp_path, variants=["privimage"], seeds=[0, 1], share_public_training=shared)).cells
+    ]
+    comparison, together = load_comparison(tmp_path / "grid.yaml"), tables.Together(5.0, 1e-3, 2)
+    text = tables.markdown(comparison, summarise(rows), {}, [], together, [])
+    assert ("**Distances are on 2 different networks**" in text) is not shared
+    assert plots._distance_label(summarise(rows)) == ("Fréchet distance FD-a" if shared else "distances, on different networks")
 
 
 @pytest.mark.slow
@@ -366,7 +399,7 @@ def test_lines_along_an_axis(tmp_path: Path) -> None:
     def measured(cell: Cell) -> Row:
         budget = cell.config.privacy.epsilon
         figure = 0.9 if math.isinf(budget) else 0.05 * budget + 0.1 * cell.seed
-        return Row(cell, 1.0, 1e-3, 0, 0.0, 1, {ACCURACY: figure, "Fréchet distance FD-x": 2.0})
+        return Row(cell, 1.0, 1e-3, 0, 0.0, 1, {ACCURACY: figure, "Fréchet distance FD-x": 2.0}, frozenset(), "one", None)
 
     summaries = summarise([measured(cell) for cell in comparison.cells])
     first = series(comparison, comparison.grids[0], "privacy.epsilon", summaries, accuracy)

@@ -20,7 +20,7 @@ def test_unknown_keys_are_refused_with_the_nearest() -> None:
         ({"privacy": {"epsilon": 0}}, "epsilon"),
         ({"privacy": {"delta": 2.0}}, "delta"),
         ({"finetune": {"batch_size": "many"}}, "^finetune.batch_size: expected a whole number, found 'many'$"),
-        ({"query": {"clusters": "foo"}}, "^query.clusters: expected a whole number or null, found 'foo'$"),
+        ({"query": {"clusters": "foo"}}, "^query.clusters: expected a whole number or auto or null, found 'foo'$"),
         ({"data": {"public": 3}}, "^data.public: expected text or a list of texts, found 3$"),
         ({"privacy": {"secure": "maybe"}}, "^privacy.secure: expected true or false, found 'maybe'$"),
         ({"model": {"unet": {"channel_mult": "a"}}}, "^model.unet.channel_mult: expected a list of whole numbers, found 'a'$"),

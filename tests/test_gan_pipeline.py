@@ -166,7 +166,7 @@ def test_what_runs_is_what_is_charged(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(adversarial, "generator_loss", generator_loss)
     fine_tuned(tmp_path / "a", select={"mode": "none"})
     assert order == list(range(1, STEPS + 1)) and sum(weights) == sum(drawn)
-    assert steps == [EVERY, 2 * EVERY]
+    assert steps == [EVERY, 2 * EVERY, STEPS]
     assert Ledger.read(tmp_path / "a" / "ledger.jsonl").steps_charged("finetune") == STEPS
 
 
@@ -196,6 +196,35 @@ def test_generator_steps_read_nothing_of_the_sensitive_set(tmp_path: Path, monke
     before = start.load_tensors(start.checkpoint("pretrain"), "pretrain")[0]
     moved = {name.split(".")[0] for name in before if not torch.equal(before[name], a[name])}
     assert moved == {"generator", "discriminator"}  # the noise moved one, its steps the other
+
+
+def test_the_generator_learns_of_drawn_images_through_the_discriminator_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the discriminator put back after every step, other images and other label counts in the batch leave no trace."""
+
+    class First(finetune_module.PoissonSampler):
+        def draw(self) -> np.ndarray:
+            return np.arange(20)
+
+    step = finetune_module.PrivateOptimizer.step
+    before: dict[int, torch.Tensor] = {}
+
+    def without_effect(self: Any) -> None:
+        weights = before.setdefault(id(self), self.flat.data.clone())
+        step(self)
+        with torch.no_grad():
+            self.flat.data.copy_(weights)
+
+    monkeypatch.setattr(finetune_module, "PoissonSampler", First)
+    monkeypatch.setattr(finetune_module.PrivateOptimizer, "step", without_effect)
+    poisoned = ImageSet(np.full_like(PRIVATE.images, 255), np.array([0] * 100 + [1] * 19 + [2]), PRIVATE.label_names)
+    sets = {"a": PRIVATE, "b": poisoned}
+    a, b = (fine_tuned(tmp_path / name, private=images, **PUBLIC_ONLY) for name, images in sets.items())
+    start = Run(tiny_config(tmp_path / "a")).folder
+    pretrained = start.load_tensors(start.checkpoint("pretrain"), "pretrain")[0]
+    assert not torch.equal(pretrained["generator.start.weight"], a["generator.start.weight"])
+    assert same(a, b)
 
 
 @pytest.mark.parametrize("at", [5])

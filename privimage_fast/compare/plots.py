@@ -71,7 +71,11 @@ def ordered(values: Sequence[Any]) -> list[Any]:
 
 
 def _distance_label(summaries: Sequence[Summary]) -> str:
-    return next((r.distance_name for s in summaries for r in s.runs if r.distance_name), "distance")
+    runs = [r for s in summaries for r in s.runs if r.distance_name]
+    several = len({(r.distance_name, r.network) for r in runs}) > 1
+    if several:
+        return "distances, on different networks"
+    return (runs[0].distance_name if runs else None) or "distance"
 
 
 def _draw(path: Path, lines: Mapping[str, list[tuple[Any, float, float | None]]], key: str, label: str, at: list[Any]) -> None:
@@ -85,9 +89,11 @@ def _draw(path: Path, lines: Mapping[str, list[tuple[Any, float, float | None]]]
     for i, (line, points) in enumerate(lines.items()):
         points = sorted(points, key=lambda p: at.index(p[0]))
         x = [at.index(value) for value, _, _ in points]
-        y, error = ([scale * (p[j] or 0.0) for p in points] for j in (1, 2))
+        y = [scale * mean for _, mean, _ in points]
+        # Of one run nothing is known of the spread: no bar, not one of no length.
+        error = [math.nan if spread is None else scale * spread for _, _, spread in points]
         axes.errorbar(
-            x, y, _error_bars(error), label=line, color=_COLOURS[i % len(_COLOURS)], marker=_MARKERS[i % len(_MARKERS)],
+            x, y, error, label=line, color=_COLOURS[i % len(_COLOURS)], marker=_MARKERS[i % len(_MARKERS)],
             markersize=5, capsize=3, linewidth=1.5,
         )  # fmt: skip
     # Values stand at equal steps: ε goes to infinity, and sizes have names.
@@ -100,10 +106,6 @@ def _draw(path: Path, lines: Mapping[str, list[tuple[Any, float, float | None]]]
     axes.set_title("computed on real images: not private", fontsize=8, loc="right", color="#555555")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
-
-
-def _error_bars(spreads: Sequence[float]) -> list[float] | None:
-    return list(spreads) if any(spreads) else None
 
 
 def _text(value: Any) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+import privimage_fast
 from privimage_fast.compare.grid import Cell, Comparison
 from privimage_fast.compare.shared import SharedTraining
 from privimage_fast.compare.workers import Workers
@@ -19,7 +20,7 @@ from privimage_fast.config import DataConfig
 from privimage_fast.data import ImageSet
 from privimage_fast.data.atomic import atomic_write_text
 from privimage_fast.pipeline import Run, device_of
-from privimage_fast.stages.folder import RunError, RunFolder
+from privimage_fast.stages.folder import RunError, RunFolder, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,18 @@ def is_finished(cell: Cell) -> bool:
         return False
 
 
+@cache
+def code_fingerprint() -> str:
+    """Of the package's own Python files: a configuration says nothing of what a later version makes of it."""
+    root = Path(privimage_fast.__file__).parent
+    return fingerprint([(str(path.relative_to(root)), path.read_text("utf-8")) for path in sorted(root.rglob("*.py"))])
+
+
+def code_of(cell: Cell) -> str | None:
+    """That of a finished run; None of one that was made before it was written down."""
+    return json.loads((RunFolder(cell.config.out).path / "cell.json").read_text()).get("code")
+
+
 def last_error(cell: Cell) -> str | None:
     """What kind of error a failed attempt left: the first line of error.txt. None where there was none, or a later one went well.
 
@@ -121,7 +134,7 @@ def _attempt(cell: Cell, read: Callable[[DataConfig], dict[str, ImageSet]], shar
     folder = RunFolder(cell.config.out)
     try:
         run_cell(Run(cell.config, **read(cell.config.data)), shared)
-        folder.write_json(folder.path / "cell.json", {"fingerprint": cell.stamp})
+        folder.write_json(folder.path / "cell.json", {"fingerprint": cell.stamp, "code": code_fingerprint()})
         (folder.path / "error.txt").unlink(missing_ok=True)
         return Outcome(cell, "done")
     except Exception as error:  # whatever it is, the other runs are wanted all the same

@@ -17,13 +17,14 @@ from safetensors import safe_open
 
 from privimage_fast.compare.grid import Cell, Comparison
 from privimage_fast.compare.plots import image_rows, plot_figures
-from privimage_fast.compare.runner import Outcome, is_finished, last_error
+from privimage_fast.compare.runner import Outcome, code_of, is_finished, last_error
+from privimage_fast.config import RunConfig
 from privimage_fast.data.atomic import atomic_write_text
 from privimage_fast.dp.accounting import BudgetError, epsilon
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.report import epsilon_text
 from privimage_fast.stages.evaluate import ACCURACY
-from privimage_fast.stages.folder import RunFolder
+from privimage_fast.stages.folder import RunFolder, fingerprint
 
 NOT_PRIVATE = (
     "Accuracies and distances are computed on real images without noise: **not private**. ε is what the run itself spent; each "
@@ -42,6 +43,9 @@ class Row:
     public_share: float
     parameters: int
     metrics: Mapping[str, float | None]
+    private: frozenset[str]  # metrics that are computed from what is private already
+    network: str  # that distances are on
+    code: str | None  # that made the run
 
     @property
     def distance_name(self) -> str | None:
@@ -103,14 +107,23 @@ def read_row(cell: Cell) -> Row:
     """What a finished run's folder says."""
     folder = RunFolder(cell.config.out)
     selection = folder.read_json(folder.selection, "select")
-    metrics = folder.read_json(folder.metrics, "evaluate")["metrics"]
+    metrics, config = folder.read_json(folder.metrics, "evaluate")["metrics"], cell.config
     ledger = Ledger.read(folder.ledger)
     with safe_open(folder.model / "model.safetensors", framework="np") as tensors:
         parameters = sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
     return Row(
         cell, ledger.epsilon(), ledger.header.delta, selection["selected_images"], selection["ratio"], parameters,
-        {m["name"]: m["value"] for m in metrics},
+        {m["name"]: m["value"] for m in metrics}, frozenset(m["name"] for m in metrics if m["private"]), _network(config),
+        code_of(cell),
     )  # fmt: skip
+
+
+def _network(c: RunConfig) -> str:
+    """What decides on which network a run's distances are: one of the public labels is trained anew where any of it differs."""
+    if c.evaluate.inception is not None or c.evaluate.network != "public":
+        return c.evaluate.inception or c.evaluate.network
+    seed = c.seed if c.public_seed is None else c.public_seed
+    return fingerprint(c.query.classifier, c.data.public, c.data.resolution, c.data.channels, seed)
 
 
 def summarise(rows: Sequence[Row]) -> list[Summary]:
@@ -176,6 +189,15 @@ def markdown(
         lines.append("ε of all runs as one release could not be computed: a ledger below `runs/` is damaged.")
     if comparison.share_public_training and len(comparison.seeds) > 1:
         lines.append("Seeds share the public classifier and, of one subset, the pre-training: the spread leaves these out.")
+    networks = {r.network for s in summaries for r in s.runs}
+    if len(networks) > 1:
+        lines.append(
+            f"**Distances are on {len(networks)} different networks**, since seeds, public sets or classifiers differ, and "
+            "cannot be compared from one to another."
+        )
+    states = {r.code for s in summaries for r in s.runs}
+    if len(states) > 1:
+        lines.append(f"The runs were made by {len(states)} different states of the package's code (`code` in results.json).")
     lines += [f"- failed: {name}: {kind}; see runs/{name}/error.txt" for name, kind in errors.items()]
     lines += [f"- not run yet: {name}" for name in open_cells]
     lines += ["", *[f"![{path.stem}]({path.name})" for path in pictures]]
@@ -193,13 +215,18 @@ def _run_record(row: Row) -> dict[str, Any]:
         "name": row.cell.name, "variant": row.cell.variant, "seed": row.cell.seed,
         "settings": {key: _plain(value) for key, value in row.cell.settings.items()}, "epsilon": _plain(row.epsilon),
         "delta": row.delta, "public_images": row.public_images, "public_share": row.public_share,
-        "parameters": row.parameters, "metrics": dict(row.metrics),
+        "parameters": row.parameters, "code": row.code, "private_metrics": sorted(row.private), "metrics": dict(row.metrics),
     }  # fmt: skip
 
 
 def _csv(rows: Sequence[Row]) -> str:
     records = [_run_record(row) for row in rows]
-    flat = [{**{k: v for k, v in r.items() if not isinstance(v, dict)}, **r["settings"], **r["metrics"]} for r in records]
+    private = frozenset.intersection(*(row.private for row in rows)) if rows else frozenset()
+    flat = []
+    for record in records:
+        plain = {k: v for k, v in record.items() if not isinstance(v, dict | list)}
+        metrics = {name if name in private else f"{name} (not private)": v for name, v in record["metrics"].items()}
+        flat.append({**plain, **record["settings"], **metrics})
     columns = list(dict.fromkeys(key for r in flat for key in r))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")

@@ -78,6 +78,11 @@ def _letters(source: Path, wish: Wish) -> ImageSet:
     """EMNIST's files, or a folder of fonts."""
     if any(source.glob("emnist-letters-*-images-idx3-ubyte*")):
         return originals.emnist_letters(source, wish.split)
+    return _drawn_letters(source, wish)
+
+
+def _drawn_letters(source: Path, wish: Wish) -> ImageSet:
+    _only_train(wish, "a set drawn from fonts")
     names = parse_alphabet(wish.alphabet)
     faces = faces_below(source, names)
     images, labels = draw_letters(names, resolution=wish.resolution, variants=wish.variants, seed=0, faces=faces)
@@ -85,7 +90,31 @@ def _letters(source: Path, wish: Wish) -> ImageSet:
 
 
 def _folder(source: Path, wish: Wish) -> ImageSet:
-    return load_image_set(source, resolution=wish.resolution, channels=3)
+    _only_train(wish, "a folder", "give --from the folder of the test images")
+    images = load_image_set(source, resolution=wish.resolution, channels=3)
+    grey = bool((images.images == images.images[..., :1]).all())
+    return images.with_resolution(wish.resolution, 1) if grey else images
+
+
+def _only_train(wish: Wish, what: str, instead: str = "take test images from elsewhere") -> None:
+    """The same images as train and test set would make every figure of a run too good."""
+    if wish.split != "train":
+        raise DataError(f"split: {what} has no {wish.split} images of its own; {instead}, or leave --split out")
+
+
+def _emoji(source: Path | None, wish: Wish) -> ImageSet:
+    _only_train(wish, "emoji")
+    return installed.emoji(source, labels=wish.labels)
+
+
+def _clipart(source: Path | None, wish: Wish) -> ImageSet:
+    _only_train(wish, "clipart")
+    return installed.clipart(wish.resolution, source)
+
+
+def _embedded_letters(wish: Wish) -> ImageSet:
+    _only_train(wish, "a set drawn from fonts")
+    return letters(wish.resolution, variants=wish.variants, alphabet=wish.alphabet)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -111,17 +140,17 @@ RECIPES: dict[str, Recipe] = {
         _letters,
         "a folder of fonts (.ttf, .otf; Debian's fonts-aenigma has over 300 that fit), or of EMNIST's IDX files "
         "(emnist-letters-train-images-idx3-ubyte.gz …); without --from, 22 typefaces of matplotlib",
-        lambda wish: letters(wish.resolution, variants=wish.variants, alphabet=wish.alphabet),
+        _embedded_letters,
     ),
     "emoji": Recipe(
-        lambda source, wish: installed.emoji(source, labels=wish.labels),
+        _emoji,
         "the npm package emoji-datasource (npm pack emoji-datasource@16): its .tgz or its folder",
-        lambda wish: installed.emoji(labels=wish.labels),
+        lambda wish: _emoji(None, wish),
     ),
     "clipart": Recipe(
-        lambda source, wish: installed.clipart(wish.resolution, source),
+        _clipart,
         "a folder of category folders of pictures, or: apt install openclipart-png",
-        lambda wish: installed.clipart(wish.resolution),
+        lambda wish: _clipart(None, wish),
     ),
     "cifar10": Recipe(
         lambda source, wish: originals.cifar10(source, wish.split),

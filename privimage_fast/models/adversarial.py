@@ -23,12 +23,13 @@ class AdversarialConfig:
     """How the GAN is trained.
 
     Args:
-        discriminator_steps: private steps of the discriminator for each round of the generator (the published 5).
+        discriminator_steps: private steps of the discriminator for each round of the generator (the published 5); the last steps
+            make a round, however few.
         generator_steps: steps of the generator in a round. They read no image and cost no privacy.
         generator_batch: images of a generator step in fine-tuning.
         generator_lr: the generator's learning rate as a multiple of the stage's.
         beta1: of Adam, for both networks.
-        spectral_norm: divide each weight of the discriminator by its largest singular value.
+        spectral_norm: divide each convolution's and linear weight of the discriminator by its largest singular value.
         gradient_penalty: weight of ‖∇ₓD‖² at real and fake images (R1 + R2); 0 is none. It doubles the discriminator's work.
         diversity: weight of ‖z − z'‖₁ / ‖G(z) − G(z')‖₁ in the generator's loss (mode seeking, Mao et al. 2019); 0 is none.
             Without it a class of a short training looks all alike.
@@ -275,10 +276,10 @@ class PrivateAdversarial:
             self.model.generator, images, labels, pairs=self.pairs, label_dropout=self.label_dropout, random=random
         )
 
-    def after_step(self, step: int, seed: int) -> None:
+    def after_step(self, step: int, seed: int, *, last: bool = False) -> None:
         options = self.model.adversarial
         self.model.discriminator.iterate()
-        if (step + 1) % self.round:
+        if (step + 1) % self.round and not last:  # what the last steps were paid for reaches the generator as well
             return
         random = step_generator("generator", seed, step)
         for _ in range(options.generator_steps):

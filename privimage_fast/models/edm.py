@@ -204,7 +204,7 @@ class PrivateDenoising:
             label_dropout=self.label_dropout, generator=random,
         ).args()  # fmt: skip
 
-    def after_step(self, step: int, seed: int) -> None:
+    def after_step(self, step: int, seed: int, *, last: bool = False) -> None:
         pass
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -110,8 +110,9 @@ class PrivateTraining(Protocol):
         what is private already, never on another image of the batch.
         """
 
-    def after_step(self, step: int, seed: int) -> None:
-        """After noised step ``step``: may use the module's private weights and public randomness, no image."""
+    def after_step(self, step: int, seed: int, *, last: bool = False) -> None:
+        """After noised step ``step``, the ``last`` of all or not: may use the module's private weights and public randomness, no
+        image."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint needs beside the module and its optimizer."""

@@ -290,24 +290,27 @@ def _selection(value: Any) -> dict[str, Any] | None:
 
 
 def _check(value: Any) -> dict[str, Any] | None:
-    """How the choice of labels fares under noise, by the query's share of ε."""
+    """How the choice of labels fares under noise, by the query's share of the budget."""
     if value is None:
         return None
 
-    def pair(found: Any) -> tuple[float, float] | None:
+    def agreed(found: Any) -> tuple[float, float] | None:
         return None if found is None else (_fraction(found["labels"]), _fraction(found["votes"]))
+
+    def held(found: Any) -> tuple[float, float] | None:
+        """An unbiased estimate may lie beside the fractions."""
+        return None if found is None else (float(found["share"]), float(found["error"]))
 
     rows = [
         {
             "share": None if r["share"] is None else float(r["share"]), "noise_multiplier": float(r["noise_multiplier"]),
-            "noise_std": float(r["noise_std"]), "stand_in": pair(r["stand_in"]), "table": pair(r["table"]),
+            "noise_std": float(r["noise_std"]), "stand_in": agreed(r["stand_in"]), "table": held(r["table"]),
             "own": r["own"] is True,
         }
         for r in value["rows"][:100]
     ]  # fmt: skip
-    keys = ("uniform_share", "stand_in_share", "chosen_share")
-    shares = {key: None if value[key] is None else _fraction(value[key]) for key in keys}
-    return {"rows": rows, "verdict": str(value["verdict"]), **shares}
+    uniform = None if value["uniform_share"] is None else _fraction(value["uniform_share"])
+    return {"rows": rows, "verdict": str(value["verdict"]), "uniform_share": uniform}
 
 
 def _fraction(value: Any) -> float:

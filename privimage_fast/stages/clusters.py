@@ -40,7 +40,7 @@ def public_clusters(
         RunError: an ONNX model that cannot be loaded or fails, or a query whose clusters are gone.
     """
     check_clusters(config, public)
-    assert config.clusters is not None
+    assert isinstance(config.clusters, int)  # auto was resolved
     path, stamp = folder.checkpoint("clusters"), fingerprint(clusters_key(config), seed, set_fingerprint(public))
     embedding, name = _embedding(folder, config, public, seed, device)
     tensors, metadata = folder.load_tensors(path, "query") if path.exists() else ({}, {})
@@ -71,7 +71,7 @@ def check_clusters(config: QueryConfig, public: ImageSet) -> None:
     Raises:
         DataError: fewer images than clusters, or no labels to learn an embedding from.
     """
-    if config.clusters is not None and config.clusters > len(public):
+    if isinstance(config.clusters, int) and config.clusters > len(public):
         raise DataError(f"query.clusters is {config.clusters}, but there are {len(public)} public images; lower it")
     if config.clusters is not None and config.onnx is None and not config.embeds_pixels and public.n_classes == 1:
         raise DataError(

@@ -85,10 +85,11 @@ class EvaluateConfig:
 
 def run_evaluate(
     folder: RunFolder, config: EvaluateConfig, *, synthetic: ImageSet, test: ImageSet, feature_network: Classifier,
-    weights: str, seed: int, private: ImageSet | None = None, device: str = "cpu",
+    weights: str, seed: int, private: ImageSet | None = None, protected: bool = True, device: str = "cpu",
 ) -> dict[str, Any]:  # fmt: skip
     """Writes metrics.json and returns its content. ``private`` (training images): for `memorisation` and `neighbours` only.
 
+    protected: whether the synthetic images are differentially private at all; of others no figure is.
     Its "synthetic" is the fingerprint of the sampling, by which figures of an earlier synthetic set are known as such.
     """
     if test.label_names != synthetic.label_names:
@@ -103,6 +104,7 @@ def run_evaluate(
             metrics += copying(config, synthetic, private, test, seed=seed)
         if config.neighbours and private is not None:
             _neighbour_sheet(folder, synthetic, private)
+        metrics = [{**metric, "private": metric["private"] and protected} for metric in metrics]
         result = {"metrics": metrics, "synthetic": folder.fingerprint_of("sample")}
         folder.write_json(folder.metrics, result)
     return result

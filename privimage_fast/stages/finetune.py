@@ -270,7 +270,7 @@ def _train(
         # A short run must not average over its own beginning; the schedule is a function of the step alone.
         optimizer.ema_decay = averaging_decay(config.ema_decay, step) if training.averages else 0.0
         captured.step()
-        training.after_step(step, seed)
+        training.after_step(step, seed, last=step + 1 == steps)
         if (step + 1) % config.checkpoint_steps == 0 and step + 1 < steps:
             save()
 

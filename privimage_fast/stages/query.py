@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -50,9 +50,11 @@ class QueryConfig:
     Args:
         noise_multiplier: σ₁; null lets `share` decide; 0, no noise, is for non-private bounds only.
         share: part of the budget the query takes, as its share of the squared Gaussian-DP parameter μ² of the target.
-        votes_per_image: labels each sensitive image votes for; null takes as many as `select` gives each class.
+        votes_per_image: labels each sensitive image votes for; null takes as many as `select` gives each class (3 where
+            `clusters` is auto).
         clusters: ask for so many clusters of the public images (k-means) in place of their labels: finer, and no labels needed.
-            With few sensitive images or a small ε take fewer, or their votes drown in the noise. null asks for the labels.
+            "auto" takes as many as the noise lets tell apart: fewer where ε or the sensitive set is small. null asks for the
+            labels.
         embedding: where clusters are found: "pixels" (averaged to at most 8×8) or "network" (the output of `onnx`, or features of
             the classifier); null is network where `onnx` is set, else pixels.
         onnx: path of an ONNX model (input float NCHW in [−1, 1]) that scores the public labels, or embeds images for `clusters`;
@@ -63,7 +65,7 @@ class QueryConfig:
     noise_multiplier: float | None = None
     share: float = 0.02
     votes_per_image: int | None = None
-    clusters: int | None = None
+    clusters: int | Literal["auto"] | None = None
     embedding: str | None = None
     onnx: str | None = None
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
@@ -75,14 +77,18 @@ class QueryConfig:
             raise ValueError(f"query.share must be between 0 and 1, found {self.share}")
         if self.votes_per_image is not None and self.votes_per_image < 1:
             raise ValueError(f"query.votes_per_image must be ≥ 1 or null, found {self.votes_per_image}")
-        if self.clusters is not None and self.clusters < 2:
-            raise ValueError(f"query.clusters must be ≥ 2 or null, found {self.clusters}")
+        if isinstance(self.clusters, int) and self.clusters < 2:
+            raise ValueError(f"query.clusters must be ≥ 2, auto or null, found {self.clusters}")
         if self.embedding not in (None, *EMBEDDINGS):
             raise ValueError(f"query.embedding must be {', '.join(EMBEDDINGS)} or null, found {self.embedding!r}")
         if self.clusters is None and self.embedding is not None:
             raise ValueError(f"query.embedding is {self.embedding}, but no clusters are asked for; set query.clusters")
         if self.embedding == "pixels" and self.onnx is not None:
             raise ValueError("query.embedding is pixels, so the model of query.onnx would not be used; leave one of them out")
+
+    def n_labels(self, public: ImageSet) -> int:
+        """Labels that are asked for, once "auto" is a number; a few clusters may turn out empty."""
+        return self.clusters if isinstance(self.clusters, int) else public.n_classes
 
     @property
     def embeds_pixels(self) -> bool:

@@ -60,7 +60,9 @@ def labels_per_class(config: SelectConfig, *, n_labels: int, n_classes: int, clu
     if k * n_classes > n_labels and config.mode in ("semantic", "random"):
         found = f"the public images fall into {n_labels} clusters" if clusters else f"the public set has {n_labels}"
         advice = (
-            "raise query.clusters, if enough images differ" if clusters else "set query.clusters, or bring one with more labels"
+            "raise query.clusters, if enough images differ"
+            if clusters
+            else "set query.clusters auto, or bring one with more labels"
         )
         raise RunError(
             f"{n_classes} classes with {k} labels each need {k * n_classes} public labels, but {found}; "

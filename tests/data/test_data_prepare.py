@@ -15,7 +15,7 @@ import pytest
 from data_helpers import png
 
 from privimage_fast.cli import main
-from privimage_fast.data import DataError, ImageSet, installed, join, load_image_set
+from privimage_fast.data import DataError, ImageSet, installed, join, load_image_set, save_npz
 from privimage_fast.data.prepare import RECIPES, Download, Wish, first_of_each, prepare
 
 RNG = np.random.default_rng(0)
@@ -82,6 +82,22 @@ def test_letters_of_a_folder_of_fonts(fonts: Path) -> None:
     (empty := fonts / "empty").mkdir()
     with pytest.raises(DataError, match="none of its 0 fonts"):
         prepare("letters", empty)
+
+
+def test_a_folder_keeps_its_own_channels(tmp_path: Path) -> None:
+    for kind, channels in (("grey", 1), ("colour", 3)):
+        images = RNG.integers(0, 256, (4, 16, 16, channels)).astype(np.uint8)
+        save_npz(ImageSet(images, np.arange(4) % 2, ("a", "b")), tmp_path / f"{kind}.npz")
+        found = prepare("folder", tmp_path / f"{kind}.npz", wish=Wish(resolution=16))
+        np.testing.assert_array_equal(found.images, images)
+
+
+@pytest.mark.parametrize("name", ["folder", "letters", "emoji", "clipart"])
+def test_a_set_without_a_test_split_is_not_given_as_one(tmp_path: Path, name: str) -> None:
+    """The same images to train and to test on would make every figure too good."""
+    for source in (tmp_path, None) if name != "folder" else (tmp_path,):
+        with pytest.raises(DataError, match=r"split: .* has no test images of its own"):
+            prepare(name, source, wish=Wish("test"))
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from tiny import PRIVATE, PUBLIC, TEST, bars, tiny_config
 
+from privimage_fast import opening
 from privimage_fast.compare.grid import Comparison, Grid
 from privimage_fast.compare.runner import run_comparison
 from privimage_fast.config import ConfigError
@@ -21,6 +23,7 @@ from privimage_fast.dp.ledger import Ledger
 from privimage_fast.method import PrivImage
 from privimage_fast.models.edm import to_float
 from privimage_fast.pipeline import Run
+from privimage_fast.planning import fill_clusters
 from privimage_fast.stages import clusters
 from privimage_fast.stages.agreement import stand_in_tables
 from privimage_fast.stages.clusters import cluster_labels, clusters_key, majority_labels, pixels, public_clusters
@@ -245,6 +248,51 @@ def test_what_takes_no_labels_needs_none(tmp_path: Path, mode: str) -> None:
     with run.opened(resume=False):
         run.query()
         assert run.select()["selected_images"] == (len(UNLABELLED) if mode == "all" else 0)
+
+
+@pytest.mark.parametrize(
+    ("sigma", "population", "n_classes", "public_images", "votes", "wanted"),
+    [
+        (1.7, 4000, 10, 17_000, None, (1062, 3)),  # sixteen public images a cluster are the bound
+        (12.0, 4000, 10, 17_000, None, (412, 3)),  # the noise is
+        (24.0, 4000, 10, 17_000, None, (206, 3)),
+        (24.0, 4000, 10, 17_000, 12, (412, 12)),
+        (24.0, 400, 10, 17_000, None, (20, 3)),  # two for each class at least
+        (1.7, 60_000, 10, 10**6, None, (2000, 3)),
+        (0.0, 4000, 10, 17_000, None, (1062, 3)),  # no noise at all
+        (24.0, 10, 1, 100, None, (2, 2)),
+        (1.7, 4000, 10, 15, None, (15, 3)),
+    ],
+)
+def test_as_many_clusters_as_the_noise_lets_tell_apart(
+    sigma: float, population: int, n_classes: int, public_images: int, votes: int | None, wanted: tuple[int, int]
+) -> None:
+    asked = QueryConfig(clusters="auto", noise_multiplier=sigma, votes_per_image=votes)
+    found = fill_clusters(asked, population=population, n_classes=n_classes, public_images=public_images)
+    assert (found.clusters, found.votes_per_image) == wanted
+
+
+def test_a_run_keeps_the_number_that_it_chose(tmp_path: Path) -> None:
+    """Chosen from public numbers as the run begins, written down, and taken up again whatever they have become."""
+    config = tiny_config(tmp_path / "run", query={"clusters": "auto"})
+    run = Run(config, public=UNLABELLED, private=PRIVATE, test=TEST)
+    with run.opened(resume=False):
+        run.query()
+        chosen = run.config.query.clusters
+        assert chosen == len(UNLABELLED) // 16 and run.config.query.votes_per_image == 3
+        assert run.select()["selected_images"] > 0
+    saved = yaml.safe_load(run.folder.config.read_text())["query"]
+    assert (saved["clusters"], saved["votes_per_image"]) == (chosen, 3)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(opening, "fill_clusters", lambda *a, **k: pytest.fail("chosen again"))
+        with Run(config, public=UNLABELLED, private=PRIVATE, test=TEST).opened(resume=True):
+            pass
+    labels = Run(tiny_config(tmp_path / "labels"), public=PUBLIC, private=PRIVATE, test=TEST)
+    with labels.opened(resume=False):
+        labels.query()
+    other = Run(tiny_config(tmp_path / "labels", query={"clusters": "auto"}), public=PUBLIC, private=PRIVATE, test=TEST)
+    with pytest.raises(RunError, match=r"other settings \(.*query.clusters"), other.opened(resume=True):
+        pass
 
 
 def test_a_question_with_other_settings_leaves_a_run_alone(tmp_path: Path) -> None:

@@ -232,4 +232,5 @@ def test_memorisation_is_written_only_when_asked_for(tmp_path: Path, asked: bool
         feature_network=Classifier(SMALL, channels=1, num_classes=PUBLIC.n_classes).eval(), private=PRIVATE,
     )  # fmt: skip
     assert ("membership inference, AUC" in values(result["metrics"])) is asked
+    assert {m["name"] for m in result["metrics"] if m["private"]} == {"accuracy, trained and tested on synthetic"}
     assert folder.read_json(folder.metrics, "evaluate") == result
