@@ -340,7 +340,7 @@ def build_config(values: dict[str, Any], base: RunConfig | None = None) -> RunCo
 _KINDS = {
     "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list[str]": "a list of texts",
     "tuple[int, ...]": "a list of whole numbers", "tuple[str, ...]": "a list of texts", "None": "null",
-    'Literal["auto"]': "auto",
+    "Literal['auto']": "auto",
 }  # fmt: skip
 
 
@@ -364,7 +364,7 @@ def _kinds_of(key: str) -> list[str]:
     *sections, last = key.split(".")
     for section in sections:
         config = getattr(config, section)
-    return str(next(f.type for f in fields(config) if f.name == last)).split(" | ")
+    return str(next(f.type for f in fields(config) if f.name == last)).replace('"', "'").split(" | ")
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -134,13 +134,14 @@ def test_comparisons_are_means_over_seeds_at_the_ratio_of_the_base(tmp_path: Pat
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     table = importlib.import_module("table")
 
-    def run(variant: str, accuracy: float, epsilon: float | str = 10.0, ratio: float | None = 0.1) -> dict[str, Any]:
-        settings = {"privacy.epsilon": epsilon, "select.max_image_ratio": ratio}
+    def run(variant: str, accuracy: float, epsilon: float | str = 10.0, ratio: float | None = 0.1, preset: str = "small") -> Any:
+        settings = {"privacy.epsilon": epsilon, "select.max_image_ratio": ratio, "model.preset": preset}
         metrics = {"accuracy, trained on synthetic, tested on real": accuracy, "Fréchet distance FD-x": 3.0}
         return {"variant": variant, "settings": settings, "metrics": metrics}
 
     runs = [run("privimage", 0.5), run("privimage", 0.6), run("privimage", 0.99, ratio=0.01), run("privimage", 0.3, epsilon=1.0)]
     runs += [run("pdp-diffusion", 0.2, ratio=None), run("non-private", 0.7, epsilon="inf")]
+    runs += [run("privimage-means", 0.81, epsilon="inf"), run("privimage-means", 0.99, preset="base")]
     (tmp_path / "mnist-cpu").mkdir()
     (tmp_path / "mnist-cpu" / "results.json").write_text(json.dumps({"runs": runs}))
     assert table.grids(tmp_path).splitlines() == [
@@ -148,5 +149,6 @@ def test_comparisons_are_means_over_seeds_at_the_ratio_of_the_base(tmp_path: Pat
         "| --- | --- | --- |",
         "| the selected subset (PrivImage as published) | 55.0 ± 7.1 | 30.0 |",
         "| all public images (PDP-Diffusion) | 20.0 | – |",
-        "| the subset, no noise: *not private* | 70.0 | – |",
+        "| the selected subset, the same steps without noise: *not private* | 70.0 | – |",
+        "| the same with class means: *not private* | 81.0 | – |",
     ]

@@ -129,7 +129,7 @@ def test_verdicts(table: np.ndarray, sigma: float, message: str, drawn: bool) ->
 @pytest.mark.parametrize(
     ("table", "sigma", "message"),
     [
-        (CLEAR, 5.0, "The chosen labels hold 8"),
+        (CLEAR, 5.0, "The chosen labels hold 6"),
         (CLEAR, 5000.0, "or if it is the noise"),
         (FLAT, 3.0, "do not tell the classes apart"),
         (FLAT, 30.0, "do not tell the classes apart"),
