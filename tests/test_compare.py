@@ -119,7 +119,9 @@ def test_the_committed_grids_have_the_baselines_and_three_seeds_where_the_claim_
         baselines = ("privimage-gan", "random-gan", "pdp-gan", "dpgan")
     at_ten = {(c.variant, c.seed) for c in comparison.cells if c.config.privacy.epsilon == 10}
     assert at_ten >= {(variant, seed) for variant in baselines for seed in range(3)}
-    assert {c.config.privacy.epsilon for c in comparison.cells if c.variant == baselines[0]} >= ({10} if path.stem == "order-cpu" else {1, 10})
+    assert {c.config.privacy.epsilon for c in comparison.cells if c.variant == baselines[0]} >= (
+        {10} if path.stem == "order-cpu" else {1, 10}
+    )
     assert {c.config.select.max_image_ratio for c in comparison.cells if c.variant == baselines[2]} == {None}
     assert all((c.config.model.family == "gan") == ("gan" in c.variant) for c in comparison.cells)
 
