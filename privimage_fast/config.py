@@ -66,7 +66,7 @@ class PrivacyConfig:
     """The budget.
 
     Args:
-        epsilon: target ε; .inf trains without noise (a non-private upper bound).
+        epsilon: target ε; .inf trains without noise (not private).
         delta: δ; null takes 1/(N ln N).
         population: N, the stated public size of the sensitive set; null takes its size, and states it.
         secure: true takes all privacy randomness from the operating system; false derives it from `seed`, for tests only,

@@ -64,6 +64,7 @@ class Plan:
             means = f"σ₂ = {self.means_noise_multiplier:.4g}{each}: noise of about {self.means_pixel_noise:.2g} on a pixel{what}"
             if (self.means_pixel_noise or 0.0) > _DROWNED:
                 means += " (little but noise: more images, fewer classes, a larger ε or warmup.share, or warmup.steps 0)"
+        beside = "" if self.private_parameters == self.parameters else " the discriminator; the generator's beside"
         warmed = f", warm up {_minutes(self.warmup_seconds)}" if self.warmup_seconds else ""
         rows = [
             ("budget", f"ε = {self.epsilon:g}, δ = {self.delta:.3g}, N = {self.population} (public)"),
@@ -74,7 +75,8 @@ class Plan:
                        f"{self.epsilon_without_query:.3f}" if self.steps else "none: trained on public images only"),
             ("network", f"{self.parameters:,} parameters" + ("" if self.private_parameters == self.parameters else
                         f", {self.private_parameters:,} of them (the discriminator) trained by DP-SGD")),
-            ("micro-batch", f"{self.step.physical_batch_size} images, up to {self.step.peak_bytes / 2**20:.0f} MiB to fine-tune"),
+            ("micro-batch", f"{self.step.physical_batch_size} images, up to {self.step.peak_bytes / 2**20:.0f} MiB to fine-tune"
+                            + beside),
             ("rough time", f"{_minutes(total)}: pre-train {_minutes(self.pretrain_seconds)}{warmed}, fine-tune "
                            f"{_minutes(self.finetune_seconds)}, sample {_minutes(self.sample_seconds)} (classifiers apart)"),
         ]  # fmt: skip

@@ -48,7 +48,7 @@ class QueryConfig:
     """The query.
 
     Args:
-        noise_multiplier: σ₁; null lets `share` decide; 0, no noise, is for non-private bounds only.
+        noise_multiplier: σ₁; null lets `share` decide; 0, no noise, is for runs that are not private only.
         share: part of the budget the query takes, as its share of the squared Gaussian-DP parameter μ² of the target.
         votes_per_image: labels each sensitive image votes for; null takes as many as `select` gives each class (3 where
             `clusters` is auto).

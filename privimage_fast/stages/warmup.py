@@ -34,7 +34,7 @@ class WarmupConfig:
             null takes as many, up to 16, as leave noise of about 0.05 on a pixel; a GAN has use for one only.
         rounds: how often that is asked, each time around the last answer; null takes 1 for one mode and 3 for several.
         noise_multiplier: σ₂, standard deviation of a round's noise ÷ what one image can change; null derives it from `share`;
-            0, no noise, is for non-private bounds only.
+            0, no noise, is for runs that are not private only.
         max_norm: C, to which an image's difference from its centre (the mean of public images chosen for the class) is scaled
             down, in units of [−1, 1]; null takes what nine in ten of those public images keep to.
         batch_size: images a step, of which a third are public; of a GAN the generator draws the others.

