@@ -35,11 +35,15 @@ def resolve(c: RunConfig, saved: RunConfig | None, *, images: int, n_classes: in
         query_noise = query_noise_multiplier(c.privacy.epsilon, delta, c.query.share)
     query = replace(c.query, noise_multiplier=query_noise)
     if query.clusters == "auto":
-        if saved is None or saved.query.clusters is None:
-            query = fill_clusters(query, population=population, n_classes=n_classes, public_images=len(public))
+        kept = saved.query if saved is not None else query
+        if isinstance(kept.clusters, int):
+            votes = query.votes_per_image or kept.votes_per_image or 1
+            query = replace(query, clusters=kept.clusters, votes_per_image=min(votes, kept.clusters))
         else:
-            votes = query.votes_per_image or saved.query.votes_per_image
-            query = replace(query, clusters=saved.query.clusters, votes_per_image=votes)
+            query = fill_clusters(
+                query, population=population, n_classes=n_classes, labels_per_class=c.select.labels_per_class,
+                public_images=len(public),
+            )  # fmt: skip
     each = c.select.labels_per_class or filled.select.labels_per_class
     if each is None or (saved is None and c.select.mode in ("semantic", "random")):
         clustered = query.clusters is not None
@@ -138,6 +142,11 @@ def check_public_numbers(c: RunConfig, *, images: int) -> None:
         )  # fmt: skip
     if not c.privacy.train:
         return
+    if c.warms_up and c.model.family == "gan" and (c.warmup.modes or 1) > 1:
+        raise ConfigError(
+            f"warmup.modes is {c.warmup.modes}, but a GAN's images are held to one mean a class, and the others would be paid "
+            "for in vain; leave warmup.modes out, or take model.family diffusion"
+        )
     c.finetune.sample_rate(population)
     asked = questions(c)
     if not asked or math.isinf(c.privacy.epsilon):

@@ -305,6 +305,7 @@ class Run:
         return question(
             lambda share: query_noise_multiplier(epsilon, delta, share), k=each, votes_per_image=votes, population=population,
             assignment=c.select.assignment, stand_ins=stand_ins, query=query, share=c.query.share if by_share else None,
+            noise_multiplier=c.query.noise_multiplier,
         )  # fmt: skip
 
     def select(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from privimage_fast.config import ConfigError, RunConfig
+from privimage_fast.config import RunConfig
 from privimage_fast.dp.accounting import DPSGDEvent, GaussianEvent, epsilon, solve_noise_multiplier
 from privimage_fast.dp.engine import accumulate_clipped
 from privimage_fast.dp.planner import Plan as StepPlan
@@ -222,21 +222,24 @@ def query_noise_multiplier(target_epsilon: float, delta: float, share: float) ->
 
 
 # Votes of an image for clusters where none are set, and how many clusters there may be: one for so many public images, none so
-# fine that the votes of a cluster of its class, of which a tenth is meant, are fewer than so many standard deviations of noise.
+# fine that a class's votes, were all for its part of a tenth of the clusters, gave each fewer than so many deviations of noise.
 _CLUSTER_VOTES, _IMAGES_A_CLUSTER, _MOST_CLUSTERS, _VOTES_IN_NOISE = 3, 16, 2000, 14
 
 
-def fill_clusters(query: QueryConfig, *, population: int, n_classes: int, public_images: int) -> QueryConfig:
+def fill_clusters(
+    query: QueryConfig, *, population: int, n_classes: int, labels_per_class: int | None, public_images: int
+) -> QueryConfig:
     """As many clusters as the noise lets tell apart, in place of "auto": from public numbers only.
 
-    Finer clusters choose better until noise drowns their votes. ``query`` has its σ₁.
+    Finer clusters choose better until noise drowns their votes. At least twice as many as are to be chosen, so that there is a
+    choice. ``query`` has its σ₁.
     """
     votes = query.votes_per_image or _CLUSTER_VOTES
     most = min(_MOST_CLUSTERS, public_images // _IMAGES_A_CLUSTER)
     if query.noise_multiplier:
         noise = query.noise_multiplier * math.sqrt(votes)
         most = min(most, int(population * votes / (0.1 * _VOTES_IN_NOISE * noise)))
-    count = min(public_images, max(most, 2 * n_classes))
+    count = min(public_images, max(most, 2 * n_classes * (labels_per_class or 1)))
     return replace(query, clusters=count, votes_per_image=min(votes, count))
 
 
@@ -247,11 +250,7 @@ _MODE_NOISE, _MODES_SHARE, _MOST_MODES, _ROUNDS = 0.05, 0.1, 16, 3
 
 
 def fill_warmup(c: RunConfig, delta: float, *, population: int, n_classes: int) -> WarmupConfig:
-    """The warm-up's nulls from public numbers: how many means a class, rounds, σ₂ of a round, and from which noise level on.
-
-    Raises:
-        ConfigError: several means a class for a GAN.
-    """
+    """The warm-up's nulls from public numbers: how many means a class, rounds, σ₂ of a round, and from which noise level on."""
     w = c.warmup
     asked = c.query.share if c.select.mode == "semantic" and c.query.noise_multiplier is None else 0.0
 
@@ -259,11 +258,6 @@ def fill_warmup(c: RunConfig, delta: float, *, population: int, n_classes: int) 
         share = share if w.share is not None else min(share, (1 - asked) / 2)  # the query's share is taken
         return math.sqrt(rounds) * query_noise_multiplier(c.privacy.epsilon, delta, share)
 
-    if c.model.family == "gan" and (w.modes or 1) > 1:
-        raise ConfigError(
-            f"warmup.modes is {w.modes}, but a GAN's images are held to one mean a class, and the others would be paid for in "
-            "vain; leave warmup.modes out, or take model.family diffusion"
-        )
     modes, rounds, sigma = w.modes, w.rounds or _ROUNDS, w.noise_multiplier
     if modes is None:
         each = _pixel_noise(c, noise(w.share or _MODES_SHARE, rounds), population, n_classes)

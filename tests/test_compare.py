@@ -227,6 +227,18 @@ def test_table_and_sheet(done: Path) -> None:
         assert sheet.height >= 6 * 8
 
 
+def test_the_network_of_distances_is_the_classifier_that_was_trained(seeds: Path, tmp_path: Path) -> None:
+    """Not what the configuration says: of a public set without labels it is one of clusters, whose number may differ."""
+    comparison = load_comparison(seeds / "grid.yaml")
+    networks = {tables.read_row(cell).network for cell in comparison.cells}
+    own = [f"{v}_epsilon=5_seed=0" for v in ("privimage", "pdp-diffusion")]
+    folders = [RunFolder(seeds / "out" / "runs" / name) for name in own]
+    kept = {f.load_tensors(f.checkpoint("classifier"), "evaluate")[1]["fingerprint"] for f in folders}
+    assert networks == kept and len(kept) == 1
+    colour = tables._network(folders[0], replace(comparison.base.evaluate, network="lite0"))
+    assert colour == "lite0" and tables._network(RunFolder(tmp_path), comparison.base.evaluate) == "unknown"
+
+
 def test_what_made_a_run_is_told(seeds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A configuration says nothing of what a later version of the package makes of it."""
     path, out = seeds / "grid.yaml", seeds / "out"
@@ -245,8 +257,8 @@ def test_what_made_a_run_is_told(seeds: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("shared", [True, False])
 def test_distances_on_several_networks_are_told(tmp_path: Path, shared: bool) -> None:
     rows = [
-        Row(c, 5.0, 1e-3, 1, 0.5, 9, {"Fréchet distance FD-a": 1.0}, frozenset(), tables._network(c.config), "code")
-        for c in load_comparison(write(tmp_path, variants=["privimage"], seeds=[0, 1], share_public_training=shared)).cells
+        Row(c, 5.0, 1e-3, 1, 0.5, 9, {"Fréchet distance FD-a": 1.0}, frozenset(), "one" if shared else c.name, "code")
+        for c in load_comparison(write(tmp_path, variants=["privimage"], seeds=[0, 1])).cells
     ]
     comparison, together = load_comparison(tmp_path / "grid.yaml"), tables.Together(5.0, 1e-3, 2)
     text = tables.markdown(comparison, summarise(rows), {}, [], together, [])

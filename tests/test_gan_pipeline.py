@@ -201,11 +201,11 @@ def test_generator_steps_read_nothing_of_the_sensitive_set(tmp_path: Path, monke
 def test_the_generator_learns_of_drawn_images_through_the_discriminator_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the discriminator put back after every step, other images and other label counts in the batch leave no trace."""
+    """With the discriminator put back after every step, other images, label counts and batch sizes leave no trace."""
 
     class First(finetune_module.PoissonSampler):
         def draw(self) -> np.ndarray:
-            return np.arange(20)
+            return np.arange(drawn)
 
     step = finetune_module.PrivateOptimizer.step
     before: dict[int, torch.Tensor] = {}
@@ -219,8 +219,11 @@ def test_the_generator_learns_of_drawn_images_through_the_discriminator_alone(
     monkeypatch.setattr(finetune_module, "PoissonSampler", First)
     monkeypatch.setattr(finetune_module.PrivateOptimizer, "step", without_effect)
     poisoned = ImageSet(np.full_like(PRIVATE.images, 255), np.array([0] * 100 + [1] * 19 + [2]), PRIVATE.label_names)
-    sets = {"a": PRIVATE, "b": poisoned}
-    a, b = (fine_tuned(tmp_path / name, private=images, **PUBLIC_ONLY) for name, images in sets.items())
+    drawn, weights = 20, []
+    for name, images in {"a": PRIVATE, "b": poisoned}.items():
+        weights.append(fine_tuned(tmp_path / name, private=images, **PUBLIC_ONLY))
+        drawn = 33
+    a, b = weights
     start = Run(tiny_config(tmp_path / "a")).folder
     pretrained = start.load_tensors(start.checkpoint("pretrain"), "pretrain")[0]
     assert not torch.equal(pretrained["generator.start.weight"], a["generator.start.weight"])
@@ -249,6 +252,41 @@ def test_interrupted_fine_tuning_pays_again_and_goes_on_where_it_was(
     assert same(whole, fine_tuned(tmp_path / "cut", resume=True, **options))
     charged = Ledger.read(tmp_path / "cut" / "ledger.jsonl").steps_charged("finetune")
     assert charged == at + STEPS - (at - 1) // 3 * 3
+
+
+def test_steps_that_end_the_budget_reach_the_generator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after its last affordable step, between two rounds: going on trains nothing, and the generator learns of it."""
+    options = {"select": {"mode": "none"}, "finetune": {"multiplicity": None, "checkpoint_steps": 2}}
+    original, rounds = finetune_module.PrivateOptimizer.step, []
+    make_step = adversarial.generator_loss
+
+    def failing(self: Any) -> None:
+        if self.steps + 1 == 5:  # of the four before, the fourth came after a round
+            raise SystemExit
+        original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune_module.PrivateOptimizer, "step", failing)
+        with pytest.raises(SystemExit):
+            fine_tuned(tmp_path / "a", **options)
+    monkeypatch.setattr(finetune_module, "_affordable", lambda *a: 0)
+    monkeypatch.setattr(adversarial, "generator_loss", lambda *a, **k: rounds.append(1) or make_step(*a, **k))
+    monkeypatch.setattr(finetune_module.PrivateOptimizer, "step", lambda self: pytest.fail("no step is affordable"))
+    fine_tuned(tmp_path / "a", resume=True, **options)
+    assert len(rounds) == 1 and Ledger.read(tmp_path / "a" / "ledger.jsonl").steps_charged("finetune") == 5
+
+
+def test_several_means_a_class_are_refused_for_a_new_run_and_not_for_one_that_paid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"select": {"mode": "none"}, "warmup": {"steps": 2, "batch_size": 4, "modes": 2}}
+    with pytest.raises(ConfigError, match=r"warmup.modes is 2, but a GAN's images are held to one mean a class"):
+        fine_tuned(tmp_path / "a", **options)
+    assert not (tmp_path / "a" / "ledger.jsonl").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("privimage_fast.pipeline.check_public_numbers", lambda *a, **k: None)
+        fine_tuned(tmp_path / "a", **options)
+    fine_tuned(tmp_path / "a", resume=True, **options)
 
 
 def test_a_resumed_run_keeps_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from privimage_fast.config import DataConfig
 from privimage_fast.data import ImageSet
 from privimage_fast.data.atomic import atomic_write_text
 from privimage_fast.pipeline import Run, device_of
-from privimage_fast.stages.folder import RunError, RunFolder, fingerprint
+from privimage_fast.stages.folder import RunError, RunFolder, file_fingerprint, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -110,13 +110,14 @@ def is_finished(cell: Cell) -> bool:
 
 @cache
 def code_fingerprint() -> str:
-    """Of the package's own Python files: a configuration says nothing of what a later version makes of it."""
+    """Of the package's Python files and kernels: a configuration says nothing of what a later version makes of it."""
     root = Path(privimage_fast.__file__).parent
-    return fingerprint([(str(path.relative_to(root)), path.read_text("utf-8")) for path in sorted(root.rglob("*.py"))])
+    files = sorted([*root.rglob("*.py"), *root.glob("*.so")])
+    return fingerprint([(str(path.relative_to(root)), file_fingerprint(path)) for path in files])
 
 
 def code_of(cell: Cell) -> str | None:
-    """That of a finished run; None of one that was made before it was written down."""
+    """That which ended a finished run; None of one that was made before it was written down."""
     return json.loads((RunFolder(cell.config.out).path / "cell.json").read_text()).get("code")
 
 
@@ -131,10 +132,10 @@ def last_error(cell: Cell) -> str | None:
 
 
 def _attempt(cell: Cell, read: Callable[[DataConfig], dict[str, ImageSet]], shared: SharedTraining) -> Outcome:
-    folder = RunFolder(cell.config.out)
+    folder, code = RunFolder(cell.config.out), code_fingerprint()  # as it is read, and not as it may be edited meanwhile
     try:
         run_cell(Run(cell.config, **read(cell.config.data)), shared)
-        folder.write_json(folder.path / "cell.json", {"fingerprint": cell.stamp, "code": code_fingerprint()})
+        folder.write_json(folder.path / "cell.json", {"fingerprint": cell.stamp, "code": code})
         (folder.path / "error.txt").unlink(missing_ok=True)
         return Outcome(cell, "done")
     except Exception as error:  # whatever it is, the other runs are wanted all the same

@@ -18,13 +18,12 @@ from safetensors import safe_open
 from privimage_fast.compare.grid import Cell, Comparison
 from privimage_fast.compare.plots import image_rows, plot_figures
 from privimage_fast.compare.runner import Outcome, code_of, is_finished, last_error
-from privimage_fast.config import RunConfig
 from privimage_fast.data.atomic import atomic_write_text
 from privimage_fast.dp.accounting import BudgetError, epsilon
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.report import epsilon_text
-from privimage_fast.stages.evaluate import ACCURACY
-from privimage_fast.stages.folder import RunFolder, fingerprint
+from privimage_fast.stages.evaluate import ACCURACY, EvaluateConfig
+from privimage_fast.stages.folder import RunFolder
 
 NOT_PRIVATE = (
     "Accuracies and distances are computed on real images without noise: **not private**. ε is what the run itself spent; each "
@@ -107,23 +106,26 @@ def read_row(cell: Cell) -> Row:
     """What a finished run's folder says."""
     folder = RunFolder(cell.config.out)
     selection = folder.read_json(folder.selection, "select")
-    metrics, config = folder.read_json(folder.metrics, "evaluate")["metrics"], cell.config
+    metrics = folder.read_json(folder.metrics, "evaluate")["metrics"]
     ledger = Ledger.read(folder.ledger)
+    spent = ledger.epsilon()
+    protected = math.isfinite(spent) and not ledger.seeded
     with safe_open(folder.model / "model.safetensors", framework="np") as tensors:
         parameters = sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
     return Row(
-        cell, ledger.epsilon(), ledger.header.delta, selection["selected_images"], selection["ratio"], parameters,
-        {m["name"]: m["value"] for m in metrics}, frozenset(m["name"] for m in metrics if m["private"]), _network(config),
+        cell, spent, ledger.header.delta, selection["selected_images"], selection["ratio"], parameters,
+        {m["name"]: m["value"] for m in metrics},
+        frozenset(m["name"] for m in metrics if m["private"] and protected), _network(folder, cell.config.evaluate),
         code_of(cell),
     )  # fmt: skip
 
 
-def _network(c: RunConfig) -> str:
-    """What decides on which network a run's distances are: one of the public labels is trained anew where any of it differs."""
-    if c.evaluate.inception is not None or c.evaluate.network != "public":
-        return c.evaluate.inception or c.evaluate.network
-    seed = c.seed if c.public_seed is None else c.public_seed
-    return fingerprint(c.query.classifier, c.data.public, c.data.resolution, c.data.channels, seed)
+def _network(folder: RunFolder, config: EvaluateConfig) -> str:
+    """On which network a run's distances are; one of the public labels is another wherever it was trained otherwise."""
+    if config.inception is not None or config.network != "public":
+        return config.inception or config.network
+    path = folder.checkpoint("classifier")
+    return str(folder.load_tensors(path, "evaluate")[1].get("fingerprint")) if path.exists() else "unknown"
 
 
 def summarise(rows: Sequence[Row]) -> list[Summary]:
@@ -221,7 +223,7 @@ def _run_record(row: Row) -> dict[str, Any]:
 
 def _csv(rows: Sequence[Row]) -> str:
     records = [_run_record(row) for row in rows]
-    private = frozenset.intersection(*(row.private for row in rows)) if rows else frozenset()
+    private = {name for row in rows for name in row.private}  # a run with an infinite ε has none all the same
     flat = []
     for record in records:
         plain = {k: v for k, v in record.items() if not isinstance(v, dict | list)}

@@ -90,7 +90,7 @@ def _drawn_letters(source: Path, wish: Wish) -> ImageSet:
 
 
 def _folder(source: Path, wish: Wish) -> ImageSet:
-    _only_train(wish, "a folder", "give --from the folder of the test images")
+    _only_train(wish, "a folder", "give --from the test images themselves")
     images = load_image_set(source, resolution=wish.resolution, channels=3)
     grey = bool((images.images == images.images[..., :1]).all())
     return images.with_resolution(wish.resolution, 1) if grey else images

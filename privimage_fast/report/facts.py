@@ -298,8 +298,8 @@ def _check(value: Any) -> dict[str, Any] | None:
         return None if found is None else (_fraction(found["labels"]), _fraction(found["votes"]))
 
     def held(found: Any) -> tuple[float, float] | None:
-        """An unbiased estimate may lie beside the fractions."""
-        return None if found is None else (float(found["share"]), float(found["error"]))
+        """An unbiased estimate may lie beside the fractions. What was kept there before it was one is left out."""
+        return None if found is None or "share" not in found else (float(found["share"]), float(found["error"]))
 
     rows = [
         {

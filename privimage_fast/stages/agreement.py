@@ -123,11 +123,13 @@ def concentration(table: np.ndarray, k: int, assignment: str, total: float) -> f
 def question(
     noise_of: Callable[[float], float], *, k: int, votes_per_image: int, population: int, assignment: str,
     stand_ins: Sequence[np.ndarray] = (), query: dict[str, Any] | None = None, share: float | None = None,
+    noise_multiplier: float | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The content of query-check.json: agreement at several shares of the budget on the stand-ins, and what the choice holds of
     the drawn table's votes.
 
-    ``noise_of`` gives σ₁ of a share; ``share`` is the run's own. ``query``: the content of query.json, once there is one.
+    ``noise_of`` gives σ₁ of a share; ``share`` is the run's own, or where there is none ``noise_multiplier``. ``query``: the
+    content of query.json, once there is one.
     """
     total = votes_per_image * population
 
@@ -138,8 +140,8 @@ def question(
         return {"share": of, "noise_multiplier": sigma, "noise_std": std, "stand_in": stand_in, "table": None, "own": of == share}
 
     rows = [row(at, noise_of(at)) for at in sorted({*SHARES, *([share] if share is not None else [])})]
-    if query is not None and share is None:  # σ₁ was set by hand
-        rows.append(row(None, query["noise_multiplier"]))
+    if share is None and noise_multiplier is not None:  # σ₁ was set by hand
+        rows.append(row(None, noise_multiplier))
     n_labels = stand_ins[0].shape[1] if stand_ins else 0 if query is None else len(query["labels"])
     result: dict[str, Any] = {
         "labels_per_class": k, "rows": rows, "uniform_share": k / n_labels if n_labels else None,
@@ -152,8 +154,8 @@ def question(
             at = max(line["noise_std"], least) if line["own"] else line["noise_std"]
             if at >= least:
                 line["table"] = asdict(held_share(noisy, k, assignment, noise_std=drawn, at=at, total=total))
-            if line["own"]:
-                result["chosen_share"] = line["table"]["share"]
+                if line["own"]:
+                    result["chosen_share"] = line["table"]["share"]
     result["verdict"] = verdict(result)
     return result
 
@@ -181,29 +183,46 @@ def held_text(found: dict[str, float] | None) -> str:
 
 
 def verdict(check: dict[str, Any]) -> str:
-    """What the figures of this run's share say, in a sentence."""
+    """What the figures of this run's share say: of the drawn table once there is one, else of the stand-ins."""
     own = next((row for row in check["rows"] if row["own"]), None)
     stand_in, drawn = (own["stand_in"], own["table"]) if own else (None, None)
-    if stand_in is None and drawn is None:
-        return "Nothing can be said: the public set has too few labels for a stand-in, and no table is drawn yet."
-    if stand_in is not None and stand_in["votes"] < 0.75:
-        return (
-            f"The query is too noisy to trust: its choice keeps {100 * stand_in['votes']:.0f} % of the votes. Raise query.share, "
-            "or take fewer and coarser labels (query.clusters auto)."
-        )
-    held, doubt = (drawn["share"], 2 * drawn["error"]) if drawn else (check["stand_in_share"], 0.0)
-    if held - doubt < 1.5 * check["uniform_share"]:
-        return (
-            "The labels do not tell the classes apart: those chosen hold hardly more votes than chance would give them. Take "
-            "another public set or another semantic function"
-            + (", or if it is the noise that drowns them a larger query.share or fewer clusters." if stand_in is None else ".")
-        )
+    chance = check["uniform_share"]
+    if drawn is not None:
+        least, most = drawn["share"] - 2 * drawn["error"], drawn["share"] + 2 * drawn["error"]
+        found = f"the chosen labels hold {held_text(drawn)} of the votes, and chance would give them {100 * chance:.1f} %"
+        if most < 1.5 * chance:
+            return f"The labels do not tell the classes apart: {found}. Take another public set or another semantic function."
+        if least < 1.5 * chance:
+            return (
+                f"Too noisy to tell whether the choice is better than chance: {found}. Raise query.share, take fewer and coarser "
+                "labels (query.clusters auto), or a public set that fits better."
+            )
+        return f"{found[0].upper()}{found[1:]}.{_of_stand_ins(stand_in)}"
     if stand_in is None:
-        chance = check["uniform_share"]
-        return f"The chosen labels hold {100 * held:.0f} % of the votes; chance would give them {100 * chance:.1f} %."
-    if stand_in["votes"] >= 0.95:
-        return f"The noise hardly changes the choice: it keeps {100 * stand_in['votes']:.0f} % of the votes."
-    return f"The noise changes some of the choice: it keeps {100 * stand_in['votes']:.0f} % of the votes."
+        return "Nothing can be said: the public set has too few labels for a stand-in, and no table is drawn yet."
+    if stand_in["votes"] < 0.75:
+        return (
+            f"The query is too noisy to trust: a choice for public stand-ins keeps {100 * stand_in['votes']:.0f} % of the votes. "
+            "Raise query.share, or take fewer and coarser labels (query.clusters auto)."
+        )
+    if check["stand_in_share"] < 1.5 * chance:
+        return (
+            "The labels do not tell the classes apart: those chosen for public stand-ins hold hardly more votes than chance "
+            "would give them. Take another public set or another semantic function."
+        )
+    change = "hardly changes the choice" if stand_in["votes"] >= 0.95 else "changes some of the choice"
+    return f"The noise {change} for public stand-ins: it keeps {100 * stand_in['votes']:.0f} % of the votes."
+
+
+def _of_stand_ins(found: dict[str, float] | None) -> str:
+    """Of a choice that is better than chance: would less noise have made it better still?"""
+    if found is None:
+        return ""
+    kept = f"keeps {100 * found['votes']:.0f} % of the votes"
+    if found["votes"] >= 0.95:
+        return f" The noise hardly changes a choice for public stand-ins: it {kept}."
+    advice = " A larger query.share, or fewer and coarser labels (query.clusters auto), may choose better."
+    return f" The noise changes some of the choice for public stand-ins: it {kept}.{advice if found['votes'] < 0.75 else ''}"
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -256,6 +256,8 @@ def _train(
         tensors = optimizer.state_dict() | prefixed("training/", training.state_dict())
         folder.save_tensors(path, tensors, {"fingerprint": stamp})
 
+    if 0 < steps <= optimizer.steps:  # the budget ended before this call; what the last steps were paid for is used all the same
+        training.after_step(steps - 1, seed, last=True)
     for step in progress:
         if interrupted():
             save()

@@ -77,8 +77,9 @@ class QueryConfig:
             raise ValueError(f"query.share must be between 0 and 1, found {self.share}")
         if self.votes_per_image is not None and self.votes_per_image < 1:
             raise ValueError(f"query.votes_per_image must be ≥ 1 or null, found {self.votes_per_image}")
-        if isinstance(self.clusters, int) and self.clusters < 2:
-            raise ValueError(f"query.clusters must be ≥ 2, auto or null, found {self.clusters}")
+        count = self.clusters
+        if count not in (None, "auto") and (not isinstance(count, int) or isinstance(count, bool) or count < 2):
+            raise ValueError(f"query.clusters must be a whole number ≥ 2, auto or null, found {count!r}")
         if self.embedding not in (None, *EMBEDDINGS):
             raise ValueError(f"query.embedding must be {', '.join(EMBEDDINGS)} or null, found {self.embedding!r}")
         if self.clusters is None and self.embedding is not None:

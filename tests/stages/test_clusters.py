@@ -251,38 +251,41 @@ def test_what_takes_no_labels_needs_none(tmp_path: Path, mode: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sigma", "population", "n_classes", "public_images", "votes", "wanted"),
+    ("sigma", "population", "n_classes", "each", "public_images", "votes", "wanted"),
     [
-        (1.7, 4000, 10, 17_000, None, (1062, 3)),  # sixteen public images a cluster are the bound
-        (12.0, 4000, 10, 17_000, None, (412, 3)),  # the noise is
-        (24.0, 4000, 10, 17_000, None, (206, 3)),
-        (24.0, 4000, 10, 17_000, 12, (412, 12)),
-        (24.0, 400, 10, 17_000, None, (20, 3)),  # two for each class at least
-        (1.7, 60_000, 10, 10**6, None, (2000, 3)),
-        (0.0, 4000, 10, 17_000, None, (1062, 3)),  # no noise at all
-        (24.0, 10, 1, 100, None, (2, 2)),
-        (1.7, 4000, 10, 15, None, (15, 3)),
+        (1.7, 4000, 10, None, 17_000, None, (1062, 3)),  # sixteen public images a cluster are the bound
+        (12.0, 4000, 10, None, 17_000, None, (412, 3)),  # the noise is
+        (24.0, 4000, 10, None, 17_000, None, (206, 3)),
+        (24.0, 4000, 10, None, 17_000, 12, (412, 12)),
+        (24.0, 400, 10, None, 17_000, None, (20, 3)),  # twice as many as are to be chosen at least
+        (24.0, 400, 10, 3, 17_000, None, (60, 3)),
+        (1.7, 60_000, 10, None, 10**6, None, (2000, 3)),
+        (0.0, 4000, 10, None, 17_000, None, (1062, 3)),  # no noise at all
+        (24.0, 10, 1, None, 100, None, (2, 2)),
+        (1.7, 4000, 10, None, 15, None, (15, 3)),
     ],
 )
 def test_as_many_clusters_as_the_noise_lets_tell_apart(
-    sigma: float, population: int, n_classes: int, public_images: int, votes: int | None, wanted: tuple[int, int]
-) -> None:
+    sigma: float, population: int, n_classes: int, each: int | None, public_images: int, votes: int | None,
+    wanted: tuple[int, int],
+) -> None:  # fmt: skip
     asked = QueryConfig(clusters="auto", noise_multiplier=sigma, votes_per_image=votes)
-    found = fill_clusters(asked, population=population, n_classes=n_classes, public_images=public_images)
+    found = fill_clusters(asked, population=population, n_classes=n_classes, labels_per_class=each, public_images=public_images)
     assert (found.clusters, found.votes_per_image) == wanted
 
 
-def test_a_run_keeps_the_number_that_it_chose(tmp_path: Path) -> None:
+@pytest.mark.parametrize("votes", [None, 100])
+def test_a_run_keeps_the_number_that_it_chose(tmp_path: Path, votes: int | None) -> None:
     """Chosen from public numbers as the run begins, written down, and taken up again whatever they have become."""
-    config = tiny_config(tmp_path / "run", query={"clusters": "auto"})
+    config = tiny_config(tmp_path / "run", query={"clusters": "auto", "votes_per_image": votes})
     run = Run(config, public=UNLABELLED, private=PRIVATE, test=TEST)
     with run.opened(resume=False):
         run.query()
         chosen = run.config.query.clusters
-        assert chosen == len(UNLABELLED) // 16 and run.config.query.votes_per_image == 3
+        assert chosen == len(UNLABELLED) // 16 and run.config.query.votes_per_image == min(votes or 3, chosen)
         assert run.select()["selected_images"] > 0
     saved = yaml.safe_load(run.folder.config.read_text())["query"]
-    assert (saved["clusters"], saved["votes_per_image"]) == (chosen, 3)
+    assert (saved["clusters"], saved["votes_per_image"]) == (chosen, min(votes or 3, chosen))
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(opening, "fill_clusters", lambda *a, **k: pytest.fail("chosen again"))
         with Run(config, public=UNLABELLED, private=PRIVATE, test=TEST).opened(resume=True):
@@ -337,6 +340,9 @@ def test_clusters_and_a_function_exclude_each_other(tmp_path: Path) -> None:
     ("section", "message"),
     [
         ({"clusters": 1}, "clusters must be"),
+        ({"clusters": "Auto"}, "clusters must be a whole number ≥ 2, auto or null, found 'Auto'"),
+        ({"clusters": 500.0}, "clusters must be"),
+        ({"clusters": True}, "clusters must be"),
         ({"clusters": 9, "embedding": "x"}, "embedding must"),
         ({"embedding": "pixels"}, "no clusters are asked for"),
         ({"clusters": 9, "embedding": "pixels", "onnx": "mine.onnx"}, "would not be used"),
