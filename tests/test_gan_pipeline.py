@@ -56,6 +56,7 @@ def fine_tuned(out: Path, *, private: ImageSet = PRIVATE, resume: bool = False, 
         run.query()
         run.select()
         run.pretrain()
+        run.warmup()
         run.finetune()
     return run.folder.load_tensors(run.folder.checkpoint("finetune"), "finetune")[0]
 
