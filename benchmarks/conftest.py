@@ -28,6 +28,9 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     info = ops.build_info()
     machine_info["privimage_fast"] = {"isa": info.isa, "openmp": info.openmp, "native": info.native}
     machine_info["threads"] = torch.get_num_threads()
+    # How threads wait moves every figure of a small network, plain's more than ours.
+    waits = ("OMP_", "GOMP_", "KMP_", "MKL_")
+    machine_info["environment"] = {name: value for name, value in os.environ.items() if name.startswith(waits)}
     machine_info["torch_isa"] = torch.backends.cpu.get_cpu_capability()
     machine_info["versions"] = {}
     for name in ("torch", "opacus", "diffusers", "numpy"):

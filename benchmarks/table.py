@@ -60,9 +60,10 @@ def _source(result: Entry, path: str) -> str:
     machine, commit = result["machine_info"], result["commit_info"]
     versions = machine["versions"]
     cpu = machine["cpu"].get("brand_raw", "unknown CPU")
+    waits = "".join(f", {name}={value}" for name, value in sorted(machine.get("environment", {}).items()))
     return (
-        f"\n*{cpu}, {machine['threads']} threads, kernels {machine['privimage_fast']['isa']}; torch {versions['torch']}, Opacus "
-        f"{versions['opacus']}, diffusers {versions['diffusers']}; {result['datetime'][:10]}, commit {commit['id'][:10]}"
+        f"\n*{cpu}, {machine['threads']} threads{waits}, kernels {machine['privimage_fast']['isa']}; torch {versions['torch']}, "
+        f"Opacus {versions['opacus']}, diffusers {versions['diffusers']}; {result['datetime'][:10]}, commit {commit['id'][:10]}"
         f"{' with changes' if commit['dirty'] else ''}; raw: [{Path(path).name}]({path})*"
     )
 
