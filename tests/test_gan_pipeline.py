@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +233,21 @@ def test_the_generator_learns_of_drawn_images_through_the_discriminator_alone(
     assert same(a, b)
 
 
+@contextmanager
+def cut_in_step(number: int, error: type[BaseException]) -> Iterator[None]:
+    """Fine-tuning ends with ``error`` once step ``number`` is charged and before it is made."""
+    original = finetune_module.PrivateOptimizer.step
+
+    def failing(self: Any) -> None:
+        if self.steps + 1 == number:
+            raise error
+        original(self)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(error):
+        patch.setattr(finetune_module.PrivateOptimizer, "step", failing)
+        yield
+
+
 @pytest.mark.parametrize("at", [5])
 def test_interrupted_fine_tuning_pays_again_and_goes_on_where_it_was(
     tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch
@@ -239,17 +256,8 @@ def test_interrupted_fine_tuning_pays_again_and_goes_on_where_it_was(
     monkeypatch.setattr(finetune_module, "PoissonSampler", Empty)
     options = {"select": {"mode": "none"}, "privacy": {"epsilon": math.inf}}
     whole = fine_tuned(tmp_path / "whole", **options)
-    original = finetune_module.PrivateOptimizer.step
-
-    def failing(self: Any) -> None:
-        if self.steps + 1 == at:
-            raise KeyboardInterrupt
-        original(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(finetune_module.PrivateOptimizer, "step", failing)
-        with pytest.raises(KeyboardInterrupt):
-            fine_tuned(tmp_path / "cut", **options)
+    with cut_in_step(at, KeyboardInterrupt):
+        fine_tuned(tmp_path / "cut", **options)
     assert same(whole, fine_tuned(tmp_path / "cut", resume=True, **options))
     charged = Ledger.read(tmp_path / "cut" / "ledger.jsonl").steps_charged("finetune")
     assert charged == at + STEPS - (at - 1) // 3 * 3
@@ -258,18 +266,9 @@ def test_interrupted_fine_tuning_pays_again_and_goes_on_where_it_was(
 def test_steps_that_end_the_budget_reach_the_generator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after its last affordable step, between two rounds: going on trains nothing, and the generator learns of it."""
     options = {"select": {"mode": "none"}, "finetune": {"multiplicity": None, "checkpoint_steps": 2}}
-    original, rounds = finetune_module.PrivateOptimizer.step, []
-    make_step = adversarial.generator_loss
-
-    def failing(self: Any) -> None:
-        if self.steps + 1 == 5:  # of the four before, the fourth came after a round
-            raise SystemExit
-        original(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(finetune_module.PrivateOptimizer, "step", failing)
-        with pytest.raises(SystemExit):
-            fine_tuned(tmp_path / "a", **options)
+    rounds, make_step = [], adversarial.generator_loss
+    with cut_in_step(5, SystemExit):  # of the four before, the fourth came after a round
+        fine_tuned(tmp_path / "a", **options)
     monkeypatch.setattr(finetune_module, "_affordable", lambda *a: 0)
     monkeypatch.setattr(adversarial, "generator_loss", lambda *a, **k: rounds.append(1) or make_step(*a, **k))
     monkeypatch.setattr(finetune_module.PrivateOptimizer, "step", lambda self: pytest.fail("no step is affordable"))
@@ -290,18 +289,9 @@ def test_several_means_a_class_are_refused_for_a_new_run_and_not_for_one_that_pa
     fine_tuned(tmp_path / "a", resume=True, **options)
 
 
-def test_a_resumed_run_keeps_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = finetune_module.PrivateOptimizer.step
-
-    def failing(self: Any) -> None:
-        if self.steps + 1 == 6:
-            raise KeyboardInterrupt
-        original(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(finetune_module.PrivateOptimizer, "step", failing)
-        with pytest.raises(KeyboardInterrupt):
-            fine_tuned(tmp_path / "a")
+def test_a_resumed_run_keeps_the_budget(tmp_path: Path) -> None:
+    with cut_in_step(6, KeyboardInterrupt):
+        fine_tuned(tmp_path / "a")
     fine_tuned(tmp_path / "a", resume=True)
     ledger = Ledger.read(tmp_path / "a" / "ledger.jsonl")
     assert ledger.epsilon() <= 5.0 and ledger.steps_charged("finetune") == STEPS  # 6 before, the rest after
