@@ -15,6 +15,7 @@ from privimage_fast.config import RunConfig
 from privimage_fast.dp.accounting import DPSGDEvent, GaussianEvent, epsilon, solve_noise_multiplier
 from privimage_fast.dp.engine import accumulate_clipped
 from privimage_fast.dp.planner import Plan as StepPlan
+from privimage_fast.dp.sampling import expected_padded
 from privimage_fast.models.training import ImageModel
 from privimage_fast.stages.finetune import plan_finetune
 from privimage_fast.stages.query import QueryConfig
@@ -101,8 +102,7 @@ def make_plan(c: RunConfig, model: ImageModel, *, n_labels: int, n_classes: int)
     step = plan_finetune(model, c.finetune)
     networks = (model, c.finetune.training(model).module)
     parameters, private_parameters = (sum(p.numel() for p in network.parameters()) for network in networks)
-    # The last micro-batch is padded to its fixed shape: half of one, on average.
-    images_a_step = c.finetune.batch_size + step.physical_batch_size / 2
+    images_a_step = expected_padded(step.physical_batch_size, c.finetune.batch_size)[1]
     device = str(next(model.parameters()).device)
     seconds = _step_seconds(model, c, device)
     images = c.sample.per_class * n_classes

@@ -202,6 +202,6 @@ class _Arrays(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in self._ALLOWED and module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray"):
             if name == "_reconstruct":
-                return np._core.multiarray._reconstruct
+                return np.zeros(0).__reduce__()[0]  # whichever module this numpy keeps it in
             return getattr(np, name)
         raise DataError(f"the pickle asks for {module}.{name}; only numpy arrays are read")

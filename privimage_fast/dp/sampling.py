@@ -15,6 +15,7 @@ from fractions import Fraction
 from typing import Protocol
 
 import numpy as np
+from scipy.special import pdtrc
 
 _CHUNK = 2**20  # images decided at a time: 8 MiB of random bytes
 
@@ -113,6 +114,29 @@ class MicroBatch:
 
     indices: np.ndarray
     weights: np.ndarray
+
+
+def expected_padded(size: int, expected_batch_size: float) -> tuple[float, float]:
+    """Micro-batches of ``size`` that a Poisson draw takes, and their rows, padding included: both expected."""
+    most = math.ceil((expected_batch_size + 8 * math.sqrt(expected_batch_size)) / size) + 1
+    parts = float(pdtrc(size * np.arange(most), expected_batch_size).sum())  # P(N > 0) + P(N > size) + …
+    return parts, parts * size
+
+
+def even_micro_batch(most: int, expected_batch_size: float) -> int:
+    """The size, at most ``most``, at which a drawn batch leaves little to pad; of public numbers alone.
+
+    Parts that divide the *expected* batch are the worst choice: every other draw is a little larger and takes one more part,
+    nearly all of it padding. A part costs what ``most`` / 16 images do, whatever its size.
+    """
+    if most < 1:
+        raise ValueError(f"most is {most}; it must be 1 or more")
+
+    def cost(size: int) -> float:
+        parts, rows = expected_padded(size, expected_batch_size)
+        return rows + parts * most / 16
+
+    return min(range(most, most // 4, -1), key=cost)
 
 
 def micro_batches(indices: np.ndarray, physical_batch_size: int) -> Iterator[MicroBatch]:

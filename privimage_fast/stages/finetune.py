@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,7 @@ from privimage_fast.dp.noise import NoiseKey
 from privimage_fast.dp.optimizer import PrivateOptimizer, UpdateRule
 from privimage_fast.dp.planner import MemoryBudgetError, Plan, default_memory_budget, make_plan
 from privimage_fast.dp.rules import UncoveredParameterError
-from privimage_fast.dp.sampling import MicroBatch, PoissonSampler, SecretRandom, mersenne_state, micro_batches
+from privimage_fast.dp.sampling import MicroBatch, PoissonSampler, SecretRandom, even_micro_batch, mersenne_state, micro_batches
 from privimage_fast.models.edm import to_float
 from privimage_fast.models.training import ImageModel, PrivateTraining, averaging_decay, below, prefixed
 from privimage_fast.stages.folder import RunError, RunFolder, fingerprint, timed
@@ -313,7 +314,8 @@ def _images(part: MicroBatch, pixels: Tensor, labels: Tensor) -> tuple[Tensor, T
 def plan_finetune(model: ImageModel, config: FinetuneConfig, memory_budget: int | None = None) -> Plan:
     """How micro-batches are done: the way of each layer, and the images at a time that the memory budget allows.
 
-    Looks at one stand-in image. Without ``physical_batch_size`` a micro-batch has at most ``MOST_ROWS``: more gains nothing.
+    Looks at one stand-in image. Without ``physical_batch_size`` a micro-batch has at most ``MOST_ROWS``, since more gains
+    nothing, and as many images as leave little to pad.
     ``memory_budget`` in bytes is by default the config's.
 
     Raises:
@@ -323,11 +325,19 @@ def plan_finetune(model: ImageModel, config: FinetuneConfig, memory_budget: int 
     device = next(training.module.parameters()).device
     most = config.physical_batch_size or max(1, MOST_ROWS.get(device.type, MOST_ROWS["cpu"]) // training.rows)
     budget = memory_budget or config.memory_budget(device)
-    try:
+
+    def plan(size: int) -> Plan:
         return make_plan(
             training.module, training.loss, _stand_in(model, training, 1), multiplicity=training.rows,
-            memory_budget=budget, batch_size=min(most, config.batch_size),
+            memory_budget=budget, batch_size=size,
         )  # fmt: skip
+
+    try:
+        if config.physical_batch_size:
+            return plan(min(most, config.batch_size))
+        fitting = plan(min(most, math.ceil(config.batch_size + 4 * math.sqrt(config.batch_size))))
+        even = even_micro_batch(fitting.physical_batch_size, config.batch_size)
+        return fitting if even == fitting.physical_batch_size else plan(even)
     except MemoryBudgetError as error:
         raise MemoryBudgetError(_budget_text(config, model, training.rows, budget, error.needed), error.needed) from error
 

@@ -216,8 +216,9 @@ def test_fine_tuning_without_a_budget_asks_the_device(monkeypatch: pytest.Monkey
 def test_a_gpus_micro_batch_may_have_more_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted: list[tuple[int, int]] = []
 
-    def plan(*args: object, batch_size: int, memory_budget: int, **kwargs: object) -> None:
+    def plan(*args: object, batch_size: int, memory_budget: int, **kwargs: object) -> SimpleNamespace:
         wanted.append((batch_size, memory_budget))
+        return SimpleNamespace(physical_batch_size=batch_size)
 
     class Module(nn.Linear):
         def parameters(self, recurse: bool = True):  # type: ignore[no-untyped-def]
@@ -230,4 +231,23 @@ def test_a_gpus_micro_batch_may_have_more_rows(monkeypatch: pytest.MonkeyPatch) 
     finetune.plan_finetune(None, FinetuneConfig(batch_size=4096), 2**30)  # type: ignore[arg-type]
     training.module = nn.Linear(1, 1)
     finetune.plan_finetune(None, FinetuneConfig(batch_size=4096))  # type: ignore[arg-type]
-    assert wanted == [(4096 // 8, 2**30), (256 // 8, 2**30)]
+    assert wanted[0] == (4096 // 8, 2**30) and wanted[-1] == (256 // 8, 2**30)
+
+
+@pytest.mark.parametrize(("rows", "fits", "expected"), [(1, 9999, 2122), (1, 3000, 2122), (8, 512, 466), (1, 1000, 843)])
+def test_micro_batches_divide_a_draw_and_not_its_expectation(
+    rows: int, fits: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4,096 images at a time of 4,096 expected would be two micro-batches in every other step, the second one all padding."""
+    training = SimpleNamespace(
+        module=SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=GPU)])), loss=None, rows=rows
+    )
+    monkeypatch.setattr(
+        finetune, "make_plan", lambda *args, batch_size, **kwargs: SimpleNamespace(physical_batch_size=min(batch_size, fits))
+    )  # fmt: skip
+    monkeypatch.setattr(finetune, "_stand_in", lambda *args: [])
+    monkeypatch.setattr(FinetuneConfig, "training", lambda self, model: training)
+    found = finetune.plan_finetune(None, FinetuneConfig(batch_size=4096), 2**30)  # type: ignore[arg-type]
+    assert abs(found.physical_batch_size - expected) <= 4
+    stated = finetune.plan_finetune(None, FinetuneConfig(batch_size=4096, physical_batch_size=512), 2**30)  # type: ignore[arg-type]
+    assert stated.physical_batch_size == 512

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from privimage_fast.dp.sampling import OSRandom, PoissonSampler, SeededRandom, micro_batches
+from privimage_fast.dp.sampling import OSRandom, PoissonSampler, SeededRandom, even_micro_batch, expected_padded, micro_batches
 
 N, DRAWS = 400, 3000
 
@@ -125,6 +125,24 @@ def test_micro_batches_hold_each_index_once_in_one_shape(indices: list[int], siz
         assert ((batch.indices == -1) == (batch.weights == 0)).all() and set(batch.weights) <= {0.0, 1.0}
         kept += batch.indices[batch.weights == 1].tolist()
     assert kept == indices
+
+
+@pytest.mark.parametrize(("expected", "size"), [(50, 70), (50, 7), (4096, 4096), (4096, 2141), (3, 256)])
+def test_expected_padding_is_that_of_draws(expected: int, size: int) -> None:
+    parts = np.ceil(np.random.default_rng(0).poisson(expected, 200_000) / size)
+    found, rows = expected_padded(size, expected)
+    assert found == pytest.approx(parts.mean(), rel=0.01) and rows == pytest.approx(parts.mean() * size, rel=0.01)
+
+
+def test_even_micro_batches_leave_little_to_pad() -> None:
+    for most, expected in ((4096, 4096), (512, 4096), (256, 50), (256, 2048), (30, 30), (1, 5)):
+        size = even_micro_batch(most, expected)
+        parts, rows = expected_padded(size, expected)
+        assert 1 <= size <= most and rows <= expected_padded(most, expected)[1] * (1 + 1e-9)
+        assert parts <= 4 * math.ceil(expected / most)
+    assert expected_padded(4096, 4096)[1] > 1.4 * 4096 and expected_padded(even_micro_batch(4096, 4096), 4096)[1] < 1.06 * 4096
+    with pytest.raises(ValueError, match="most is 0"):
+        even_micro_batch(0, 10)
 
 
 def test_bad_micro_batches_are_refused() -> None:
