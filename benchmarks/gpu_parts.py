@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -123,18 +123,27 @@ def network(machine: Machine, config: UNetConfig, samples: int, multiplicity: in
     return model, batch.args(), DenoisingLoss(multiplicity)
 
 
-STEPS = ("plain", "plain compiled", "DP", "DP captured", "DP captured, compiled model")
+STEPS = ("plain", "DP", "DP captured")
+COMPILED = ("plain compiled", "DP captured, compiled model")
 
 
 def steps(machine: Machine) -> Iterator[Row]:
     """DP step ÷ plain step, 3.7 M U-Net in bf16: plain eager and compiled; DP eager, in CUDA graphs, of a compiled model.
 
-    All have the same rows at a time: as many as fit (4,096 of K=8 take more than 78 GiB), fewer for all where one does not.
+    All have the same rows at a time: as many as fit (4,096 of K=8 take more than 78 GiB), fewer for all where one does not. What
+    takes a minute to compile comes last.
     """
+    measured: list[tuple[int, int, dict[str, float]]] = []
     for k, most in ((8, 4096), (1, 1024)):
         samples = _fitting(machine, k, machine.scale(most // k, 4))
-        while not (yield from _compared(machine, k, samples)):
+        while (taken := (yield from _compared(machine, k, samples, STEPS, {}))) is None:
             samples //= 2
+        measured.append((k, samples, taken))
+    for k, samples, taken in measured:
+        while (again := (yield from _compared(machine, k, samples, COMPILED, taken))) is None:
+            samples //= 2
+            again = yield from _compared(machine, k, samples, STEPS, {})
+            taken = again or {}
 
 
 def _fitting(machine: Machine, k: int, most: int) -> int:
@@ -161,24 +170,27 @@ def _peak(machine: Machine, k: int, samples: int) -> int | None:
         machine.forget()
 
 
-def _compared(machine: Machine, k: int, samples: int) -> Generator[Row, None, bool]:
-    """Every kind of step. False: one had too little memory, so all should be measured once more with fewer rows."""
-    taken: dict[str, float] = {}
-    for kind in STEPS:
+def _compared(
+    machine: Machine, k: int, samples: int, kinds: Sequence[str], before: dict[str, float]
+) -> Generator[Row, None, dict[str, float] | None]:
+    """Seconds of each kind of step, beside those ``before``. None: one had too little memory, so that all should be measured once
+    more with fewer rows."""
+    taken = dict(before)
+    for kind in kinds:
         if kind == "plain compiled" and machine.rehearsal:
             continue  # compiles for a minute
         row = attempt(lambda: _step(machine, kind, k, samples), f"{kind}, K={k}")  # noqa: B023
         machine.forget()
         if samples > 1 and re.search("out of memory|OutOfMemoryError", row.get("failed", "")):
             yield {"what": row["what"], "out of memory at": samples * k, "all repeated with": samples // 2 * k}
-            return False
+            return None
         if "median" in row:
             taken[kind] = row["median"]
             for plain in ("plain", "plain compiled"):
                 if plain in taken and plain != kind:
                     row[f"÷ {plain}"] = taken[kind] / taken[plain]
         yield row
-    return True
+    return taken
 
 
 def _step(machine: Machine, kind: str, k: int, samples: int) -> Row:
@@ -226,6 +238,27 @@ def _runner(machine: Machine, kind: str, k: int, samples: int) -> tuple[Callable
             plain.step()
 
     return run, more
+
+
+def profile(machine: Machine) -> Iterator[Row]:
+    """Where a step's time goes: the kernels that take most of it, in the plain and in the eager DP step of K = 8 and 1."""
+    from torch.profiler import ProfilerActivity
+
+    activity = ProfilerActivity.CUDA if machine.device.type == "cuda" else ProfilerActivity.CPU
+    for kind, k in (("plain", 8), ("DP", 8), ("plain", 1), ("DP", 1)):
+        run, _ = _runner(machine, kind, k, machine.scale(1024, 2) // k or 1)
+        for _ in range(2):
+            run()
+        machine.synchronize()
+        with torch.profiler.profile(activities=[activity]) as watched:
+            run()
+            machine.synchronize()
+        events = [(e.key, e.self_device_time_total or e.self_cpu_time_total, e.count) for e in watched.key_averages()]
+        whole = sum(taken for _, taken, _ in events) or 1.0
+        for place, (name, taken, count) in enumerate(sorted(events, key=lambda e: -e[1])[:20], 1):
+            row = {"kernel": name[:160], "ms": taken / 1e3, "share": taken / whole, "launches": count}
+            yield {"what": f"{kind}, K={k}, {place}", **row}
+        machine.forget()
 
 
 def memory(machine: Machine) -> Iterator[Row]:
@@ -334,6 +367,6 @@ def made_up_images(count: int, side: int, classes: int) -> tuple[np.ndarray, np.
 
 
 PARTS: dict[str, Callable[..., Iterator[Row]]] = {
-    "tests": tests, "ceilings": ceilings, "kernels": kernels, "steps": steps, "memory": memory, "sampling": sampling, "job": job,
+    "tests": tests, "ceilings": ceilings, "kernels": kernels, "steps": steps, "profile": profile, "memory": memory, "sampling": sampling, "job": job,
     "sanitize": sanitize, "build": build,
 }  # fmt: skip
