@@ -217,6 +217,32 @@ void affine_grad(Address x, Address g, int x_dtype, int g_dtype, bool channels_l
   RUN_ON(device, p, cpu_kernels().affine_grad, affine_grad, stream);
 }
 
+void group_norm(const std::string& device, Address x, int dtype, int64_t rows, int64_t positions, int64_t channels,
+                int64_t groups, Address weight, Address bias, double eps, bool silu, Address mean, Address rstd, Address y,
+                Address g, Address dx, Address weight_rows, Address bias_rows, Address stream) {
+  GroupNormParams p;
+  p.x = pointer<void>(x);
+  p.dtype = static_cast<DType>(dtype);
+  p.rows = rows;
+  p.positions = positions;
+  p.channels = channels;
+  p.groups = groups;
+  p.weight = pointer<float>(weight);
+  p.bias = pointer<float>(bias);
+  p.eps = eps;
+  p.silu = silu;
+  p.mean = pointer<float>(mean);
+  p.rstd = pointer<float>(rstd);
+  p.y = pointer<void>(y);
+  p.g = pointer<void>(g);
+  p.dx = pointer<void>(dx);
+  p.weight_rows = pointer<float>(weight_rows);
+  p.bias_rows = pointer<float>(bias_rows);
+  const Backend backend = backend_of(device);
+  if (backend == Backend::cpu) throw py::value_error("group_norm: a CPU has torch's");
+  run_on<GroupNormParams>(backend, p, nullptr, emulated::group_norm, CUDA_OP(group_norm), stream);
+}
+
 void embedding_grad(Address ids, Address g, int g_dtype, int64_t samples, int64_t positions, int64_t dim,
                     int64_t num_embeddings, int64_t padding_idx, Address out, bool accumulate, Address sq_norms,
                     int num_threads, const std::string& device, Address stream) {
@@ -394,6 +420,9 @@ PYBIND11_MODULE(_C, m) {
         "per_position"_a, "mean"_a, "rstd"_a, "samples"_a, "multiplicity"_a, "channels"_a, "positions"_a, "groups"_a,
         "weight"_a, "bias"_a, "accumulate_weight"_a, "accumulate_bias"_a, "sq_norms_weight"_a, "sq_norms_bias"_a,
         "num_threads"_a, "device"_a = "cpu", "stream"_a = 0);
+  m.def("group_norm", &group_norm, py::kw_only(), "device"_a, "x"_a, "dtype"_a, "rows"_a, "positions"_a, "channels"_a,
+        "groups"_a, "weight"_a, "bias"_a, "eps"_a, "silu"_a, "mean"_a, "rstd"_a, "y"_a = 0, "g"_a = 0, "dx"_a = 0,
+        "weight_rows"_a = 0, "bias_rows"_a = 0, "stream"_a = 0);
   m.def("embedding_grad", &embedding_grad, py::kw_only(), "ids"_a, "g"_a, "g_dtype"_a, "samples"_a, "positions"_a,
         "dim"_a, "num_embeddings"_a, "padding_idx"_a, "out"_a, "accumulate"_a, "sq_norms"_a, "num_threads"_a,
         "device"_a = "cpu", "stream"_a = 0);

@@ -88,6 +88,25 @@ struct AffineGradParams {
   int num_threads = 1;
 };
 
+// y = (x - mean) * rstd * weight + bias, then y * sigmoid(y) with silu; with g its backward pass. On GPUs alone.
+// x, y, g, dx are (rows, positions, channels), contiguous, 16-byte aligned; channels a multiple of 8.
+struct GroupNormParams {
+  const void* x = nullptr;
+  DType dtype = DType::f32;  // of x, y, g, dx
+  int64_t rows = 0, positions = 0, channels = 0, groups = 1;
+  const float* weight = nullptr;  // (channels,); null: ones
+  const float* bias = nullptr;    // (channels,); null: zeros
+  double eps = 0;
+  bool silu = false;
+  float* mean = nullptr;  // (rows, groups): written by the forward pass, read by the other
+  float* rstd = nullptr;
+  void* y = nullptr;
+  const void* g = nullptr;       // null: the forward pass
+  void* dx = nullptr;            // null: not wanted
+  float* weight_rows = nullptr;  // (rows, channels): each row's gradient of weight and bias
+  float* bias_rows = nullptr;
+};
+
 // E_b[v,:] = sum of g over the sample's positions whose id is v; ids equal to padding_idx are dropped.
 struct EmbeddingGradParams {
   const int64_t* ids = nullptr;  // (samples * positions), positions = K*T; all in [0, num_embeddings)
@@ -206,6 +225,7 @@ void conv_weight_grad(const ConvWeightGradParams& params, void* stream);
 void conv_weight_grads(const ConvWeightGradsParams& params, void* stream);
 void conv_gram(const ConvGramParams& params, void* stream);
 void affine_grad(const AffineGradParams& params, void* stream);
+void group_norm(const GroupNormParams& params, void* stream);
 void embedding_grad(const EmbeddingGradParams& params, void* stream);
 void clip_factors(const ClipFactorsParams& params, void* stream);
 void weighted_sum(const WeightedSumParams& params, void* stream);
@@ -221,6 +241,7 @@ void conv_weight_grad(const ConvWeightGradParams& params, void* stream);
 void conv_weight_grads(const ConvWeightGradsParams& params, void* stream);
 void conv_gram(const ConvGramParams& params, void* stream);
 void affine_grad(const AffineGradParams& params, void* stream);
+void group_norm(const GroupNormParams& params, void* stream);
 void embedding_grad(const EmbeddingGradParams& params, void* stream);
 void clip_factors(const ClipFactorsParams& params, void* stream);
 void weighted_sum(const WeightedSumParams& params, void* stream);

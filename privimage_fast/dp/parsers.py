@@ -16,12 +16,14 @@ from privimage_fast.dp.rules import (
     ConvRule,
     ConvTransposeRule,
     EmbeddingRule,
+    FusedGroupNormRule,
     GroupNormRule,
     LayerNormRule,
     LinearRule,
     Rule,
     UncoveredParameterError,
 )  # fmt: skip
+from privimage_fast.ops import normalise
 
 
 def _expand(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
@@ -90,6 +92,14 @@ def _group_norm_call(
     return input, GroupNormRule("group_norm", names, weight, bias, {"num_groups": num_groups, "eps": eps})
 
 
+def _fused_group_norm_call(
+    names: dict[str, str], input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
+    eps: float = 1e-5, *, silu: bool = False,
+) -> tuple[Tensor, Rule]:  # fmt: skip
+    options = {"num_groups": num_groups, "eps": eps, "silu": silu}
+    return input, FusedGroupNormRule("fused_group_norm", names, weight, bias, options)
+
+
 def _layer_norm_call(
     names: dict[str, str], input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None,
     bias: Tensor | None = None, eps: float = 1e-5,
@@ -120,5 +130,6 @@ RULES: dict[Callable[..., Any], Callable[..., tuple[Tensor, Rule]]] = {
     F.linear: _linear_call,
     F.group_norm: _group_norm_call,
     F.layer_norm: _layer_norm_call,
+    normalise.group_norm: _fused_group_norm_call,
     F.embedding: _embedding_call,
 }

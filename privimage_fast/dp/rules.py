@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from privimage_fast import ops
+from privimage_fast.ops import normalise
 
 
 class UncoveredParameterError(RuntimeError):
@@ -67,6 +68,12 @@ class Rule:
 
     def input_grads(self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
         return (self.input_grad(x, g, saved) if needs[0] else None,)
+
+    def backward(
+        self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...], needs: Sequence[bool]
+    ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
+        """:meth:`input_grads`, and what :meth:`per_sample` of the same pass is given as ``saved``."""
+        return self.input_grads(x, g, saved, needs), saved
 
     def per_sample(
         self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...], multiplicity: int, out: dict[str, Tensor]
@@ -375,6 +382,33 @@ class GroupNormRule(Rule):
                 x, g, *saved, num_groups=self.options["num_groups"], multiplicity=multiplicity, **_affine_out(self.names, out)
             ),
         )
+
+
+class FusedGroupNormRule(Rule):
+    """Group normalisation, then SiLU or nothing, as :func:`privimage_fast.ops.normalise.group_norm` on a GPU has it.
+
+    One pass makes the input's gradient and, on its way, each row's gradients of weight and bias.
+    """
+
+    def forward(self, x: Tensor, *more: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        o = self.options
+        _, y, mean, rstd = normalise.forward(x, o["num_groups"], self.weight, self.bias, o["eps"], o["silu"])
+        return y, (mean, rstd)
+
+    def backward(
+        self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...], needs: Sequence[bool]
+    ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
+        grad, *rows = normalise.backward(x, g, *saved, self.weight, self.bias, self.options["silu"], needs_x=needs[0])
+        return (grad,), tuple(rows)
+
+    def per_sample(
+        self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...], multiplicity: int, out: dict[str, Tensor]
+    ) -> list[Term]:
+        of_rows = dict(zip(("weight", "bias"), saved, strict=True))
+        return [
+            _added(name, of_rows[role].unflatten(0, (-1, multiplicity)).sum(1) if multiplicity > 1 else of_rows[role], out)
+            for role, name in self.names.items()
+        ]
 
 
 class LayerNormRule(Rule):

@@ -364,8 +364,10 @@ class Tracker(TorchFunctionMode):
 def _autocast(x: Tensor, rule: Rule) -> tuple[Tensor, Rule]:
     """Casts as autocast would, but outside the call, so that x and g of a :class:`Use` have one dtype.
 
-    Normalisation keeps fp32: its statistics do not survive bf16.
+    Normalisation keeps fp32: its statistics do not survive bf16. The fused one takes x as it is, and its statistics in fp32.
     """
+    if rule.function == "fused_group_norm":
+        return x, rule
     low = rule.function not in ("group_norm", "layer_norm", "embedding")
     dtype = torch.get_autocast_dtype(x.device.type) if low else torch.float32
     rule.weight = None if rule.weight is None else rule.weight.to(dtype)

@@ -72,14 +72,14 @@ class RuleCall(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, *rest = ctx.saved_tensors  # computes a checkpointed part again, watched
-        needs = ctx.needs_input_grad[3:]
+        needs, kept = ctx.needs_input_grad[3:], tuple(rest)
         with torch._C.DisableTorchFunction():  # rules and kernels need not be watched: thousands of small calls a step
             if torch.is_grad_enabled():  # create_graph: the gradient has to be differentiable, and its use of weights seen
                 grads = _differentiable_input_grad(ctx, x, g, rest) if any(needs) else (None,) * ctx.inputs
             else:
-                grads = ctx.rule.input_grads(x, g, tuple(rest), needs)
+                grads, kept = ctx.rule.backward(x, g, kept, needs)
             if _wanted(ctx.anchor):
-                ctx.sink(Use(ctx.rule, x.detach(), g.detach(), tuple(rest)))
+                ctx.sink(Use(ctx.rule, x.detach(), g.detach(), kept))
         return None, None, None, *grads
 
 

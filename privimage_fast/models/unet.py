@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from privimage_fast.ops.normalise import group_norm, wants_channels_innermost
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -71,9 +73,15 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows, channels, height, width = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(rows, 3, self.heads, channels // self.heads, height * width)
+        # (R, 3, heads, T, d). Where channels are innermost both are views, and attention finds each head's features side by side:
+        # flash kernels want that.
+        qkv = self.qkv(_normalised(self.norm, x)).reshape(rows, 3, self.heads, channels // self.heads, height * width)
         q, k, v = qkv.transpose(-1, -2).unbind(1)
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(rows, channels, height, width)
+        mixed = F.scaled_dot_product_attention(q, k, v)  # (R, heads, T, d)
+        if wants_channels_innermost(x):
+            mixed = mixed.transpose(1, 2).reshape(rows, height, width, channels).movedim(-1, 1)
+        else:
+            mixed = mixed.transpose(-1, -2).reshape(rows, channels, height, width)
         return (x + self.out(mixed)) * math.sqrt(0.5)
 
 
@@ -92,13 +100,13 @@ class ResidualBlock(nn.Module):
         self.attention = SelfAttention(c_out, head_channels) if head_channels else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        h = F.silu(self.norm1(x))
+        h = _normalised(self.norm1, x, silu=True)
         if self.resample == "down":
             h, x = (F.avg_pool2d(t, 2, ceil_mode=True) for t in (h, x))
         elif self.resample == "up":
             h, x = (F.interpolate(t, size=size, mode="nearest") for t in (h, x))
         h = self.conv1(h) + self.embed(embedding)[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(_normalised(self.norm2, h, silu=True))
         return self.attention((self.skip(x) + h) * math.sqrt(0.5))
 
 
@@ -145,6 +153,8 @@ class UNet(nn.Module):
         embedding = F.silu(self.noise_in(_positional(noise, self.config.base_channels)) + self.label_in(labels))
         embedding = F.silu(self.embedding_out(embedding))
         h = self.image_in(x)
+        if wants_channels_innermost(h):  # an image of one channel does not tell which layout it has
+            h = h.contiguous(memory_format=torch.channels_last)
         skips = [h]
         for block in self.down:
             skips.append(h := block(h, embedding))
@@ -155,11 +165,15 @@ class UNet(nn.Module):
                 h = block(h, embedding, skips[-1].shape[-2:])
             else:
                 h = block(torch.cat([h, skips.pop()], 1), embedding)
-        return self.image_out(F.silu(self.norm_out(h)))
+        return self.image_out(_normalised(self.norm_out, h, silu=True))
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(max(g for g in range(1, min(32, channels // 4) + 1) if channels % g == 0), channels, eps=1e-6)
+
+
+def _normalised(norm: nn.GroupNorm, x: Tensor, *, silu: bool = False) -> Tensor:
+    return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu)
 
 
 def _zero(layer: nn.Conv2d) -> nn.Conv2d:

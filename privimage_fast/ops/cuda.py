@@ -334,6 +334,23 @@ def layer_norm_affine_grad(
     return _affine("layer_norm_affine_grad", **affine.layer_norm(x, g, mean, rstd, multiplicity, out_weight, out_bias))
 
 
+def group_norm(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, silu: bool, *, eps: float = 0.0,
+    y: Tensor | None = None, g: Tensor | None = None, dx: Tensor | None = None, weight_rows: Tensor | None = None,
+    bias_rows: Tensor | None = None,
+) -> None:  # fmt: skip
+    """The launch alone: :mod:`privimage_fast.ops.normalise` has seen to layouts. With g the backward pass, else the forward."""
+    weight, bias = (t if t is None else t.contiguous() for t in (weight, bias))
+    rows, channels, height, width = x.shape
+    with _launching("group_norm", x=x, weight=weight) as where:
+        native._C.group_norm(
+            x=_pointer(x), dtype=_DTYPES[x.dtype], rows=rows, positions=height * width, channels=channels,
+            groups=mean.shape[1], weight=_pointer(weight), bias=_pointer(bias), eps=eps, silu=silu, mean=_pointer(mean),
+            rstd=_pointer(rstd), y=_pointer(y), g=_pointer(g), dx=_pointer(dx), weight_rows=_pointer(weight_rows),
+            bias_rows=_pointer(bias_rows), **where,
+        )  # fmt: skip
+
+
 def embedding_grad(
     ids: Tensor, g: Tensor, *, num_embeddings: int, padding_idx: int | None, multiplicity: int,
     out: Tensor | None = None,

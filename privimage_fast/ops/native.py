@@ -79,7 +79,7 @@ def _pointer(t: Tensor | None) -> int:
 
 
 def _norms(samples: int) -> Tensor:
-    return torch.empty(samples, dtype=torch.float64)
+    return torch.empty(samples, dtype=torch.float64, device="cpu")
 
 
 def _plane(t: Tensor) -> tuple[int, ...]:
@@ -129,7 +129,7 @@ def conv_weight_grad(
     if store and weights is None:
         # Channels innermost, the order in which the kernel produces them; weighted_sum_ puts the sum in torch's order.
         b, outputs, inputs, *kernel = shape.weight_shape
-        weights = torch.empty((b, outputs, *kernel, inputs), dtype=store_dtype).movedim(-1, 2)
+        weights = torch.empty((b, outputs, *kernel, inputs), dtype=store_dtype, device="cpu").movedim(-1, 2)
     if weights is not None and weights.dtype == torch.bfloat16:
         compute = functools.partial(conv_weight_grad, _algorithm=_algorithm, **options)
         return _round_parts(compute, x, g, multiplicity, weights, out is not None), weights
@@ -175,7 +175,7 @@ def linear_weight_grad(
     checks.require(store or out is None, op, "out", "given", "None with store=False")
     if x.numel() == 0 or g.numel() == 0:
         return reference.linear_weight_grad(x, g, multiplicity=multiplicity, store=store, out=out, store_dtype=store_dtype)
-    weights = torch.empty((samples, outputs, inputs), dtype=store_dtype) if store and out is None else out
+    weights = torch.empty((samples, outputs, inputs), dtype=store_dtype, device="cpu") if store and out is None else out
     if weights is not None and weights.dtype == torch.bfloat16:
         compute = functools.partial(linear_weight_grad, multiplicity=multiplicity)
         return _round_parts(compute, x, g, multiplicity, weights, out is not None), weights
@@ -219,14 +219,14 @@ def conv_gram_norms(
     op = "conv_gram_norms"
     shape = checks.conv_shape(op, x, g, kernel_size, stride, padding, dilation, groups, multiplicity)
     if x.numel() == 0 or g.numel() == 0:
-        return torch.zeros(shape.samples, dtype=torch.float64)
+        return torch.zeros(shape.samples, dtype=torch.float64, device="cpu")
     return _gram(x, g, shape, groups, multiplicity, _plane(x), _plane(g))
 
 
 def linear_gram_norms(x: Tensor, g: Tensor, *, multiplicity: int) -> Tensor:
     samples, outputs, inputs = checks.linear_shape("linear_gram_norms", x, g, multiplicity)
     if x.numel() == 0 or g.numel() == 0:
-        return torch.zeros(samples, dtype=torch.float64)
+        return torch.zeros(samples, dtype=torch.float64, device="cpu")
     # As in linear_weight_grad, a 1×1 convolution.
     positions, one = x.shape[1], (1, 1)
     shape = checks.ConvShape(samples, inputs, outputs, (1, positions), (1, positions), one, one, (0, 0), one, ())
@@ -241,8 +241,8 @@ def _affine(
     """x, g: contiguous (R, C, S), or (R, S, C) with channels_last. x None: bias only."""
     if g.numel():
         mean, rstd = (t if t is None else t.float().contiguous() for t in (mean, rstd))
-        weight = torch.empty(samples if x is not None else 0, channels) if out_weight is None else _dense(out_weight)
-        bias = torch.empty(samples, channels) if out_bias is None else _dense(out_bias)
+        weight = torch.empty(samples if x is not None else 0, channels, device="cpu") if out_weight is None else _dense(out_weight)
+        bias = torch.empty(samples, channels, device="cpu") if out_bias is None else _dense(out_bias)
         sq_weight, sq_bias = _norms(weight.shape[0]), _norms(samples)
         _C.affine_grad(
             x=_pointer(x), g=_pointer(g), x_dtype=0 if x is None else _DTYPES[x.dtype], g_dtype=_DTYPES[g.dtype],
@@ -254,8 +254,8 @@ def _affine(
         )  # fmt: skip
         weight, bias = _undense(out_weight, weight), _undense(out_bias, bias)
         return sq_weight, weight, sq_bias, bias
-    weight = torch.zeros(samples if x is not None else 0, channels) if out_weight is None else out_weight
-    bias = torch.zeros(samples, channels) if out_bias is None else out_bias
+    weight = torch.zeros(samples if x is not None else 0, channels, device="cpu") if out_weight is None else out_weight
+    bias = torch.zeros(samples, channels, device="cpu") if out_bias is None else out_bias
     return reference._sq_norms(weight), weight, reference._sq_norms(bias), bias
 
 
@@ -297,7 +297,7 @@ def embedding_grad(
     samples, width = checks.embedding_shape(op, ids, g, num_embeddings, padding_idx, multiplicity)
     checks.accumulator(op, "out", out, (samples, num_embeddings, width), g)
     ids, g = ids.long().contiguous(), g.contiguous()
-    table = torch.empty((samples, num_embeddings, width)) if out is None else _dense(out)
+    table = torch.empty((samples, num_embeddings, width), device="cpu") if out is None else _dense(out)
     sq_norms = _norms(samples)
     _C.embedding_grad(
         ids=_pointer(ids), g=_pointer(g), g_dtype=_DTYPES[g.dtype], samples=samples,
@@ -312,7 +312,7 @@ def clip_factors(sq_norms: Tensor, max_grad_norm: float, sample_weight: Tensor |
     checks.clip_arguments("clip_factors", sq_norms, max_grad_norm, sample_weight)
     sq_norms = sq_norms.double().contiguous()
     weight = None if sample_weight is None else sample_weight.double().contiguous()
-    factors = torch.empty(sq_norms.shape[0])
+    factors = torch.empty(sq_norms.shape[0], device="cpu")  # whatever torch.set_default_device says
     _C.clip_factors(
         sq_norms=_pointer(sq_norms), sample_weight=_pointer(weight), max_grad_norm=max_grad_norm,
         samples=sq_norms.shape[0], factors=_pointer(factors),
