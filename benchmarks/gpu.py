@@ -36,8 +36,8 @@ from privimage_fast import ops
 
 # Seconds a part may take; together the ten minutes. One that ends early leaves its rest to the later ones.
 SECONDS = {
-    "tests": 110, "ceilings": 25, "kernels": 50, "steps": 135, "profile": 25, "memory": 40, "sampling": 40, "job": 105, "sanitize": 50,
-    "build": 20,
+    "tests": 110, "ceilings": 25, "kernels": 50, "steps": 135, "profile": 25, "memory": 40, "sampling": 40, "job": 105,
+    "sanitize": 50, "build": 20,
 }  # fmt: skip
 # What a part needs besides torch and numpy: module → package. A machine without network may have neither.
 _DRAWING = {"safetensors": "safetensors", "PIL": "pillow", "tqdm": "tqdm"}

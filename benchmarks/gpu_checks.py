@@ -15,6 +15,7 @@ import torch
 from gpu_machine import ROOT, Machine, Row, attempt
 
 from privimage_fast import ops
+from privimage_fast.ops import normalise
 
 
 def build(machine: Machine) -> Iterator[Row]:
@@ -44,7 +45,10 @@ def build(machine: Machine) -> Iterator[Row]:
 
 def tests(machine: Machine) -> Iterator[Row]:
     """The kernel tests on the device instead of the emulation, and the step's own tests."""
-    chosen = ["tests/ops/test_cuda_emulated.py", "tests/ops/test_armed_step.py", "tests/dp/test_cuda_step.py"]
+    chosen = [
+        f"tests/{name}.py"
+        for name in ("ops/test_cuda_emulated", "ops/test_group_norm", "ops/test_armed_step", "dp/test_cuda_step")
+    ]
     selection = ["-k", "clip_factors or spent"] if machine.rehearsal else []
     environment = {**os.environ, "PRIVIMAGE_TEST_DEVICE": machine.device.type}
     command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "--no-header", "-rf", *selection, *chosen]
@@ -119,6 +123,12 @@ def every_kernel(machine: Machine) -> None:
         ops.linear_clipped_sum(t, wide, ops.clip_factors(norms, 1.0), multiplicity=2)
         ids = torch.arange(36, device=device).view(4, 9) % 5
         ops.embedding_grad(ids, t, num_embeddings=5, padding_idx=0, multiplicity=2)
+        for channels, size in ((8, 1), (72, 5), (64, 16)):
+            x, g = torch.randn(2, 3, size, size + 1, channels, device=device, dtype=dtype).movedim(-1, 2)
+            affine = torch.randn(2, channels, device=device)
+            for silu in (True, False):
+                _, *statistics_of_groups = normalise.forward(x, 4, *affine, 1e-5, silu)
+                normalise.backward(x, g, *statistics_of_groups, *affine, silu)
     state = [torch.zeros(1003, device=device) for _ in range(5)]
     constants = {"noise_std": 1.0, "denominator": 1.0, "key": bytes(32), "rank": 0, "stream": 1, "lr": 0.1, "ema_decay": 0.9}
     ops.private_step_(*state, step=1, optimizer="adam", **constants)

@@ -18,6 +18,7 @@ from privimage_fast.dp.graphs import CapturedStep
 from privimage_fast.dp.optimizer import PrivateOptimizer, UpdateRule
 from privimage_fast.models.edm import Denoiser, DenoisingLoss, EDMConfig, SamplerConfig, denoising_batch
 from privimage_fast.models.unet import PRESETS, UNetConfig
+from privimage_fast.ops import normalise
 
 TOY = UNetConfig(base_channels=8, channel_mult=(1,), blocks=1, attention_levels=())
 
@@ -51,6 +52,8 @@ def kernels(machine: Machine) -> Iterator[Row]:
         for how, store in STORES.items():
             name = f"conv 3×3 {channels}→{channels} {size}×{size} K={k} {str(dtype)[6:]} {how}"
             yield attempt(lambda: _conv(machine, channels, size, k, dtype, store, gemm), name)  # noqa: B023
+    for way, passes in (("forward", 2), ("backward", 3)):
+        yield attempt(lambda: _norm(machine, copy, way, passes), f"group norm + SiLU, {way}")  # noqa: B023
     yield attempt(lambda: _private_step(machine, copy), "noise + Adam + EMA")
     yield attempt(lambda: _weighted_sum(machine, copy, torch.float32), "weighted sum")
     yield attempt(lambda: _weighted_sum(machine, copy, torch.bfloat16), "weighted sum of bfloat16")
@@ -67,6 +70,20 @@ def _conv(machine: Machine, channels: int, size: int, k: int, dtype: torch.dtype
     took = machine.seconds(lambda: ops.conv_weight_grad(x, g, **store, **shape), repeat=3)
     rate = 2 * samples * k * side * side * c * c * 9 / took["median"] / 1e12
     return {"TFLOP/s": rate, "share of GEMM": rate / gemm, **took}
+
+
+def _norm(machine: Machine, copy: float, way: str, passes: int) -> Row:
+    """``passes``: images read and written, each once; the kernel's second read should find them in the cache."""
+    rows, channels, side = machine.scale(1024, 2), machine.scale(64, 8), machine.scale(32, 4)
+    x, g = torch.randn(2, rows, side, side, channels, device=machine.device, dtype=torch.bfloat16).movedim(-1, 2)
+    affine = torch.ones(2, channels, device=machine.device)
+    _, *statistics_of_groups = normalise.forward(x, 4, *affine, 1e-5, True)
+    took = machine.seconds(
+        (lambda: normalise.forward(x, 4, *affine, 1e-5, True))
+        if way == "forward" else (lambda: normalise.backward(x, g, *statistics_of_groups, *affine, True)), repeat=5,
+    )  # fmt: skip
+    rate = passes * x.element_size() * x.numel() / took["median"] / 1e9
+    return {"GB/s": rate, "share of copy": rate / copy, **took}
 
 
 def _private_step(machine: Machine, copy: float) -> Row:
@@ -197,7 +214,8 @@ def _step(machine: Machine, kind: str, k: int, samples: int) -> Row:
     run, more = _runner(machine, kind, k, samples)
     took = machine.seconds(run, rounds=7)
     rows = samples * k
-    return {"rows": rows, "rows/s": rows / took["median"], **took, "peak bytes": machine.peak_bytes(run), **more}
+    peak = machine.held_bytes() if more.get("captured") else machine.peak_bytes(run)
+    return {"rows": rows, "rows/s": rows / took["median"], **took, "peak bytes": peak, **more}
 
 
 def _runner(machine: Machine, kind: str, k: int, samples: int) -> tuple[Callable[[], None], Row]:
@@ -367,6 +385,6 @@ def made_up_images(count: int, side: int, classes: int) -> tuple[np.ndarray, np.
 
 
 PARTS: dict[str, Callable[..., Iterator[Row]]] = {
-    "tests": tests, "ceilings": ceilings, "kernels": kernels, "steps": steps, "profile": profile, "memory": memory, "sampling": sampling, "job": job,
-    "sanitize": sanitize, "build": build,
+    "tests": tests, "ceilings": ceilings, "kernels": kernels, "steps": steps, "profile": profile, "memory": memory,
+    "sampling": sampling, "job": job, "sanitize": sanitize, "build": build,
 }  # fmt: skip

@@ -35,7 +35,7 @@ struct ConvGeometry {
   const void* g;
   int multiplicity, positions, groups;
   int in_group, out_group, columns;  // channels of a group; kernel offsets * in_group
-  int in_size[2], stride[2], padding[2], dilation[2];
+  int in_size[2], out_size[2], stride[2], padding[2], dilation[2];
   int64_t x_row, g_row;
   int x_stride[3], g_stride[3];  // channel, height, width
   FastDiv per_row, out_width, per_offset, kernel_width;
@@ -86,6 +86,7 @@ ConvGeometry conv_geometry(const char* op, const Params& p) {
   narrow(op, p.out_channels * p.g_stride[1] + p.out_size[0] * p.g_stride[2] + p.out_size[1] * p.g_stride[3]);
   for (int i = 0; i < 2; ++i) {
     q.in_size[i] = narrow(op, p.in_size[i]);
+    q.out_size[i] = narrow(op, p.out_size[i]);
     q.stride[i] = narrow(op, p.stride[i]);
     q.padding[i] = narrow(op, p.padding[i]);
     q.dilation[i] = narrow(op, p.dilation[i]);

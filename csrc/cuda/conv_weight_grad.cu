@@ -8,6 +8,7 @@
 //
 // With coefficients, a block goes through several samples and adds up coef_b W_b: the clipped sum of gradients that were
 // not stored, as exact as the norms that were taken of them.
+#include <type_traits>
 #include <vector>
 
 #include "conv_geometry.cuh"
@@ -45,7 +46,6 @@ struct Tile {
   static constexpr int kM = m, kN = n, kWarpM = warp_m, kWarpN = warp_n;
   static constexpr int kBlock = (m / warp_m) * (n / warp_n) * 32;
   static constexpr int kDepth = mode == Mode::bf16 ? 32 : 16;  // positions a stage
-  static constexpr int kChunk = 16 / sizeof(Element);
   // Eight elements of padding: the rows of a fragment then lie in different banks.
   static constexpr int kRow = m + 8;
   static constexpr int kSlot = 2 * kDepth * kRow;
@@ -66,47 +66,23 @@ struct Problem {
   double* partials;
   const float* coef;  // null: every tile is one sample's
   int samples, chunk, stages;  // stages of one sample
-  FastDiv per_sample;
 };
 
+// Fetches element by element, with whatever strides there are.
 template <class T>
-struct Loader {
+struct ElementLoader {
   using Element = typename T::Element;
   const ConvGeometry& q;
-  const FastDiv& per_sample;
-  const Element* first_x;  // of the block's first sample, and its group
-  const Element* first_g;
-  int m0, n0;
+  const Element* x;  // of the sample at hand, and its group
+  const Element* g;
+  int m0, n0, stages, stage = 0;
 
-  __device__ __forceinline__ void load(int stage, Element* slot) const {
-    int within;
-    const int64_t row = int64_t{per_sample.divide(stage, within)} * q.multiplicity;
-    if (T::kVector) {
-      load_chunks(first_x + row * q.x_row, first_g + row * q.g_row, within, slot);
-    } else {
-      load_elements(first_x + row * q.x_row, first_g + row * q.g_row, within, slot);
-    }
-  }
+  __device__ __forceinline__ ElementLoader(const Problem& p, int64_t sample, int group, int first_m, int first_n)
+      : q(p.shape), x(q.inputs<Element>(sample, group)), g(q.outputs<Element>(sample, group)), m0(first_m), n0(first_n),
+        stages(p.stages) {}
 
-  __device__ __forceinline__ void load_chunks(const Element* x, const Element* g, int stage, Element* slot) const {
-    constexpr int kChunks = T::kM / T::kChunk;
-    const int at = static_cast<int>(threadIdx.x) % kChunks * T::kChunk;
-    const Column column(q, n0 + at);
-    const bool g_inside = m0 + at < q.out_group, x_inside = n0 + at < q.columns;
-#pragma unroll
-    for (int k = static_cast<int>(threadIdx.x) / kChunks; k < T::kDepth; k += T::kBlock / kChunks) {
-      const int n = stage * T::kDepth + k;
-      const Position position(q, n);
-      const bool inside = n < q.positions;
-      const bool g_kept = inside && g_inside;
-      copy_async(slot + k * T::kRow + at, g + (g_kept ? q.output(position, m0 + at) : 0), g_kept);
-      int64_t offset;
-      const bool x_kept = q.input(position, column, offset) && inside && x_inside;
-      copy_async(slot + (T::kDepth + k) * T::kRow + at, x + (x_kept ? offset : 0), x_kept);
-    }
-  }
-
-  __device__ __forceinline__ void load_elements(const Element* x, const Element* g, int stage, Element* slot) const {
+  // The next stage of the block's samples.
+  __device__ __forceinline__ void load(Element* slot) {
     // Neighbouring threads take neighbours in memory.
     const bool g_across = q.g_stride[0] == 1, x_across = q.x_stride[0] == 1;
     for (int e = static_cast<int>(threadIdx.x); e < T::kDepth * T::kM; e += T::kBlock) {
@@ -124,6 +100,89 @@ struct Loader {
       }
       slot[(T::kDepth + k) * T::kRow + c] = value;
     }
+    if (++stage < stages) return;
+    stage = 0;
+    x += q.multiplicity * q.x_row;
+    g += q.multiplicity * q.g_row;
+  }
+};
+
+// Fetches chunks of 16 bytes. A thread always has the same channels of g and the same column of x, at positions that advance by
+// kDepth from stage to stage: they are counted on, since dividing anew cost more than the products.
+template <class T>
+struct ChunkLoader {
+  using Element = typename T::Element;
+  static constexpr int kChunk = 16 / sizeof(Element), kChunks = T::kM / kChunk, kStride = T::kBlock / kChunks, kPositions = T::kDepth / kStride;
+  static_assert(kPositions * kStride == T::kDepth, "every thread has as many chunks as any other");
+
+  struct Place {
+    int n, y, x;               // position in the sample, and where it is in the output
+    const Element *x_row, *g_row;  // of the row that it is in
+  };
+
+  const ConvGeometry& q;
+  const Element *x_first, *g_first;  // of the sample at hand, and its group
+  Place places[kPositions];
+  int stages, stage = 0, down, across;  // kDepth positions as lines and what is left over
+  int slot_at, x_at, g_at, dy, dx;      // the thread's channels in a slot and in an image, and its column's kernel offset
+  bool g_inside, x_inside;
+
+  __device__ __forceinline__ ChunkLoader(const Problem& p, int64_t sample, int group, int first_m, int first_n)
+      : q(p.shape), x_first(q.inputs<Element>(sample, group)), g_first(q.outputs<Element>(sample, group)), stages(p.stages) {
+    const int at = static_cast<int>(threadIdx.x) % kChunks * kChunk;
+    const Column column(q, first_n + at);
+    dy = column.dy;
+    dx = column.dx;
+    x_at = dy * q.x_stride[1] + dx * q.x_stride[2] + column.channel;
+    g_at = first_m + at;
+    g_inside = first_m + at < q.out_group;
+    x_inside = first_n + at < q.columns;
+    slot_at = static_cast<int>(threadIdx.x) / kChunks * T::kRow + at;
+    down = q.out_width.divide(T::kDepth, across);
+    begin();
+  }
+
+  // At the first positions of the sample at hand.
+  __device__ __forceinline__ void begin() {
+#pragma unroll
+    for (int i = 0; i < kPositions; ++i) {
+      const int n = static_cast<int>(threadIdx.x) / kChunks + i * kStride;
+      const Position position(q, n);
+      places[i] = {n, position.y, position.x, x_first + position.row * q.x_row, g_first + position.row * q.g_row};
+    }
+  }
+
+  // The next stage of the block's samples.
+  __device__ __forceinline__ void load(Element* slot) {
+#pragma unroll
+    for (int i = 0; i < kPositions; ++i) {
+      Place& at = places[i];
+      Element* const to = slot + slot_at + i * kStride * T::kRow;
+      const bool inside = at.n < q.positions;
+      const bool g_kept = inside && g_inside;
+      copy_async(to, g_kept ? at.g_row + (at.y * q.g_stride[1] + at.x * q.g_stride[2] + g_at) : g_first, g_kept);
+      const int y = at.y * q.stride[0], x = at.x * q.stride[1];
+      const bool x_kept = inside && x_inside && static_cast<unsigned>(y + dy) < static_cast<unsigned>(q.in_size[0]) &&
+                          static_cast<unsigned>(x + dx) < static_cast<unsigned>(q.in_size[1]);
+      copy_async(to + T::kDepth * T::kRow, x_kept ? at.x_row + (y * q.x_stride[1] + x * q.x_stride[2] + x_at) : x_first, x_kept);
+      at.n += T::kDepth;
+      at.x += across;
+      at.y += down;
+      if (at.x >= q.out_size[1]) {
+        at.x -= q.out_size[1];
+        ++at.y;
+      }
+      while (at.y >= q.out_size[0]) {
+        at.y -= q.out_size[0];
+        at.x_row += q.x_row;
+        at.g_row += q.g_row;
+      }
+    }
+    if (++stage < stages) return;
+    stage = 0;
+    x_first += q.multiplicity * q.x_row;
+    g_first += q.multiplicity * q.g_row;
+    begin();
   }
 };
 
@@ -140,13 +199,14 @@ struct Sums {
 #pragma unroll
         for (int k = 0; k < 4; ++k) tile[i][j].c[k] = 0;
   }
+  template <bool kScaled>
   __device__ __forceinline__ void add(const Sums& other, float factor) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
 #pragma unroll
       for (int j = 0; j < kColumns; ++j)
 #pragma unroll
-        for (int k = 0; k < 4; ++k) tile[i][j].c[k] += factor * other.tile[i][j].c[k];
+        for (int k = 0; k < 4; ++k) tile[i][j].c[k] += kScaled ? factor * other.tile[i][j].c[k] : other.tile[i][j].c[k];
   }
 };
 
@@ -314,37 +374,47 @@ static __device__ __forceinline__ void make_tile(const Problem& p, unsigned bloc
   const int tile_m = static_cast<int>(block) / p.tiles_n % p.tiles_m;
   const int group = static_cast<int>(block) / (p.tiles_n * p.tiles_m) % q.groups;
   const int64_t out_index = block / (p.tiles_n * p.tiles_m * q.groups), sample = out_index * p.chunk;
-  const Loader<T> loader{
-      q, p.per_sample, q.inputs<Element>(sample, group), q.outputs<Element>(sample, group), tile_m * T::kM, tile_n * T::kN};
+  const int first_m = tile_m * T::kM, first_n = tile_n * T::kN;
+  std::conditional_t<T::kVector, ChunkLoader<T>, ElementLoader<T>> loader(p, sample, group, first_m, first_n);
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int warp_m = warp % (T::kM / T::kWarpM) * T::kWarpM, warp_n = warp / (T::kM / T::kWarpM) * T::kWarpN;
 
-  const int stages = p.stages * static_cast<int>(p.chunk < p.samples - sample ? p.chunk : p.samples - sample);
+  const int samples = static_cast<int>(p.chunk < p.samples - sample ? p.chunk : p.samples - sample);
+  const int stages = p.stages * samples;
   for (int s = 0; s < kStages - 1; ++s) {
-    if (s < stages) loader.load(s, slots + s * T::kSlot);
+    if (s < stages) loader.load(slots + s * T::kSlot);
     commit_copies();
   }
-  Sums<T> total, sums;
+  Sums<T> total;
   total.clear();
-  sums.clear();
-  for (int s = 0; s < stages; ++s) {
+  int s = 0;
+  const auto make_stage = [&](Sums<T>& sums) {
     wait_copies<kStages - 2>();
     __syncthreads();  // everyone's copies of stage s are there, and everyone has left stage s - 1
     const int next = s + kStages - 1;
-    if (next < stages) loader.load(next, slots + next % kStages * T::kSlot);
+    if (next < stages) loader.load(slots + next % kStages * T::kSlot);
     commit_copies();
     const Element* slot = slots + s % kStages * T::kSlot;
     multiply<T>(sums, slot + warp_m, slot + T::kDepth * T::kRow + warp_n);
-    int within;
-    const int64_t b = sample + p.per_sample.divide(s, within);
-    if ((within + 1) % T::kFlush == 0 || within + 1 == p.stages) {
-      const float factor = p.coef ? p.coef[b] : 1.0f;
-      if (factor != 0) total.add(sums, factor);  // a rejected sample is never multiplied
+    ++s;
+  };
+  for (int64_t b = sample; b < sample + samples; ++b) {
+    const float factor = p.coef ? p.coef[b] : 1.0f;
+    for (int within = 0; within < p.stages; within += T::kFlush) {
+      Sums<T> sums;
       sums.clear();
+#pragma unroll
+      for (int k = 0; k < T::kFlush; ++k)
+        if (within + k < p.stages) make_stage(sums);
+      if (!p.coef) {
+        total.template add<false>(sums, 1);
+      } else if (factor != 0) {  // a rejected sample is never multiplied
+        total.template add<true>(sums, factor);
+      }
     }
   }
   const int64_t first = out_index * p.out_stride[0] + int64_t{group} * q.out_group * p.out_stride[1];
-  double squares = finish<T>(p, total, first, loader.m0 + warp_m, loader.n0 + warp_n);
+  double squares = finish<T>(p, total, first, first_m + warp_m, first_n + warp_n);
   if (p.coef) return;
   squares = block_sum<T::kBlock>(squares);
   if (threadIdx.x == 0) p.partials[block] = squares;
@@ -424,7 +494,6 @@ int64_t cut(const char* op, const ConvWeightGradParams& p, Problem& q) {
   q.tiles_m = (q.shape.out_group + T::kM - 1) / T::kM;
   q.tiles_n = (q.shape.columns + T::kN - 1) / T::kN;
   q.stages = (q.shape.positions + T::kDepth - 1) / T::kDepth;
-  q.per_sample = FastDiv(q.stages);
   narrow(op, q.stages * p.chunk + kStages);
   const int64_t tiles = int64_t{q.shape.groups} * q.tiles_m * q.tiles_n;
   if (!p.coef && tiles > 1 && p.partials_size < p.samples * tiles)

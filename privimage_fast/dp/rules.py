@@ -392,7 +392,7 @@ class FusedGroupNormRule(Rule):
 
     def forward(self, x: Tensor, *more: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         o = self.options
-        _, y, mean, rstd = normalise.forward(x, o["num_groups"], self.weight, self.bias, o["eps"], o["silu"])
+        y, mean, rstd = normalise.forward(x, o["num_groups"], self.weight, self.bias, o["eps"], o["silu"])
         return y, (mean, rstd)
 
     def backward(

@@ -241,7 +241,9 @@ def _affine(
     """x, g: contiguous (R, C, S), or (R, S, C) with channels_last. x None: bias only."""
     if g.numel():
         mean, rstd = (t if t is None else t.float().contiguous() for t in (mean, rstd))
-        weight = torch.empty(samples if x is not None else 0, channels, device="cpu") if out_weight is None else _dense(out_weight)
+        weight = (
+            torch.empty(samples if x is not None else 0, channels, device="cpu") if out_weight is None else _dense(out_weight)
+        )
         bias = torch.empty(samples, channels, device="cpu") if out_bias is None else _dense(out_bias)
         sq_weight, sq_bias = _norms(weight.shape[0]), _norms(samples)
         _C.affine_grad(

@@ -22,7 +22,7 @@ _VECTOR, _BLOCK = 8, 512  # as in csrc/cuda/group_norm.cu
 def group_norm(
     x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *, silu: bool = False
 ) -> Tensor:
-    """``F.group_norm(x, num_groups, weight, bias, eps)``, then ``F.silu`` if asked for; differentiable once on a GPU.
+    """``F.group_norm(x, num_groups, weight, bias, eps)``, then ``F.silu`` if asked for.
 
     Args:
         x: (R, C, *spatial), float.
@@ -33,8 +33,7 @@ def group_norm(
         multiple of 8); what torch makes of it otherwise.
     """
     if torch.compiler.is_compiling() or not has_kernel(x, num_groups, weight, bias):
-        y = F.group_norm(x, num_groups, weight, bias, eps)
-        return F.silu(y) if silu else y
+        return _plain(x, num_groups, weight, bias, eps, silu)
     if has_torch_function_variadic(x, weight, bias):  # somebody watches, and would see no call otherwise
         return handle_torch_function(group_norm, (x, weight, bias), x, num_groups, weight, bias, eps, silu=silu)
     return _GroupNorm.apply(x, num_groups, weight, bias, eps, silu)
@@ -54,14 +53,14 @@ def has_kernel(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor |
 
 
 def wants_channels_innermost(x: Tensor) -> bool:
-    """Whether images like x, (R, C, H, W), had better lie with channels innermost: where the kernel runs, convolutions want that."""
+    """Whether images like x, (R, C, H, W), had better lie with channels innermost, as kernel and convolutions want them."""
     return not torch.compiler.is_compiling() and cuda.supports("group_norm", [x])
 
 
 def _channels_innermost(t: Tensor) -> Tensor:
     """t with channels innermost, dense, at an address that is a multiple of 16."""
     t = t.contiguous(memory_format=torch.channels_last)
-    rows, channels, *spatial = t.shape
+    _, channels, *spatial = t.shape
     dense = (channels * math.prod(spatial), 1, channels * spatial[1], channels)  # a dimension of 1 may have any stride
     if any(n > 1 and s != d for n, s, d in zip(t.shape, t.stride(), dense, strict=True)) or t.data_ptr() % 16:
         t = t.clone(memory_format=torch.channels_last)
@@ -70,13 +69,13 @@ def _channels_innermost(t: Tensor) -> Tensor:
 
 def forward(
     x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x as the kernel read it, y, and mean and rstd (R, num_groups) for :func:`backward`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and mean and rstd (R, num_groups) for :func:`backward`."""
     x = _channels_innermost(x)
     y = torch.empty_like(x, memory_format=torch.channels_last)
     mean, rstd = (torch.empty(x.shape[0], num_groups, device=x.device) for _ in range(2))
     cuda.group_norm(x, mean, rstd, weight, bias, silu, eps=eps, y=y)
-    return x, y, mean, rstd
+    return y, mean, rstd
 
 
 def backward(
@@ -96,15 +95,26 @@ class _GroupNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool
     ) -> Tensor:
-        x, y, mean, rstd = forward(x, num_groups, weight, bias, eps, silu)
-        ctx.silu = silu
+        y, mean, rstd = forward(x, num_groups, weight, bias, eps, silu)
+        ctx.options = num_groups, eps, silu
         ctx.save_for_backward(x, mean, rstd, weight, bias)
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd, weight, bias = ctx.saved_tensors
+        num_groups, eps, silu = ctx.options
         needs = ctx.needs_input_grad
-        dx, weight_rows, bias_rows = backward(x, g, mean, rstd, weight, bias, ctx.silu, needs_x=needs[0])
+        if torch.is_grad_enabled():  # create_graph: the gradient has to be differentiable itself
+            y = _plain(x, num_groups, weight, bias, eps, silu)
+            wanted = [t for t, need in ((x, needs[0]), (weight, needs[2]), (bias, needs[3])) if need]
+            found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
+            dx, dweight, dbias = (next(found) if needs[i] else None for i in (0, 2, 3))
+            return dx, None, dweight, dbias, None, None
+        dx, weight_rows, bias_rows = backward(x, g, mean, rstd, weight, bias, silu, needs_x=needs[0])
         return dx, None, weight_rows.sum(0) if needs[2] else None, bias_rows.sum(0) if needs[3] else None, None, None
+
+
+def _plain(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool) -> Tensor:
+    y = F.group_norm(x, num_groups, weight, bias, eps)
+    return F.silu(y) if silu else y

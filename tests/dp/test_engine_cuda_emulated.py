@@ -15,7 +15,10 @@ from privimage_fast import ops
 from privimage_fast.dp import planner
 from privimage_fast.dp.noise import NoiseKey
 from privimage_fast.dp.rates import Rates
-from privimage_fast.ops import cuda, native
+from privimage_fast.dp.rules import UncoveredParameterError
+from privimage_fast.models.edm import Denoiser, DenoisingLoss, EDMConfig, denoising_batch
+from privimage_fast.models.unet import UNetConfig
+from privimage_fast.ops import cuda, native, normalise
 
 RATES = Rates(
     conv3=1e11, conv3_norm=1e11, conv3_sum=1e11, conv=1e11, conv_sum=1e11, linear=1e11, linear_sum=1e11, gram=5e10, bytes=1e10
@@ -125,3 +128,80 @@ def test_the_step_sums_the_last_micro_batch(used: set[str], monkeypatch: pytest.
         found.append(optimizer.state_dict())
     for name, tensor in found[0].items():
         assert torch.equal(tensor, found[1][name]), name
+
+
+def unet(channels: int = 8) -> tuple[Denoiser, DenoisingLoss, tuple[Tensor, ...]]:
+    """A denoiser with attention whose every convolution comes after the fused normalisation, and four samples of two rows."""
+    torch.manual_seed(0)
+    config = UNetConfig(base_channels=channels, channel_mult=(1, 2), blocks=1, attention_levels=(1,), head_channels=8)
+    model = Denoiser(config, EDMConfig(), resolution=8, channels=1, num_classes=3)
+    with torch.no_grad():  # layers that begin at zero would hide what is behind them
+        for p in model.parameters():
+            p += 0.05 * torch.randn_like(p)
+    batch = denoising_batch(
+        torch.rand(4, 1, 8, 8) * 2 - 1, torch.arange(4) % 3, edm=model.edm, num_classes=3, multiplicity=2, label_dropout=0.1,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    return model, DenoisingLoss(2), batch.args()
+
+
+@pytest.mark.parametrize("strategy", ["store", "norm-only"])
+def test_a_unets_clipped_sums_match_the_loop(strategy: str, used: set[str]) -> None:
+    model, loss_fn, args = unet()
+    assert_matches_loop(model, loss_fn, args, multiplicity=2, strategy=strategy, tolerance=3e-5)
+    assert "group_norm" in used and "group_norm_affine_grad" not in used
+
+
+def test_fused_normalisation_takes_part_in_the_bound() -> None:
+    """Its weights' gradients are counted in each sample's norm, and clipped with the rest."""
+    model, loss_fn, args = unet()
+    one = tuple(t[:2] for t in args)  # a sample's two rows
+    for name, p in model.named_parameters():
+        p.requires_grad_(".norm" in name)
+    found = pf.clipped_grad(model, loss_fn, one, max_grad_norm=1e-4, multiplicity=2)
+    assert len(found.grads) == sum(".norm" in n for n, _ in model.named_parameters()) > 10
+    total = sum(g.double().square().sum() for g in found.grads.values()).sqrt()
+    assert 1e-4 * (1 - 1e-5) <= float(total) <= 1e-4 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_unets_sample_never_exceeds_the_bound(dtype: torch.dtype) -> None:
+    model, loss_fn, args = unet()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        found = pf.clipped_grad(model, loss_fn, tuple(t[:2] for t in args), max_grad_norm=1e-3, multiplicity=2)
+    norm = sum(g.double().square().sum() for g in found.grads.values()).sqrt()
+    assert 1e-3 * (1 - 2e-5) <= float(norm) <= 1e-3 * (1 + 1e-6)
+
+
+def test_frozen_normalisation_lets_gradients_through() -> None:
+    model, loss_fn, args = unet()
+    for name, p in model.named_parameters():
+        p.requires_grad_(".norm" not in name)
+    assert_matches_loop(model, loss_fn, args, multiplicity=2, tolerance=3e-5)
+
+
+def test_a_unet_keeps_channels_innermost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first convolution to the last: a layer that brings images back to torch's order costs two passes over memory."""
+    model, loss_fn, args = unet(16)
+    layouts = []
+
+    def watched(x: Tensor, *rest: object, **options: object) -> Tensor:
+        layouts.append(x.is_contiguous(memory_format=torch.channels_last))
+        return kernel(x, *rest, **options)
+
+    kernel = normalise.group_norm
+    monkeypatch.setattr("privimage_fast.models.unet.group_norm", watched)
+    pf.clipped_grad(model, loss_fn, args, max_grad_norm=1.0, multiplicity=2)
+    assert len(layouts) > 10 and all(layouts)
+
+
+def test_a_gradient_penalty_through_fused_normalisation_is_refused() -> None:
+    model, _, args = unet()
+
+    def penalty(module: nn.Module, x: Tensor, noise: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
+        x = (x + noise).requires_grad_()
+        (g,) = torch.autograd.grad(module(x, sigma, labels).sum(), x, create_graph=True)
+        return g.square().flatten(1).sum(1)
+
+    with pytest.raises(UncoveredParameterError, match=r"fused_group_norm.*gradient penalty"):
+        pf.clipped_grad(model, penalty, args, max_grad_norm=1.0, multiplicity=2)

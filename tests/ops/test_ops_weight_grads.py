@@ -251,3 +251,26 @@ def test_type_errors() -> None:
 def test_embedding_refuses_ids_outside_the_table(bad: int) -> None:
     with pytest.raises(ValueError, match=r"embedding_grad: range of ids"):
         ops.embedding_grad(torch.tensor([[0, bad]]), torch.zeros(1, 2, 3), num_embeddings=5, padding_idx=None, multiplicity=1)
+
+
+def test_kernels_of_cpu_tensors_answer_on_the_cpu_whatever_the_default_device_is() -> None:
+    """Scripts that set it to a GPU still hold tensors here: a kernel must not write to memory of the default device."""
+    x, g = torch.randn(4, 5, 6, 6), torch.randn(4, 7, 6, 6)
+    conv = dict(kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1, multiplicity=2)
+    statistics = torch.randn(4, 1), torch.rand(4, 1)
+    sq = torch.rand(3, dtype=torch.float64)
+
+    def everything() -> list[torch.Tensor]:
+        found = [*native.conv_weight_grad(x, g, **conv), native.conv_gram_norms(x, g, **conv)]
+        found += native.bias_grad(g, channel_dim=1, multiplicity=2)
+        found += native.group_norm_affine_grad(x, x, *statistics, num_groups=1, multiplicity=2)
+        found += native.linear_weight_grad(x.flatten(2), g.flatten(2)[:, :5], multiplicity=2)
+        found += [native.linear_gram_norms(x.flatten(2), g.flatten(2)[:, :5], multiplicity=2), native.clip_factors(sq, 1.0)]
+        ids = torch.arange(8, device="cpu").view(4, 2)
+        return found + list(native.embedding_grad(ids, x[:, :2, 0], num_embeddings=9, padding_idx=None, multiplicity=2))
+
+    expected = everything()
+    with torch.device("meta"):
+        found = everything()
+    for a, b in zip(found, expected, strict=True):
+        assert a.device.type == "cpu" and torch.equal(a, b)

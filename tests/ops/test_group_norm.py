@@ -1,0 +1,141 @@
+"""Group normalisation and SiLU in one kernel, thread by thread on the host, against torch in double precision.
+
+PRIVIMAGE_TEST_DEVICE=cuda runs the same tests on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from privimage_fast.ops import cuda, native, normalise
+
+DEVICE = os.environ.get("PRIVIMAGE_TEST_DEVICE", "cpu")
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 4e-3}  # of the result, relative to its norm
+
+pytestmark = pytest.mark.skipif(native._C is None, reason="the extension is not built")
+
+
+@pytest.fixture(autouse=True)
+def on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if DEVICE == "cpu":
+        monkeypatch.setattr(
+            cuda, "supports", lambda op, tensors: hasattr(cuda, op) and all(t.dtype in native._FLOATS for t in tensors)
+        )
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        yield
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+SHAPES = [
+    (3, 16, 5, 7, 4),
+    (2, 64, 8, 8, 16),  # positions in whole strides
+    (2, 96, 3, 3, 24),  # threads without work
+    (1, 8, 2, 1, 2),
+    (2, 4096, 2, 1, 32),  # as many channels as a block takes
+    (2, 24, 13, 11, 1),  # one group
+    (2, 32, 14, 14, 32),  # one channel a group
+]
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("affine", [True, False])
+def test_results_and_gradients_are_torchs(shape: tuple[int, ...], dtype: torch.dtype, silu: bool, affine: bool) -> None:
+    *size, groups = shape
+    x, g = ((torch.randn(size) * 2 + 1).to(dtype) for _ in range(2))
+    weight, bias = (torch.randn(size[1]).requires_grad_() if affine else None for _ in range(2))
+    x.requires_grad_()
+    y = normalise.group_norm(x, groups, weight, bias, 1e-5, silu=silu)
+    assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last) and type(y.grad_fn).__name__ != "SiluBackward0"
+    y.backward(g)
+    wide = [None if t is None else t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    expected = F.group_norm(wide[0], groups, wide[1], wide[2], 1e-5)
+    expected = F.silu(expected) if silu else expected
+    expected.backward(g.double())
+    assert error(y.detach(), expected.detach()) < ROUNDING[dtype]
+    assert x.grad is not None and x.grad.dtype == dtype
+    if size[2] * size[3] * size[1] // groups > 2:  # of two values, x̂ is ±1 and its gradient rounding
+        assert error(x.grad, wide[0].grad) < ROUNDING[dtype]
+    if affine:
+        for found, of in ((weight, wide[1]), (bias, wide[2])):
+            assert error(found.grad, of.grad) < 1e-6  # sums of what bfloat16 held exactly
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_a_mean_far_from_zero_costs_no_digits(dtype: torch.dtype) -> None:
+    x = (torch.randn(2, 16, 9, 9) + 1000).to(dtype)
+    y = normalise.group_norm(x, 4, None, None, 1e-5)
+    assert error(y, F.group_norm(x.double(), 4, None, None, 1e-5)) < (1e-4 if dtype == torch.float32 else 4e-3)
+
+
+def test_each_row_has_its_own_gradients() -> None:
+    """Which clipping needs: the sums over a row's positions, and over no other row's."""
+    x, g = torch.randn(2, 4, 16, 3, 5)
+    weight, bias = torch.randn(2, 16)
+    _, mean, rstd = normalise.forward(x, 4, weight, bias, 1e-5, True)
+    dx, weights, biases = normalise.backward(x, g, mean, rstd, weight, bias, True)
+    for row in range(4):
+        alone = [t.detach().double().requires_grad_() for t in (x[row : row + 1], weight, bias)]
+        F.silu(F.group_norm(alone[0], 4, alone[1], alone[2], 1e-5)).backward(g[row : row + 1].double())
+        for found, expected in zip((dx[row], weights[row], biases[row]), alone, strict=True):
+            assert error(found, expected.grad.reshape(found.shape)) < 1e-6
+    nothing, *again = normalise.backward(x, g, mean, rstd, weight, bias, True, needs_x=False)
+    assert nothing is None and torch.equal(again[0], weights) and torch.equal(again[1], biases)
+
+
+def test_any_layout_is_read() -> None:
+    dense = torch.randn(2, 16, 4, 6)
+    expected = F.group_norm(dense.double(), 4)
+    shifted = torch.empty(dense.numel() + 1)[1:].view(2, 4, 6, 16).movedim(-1, 1).copy_(dense)  # 4 bytes past a multiple of 16
+    sliced = torch.randn(2, 24, 4, 6).to(memory_format=torch.channels_last)[:, 8:].copy_(dense)
+    assert shifted.data_ptr() % 16 and not sliced.is_contiguous()
+    for x in (dense, dense.to(memory_format=torch.channels_last), shifted, sliced, dense.mT.contiguous().mT):
+        assert error(normalise.group_norm(x, 4), expected) < 1e-6
+    single = torch.randn(2, 16, 1, 1).expand(2, 16, 1, 3)
+    assert error(normalise.group_norm(single, 2), F.group_norm(single.double(), 2)) < 1e-6
+
+
+def test_not_a_number_stays_one_and_in_its_group() -> None:
+    x = torch.randn(2, 16, 4, 4)
+    x[0, 3, 1, 1] = torch.nan
+    y = normalise.group_norm(x, 4, None, None, 1e-5, silu=True)
+    assert y[0, :4].isnan().all() and y[0, 4:].isfinite().all() and y[1].isfinite().all()
+
+
+def test_large_values_do_not_overflow_in_silu() -> None:
+    x = torch.randn(1, 8, 2, 2, requires_grad=True)
+    y = normalise.group_norm(x, 1, torch.full((8,), 1e4), torch.full((8,), -1e4), 1e-5, silu=True)
+    y.sum().backward()
+    assert y.isfinite().all() and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups", "dtype"),
+    [((2, 12, 3, 3), 4, torch.float32), ((2, 16, 3), 4, torch.float32), ((2, 16, 3, 3), 4, torch.float64)],
+)  # fmt: skip
+def test_what_the_kernel_does_not_take_is_torchs(shape: tuple[int, ...], groups: int, dtype: torch.dtype) -> None:
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    y = normalise.group_norm(x, groups, silu=True)
+    assert type(y.grad_fn).__name__ == "SiluBackward0" and torch.equal(y, F.silu(F.group_norm(x, groups)))
+
+
+def test_a_second_derivative_is_torchs() -> None:
+    inputs = [torch.randn(2, 8, 2, 3), torch.randn(8), torch.randn(8)]
+    found, expected = ([t.clone().to(dtype).requires_grad_() for t in inputs] for dtype in (torch.float32, torch.float64))
+    for given in (found, expected):
+        y = normalise.group_norm(given[0], 2, *given[1:], silu=True)  # no kernel for double
+        (g,) = torch.autograd.grad(y.square().sum(), given[0], create_graph=True)
+        g.square().sum().backward()
+    for a, b in zip(found, expected, strict=True):
+        assert error(a.grad, b.grad) < 1e-5
