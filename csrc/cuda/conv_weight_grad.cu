@@ -108,7 +108,8 @@ struct ElementLoader {
 };
 
 // Fetches chunks of 16 bytes. A thread always has the same channels of g and the same column of x, at positions that advance by
-// kDepth from stage to stage: they are counted on, since dividing anew cost more than the products.
+// kDepth from stage to stage. Where they lie is counted on by additions: a block has few warps, and computing addresses anew kept
+// them longer than the products. What is true of all of a thread's positions is worked out once.
 template <class T>
 struct ChunkLoader {
   using Element = typename T::Element;
@@ -116,29 +117,44 @@ struct ChunkLoader {
   static_assert(kPositions * kStride == T::kDepth, "every thread has as many chunks as any other");
 
   struct Place {
-    int n, y, x;               // position in the sample, and where it is in the output
+    int n, y, x;                   // position in the sample, and the input's place that the column has there
+    int x_at, g_at;                // elements from the beginning of its row
     const Element *x_row, *g_row;  // of the row that it is in
+  };
+  // What a move adds: of x, y, and elements of x and of g.
+  struct Move {
+    int x, y, x_at, g_at;
   };
 
   const ConvGeometry& q;
   const Element *x_first, *g_first;  // of the sample at hand, and its group
   Place places[kPositions];
-  int stages, stage = 0, down, across;  // kDepth positions as lines and what is left over
-  int slot_at, x_at, g_at, dy, dx;      // the thread's channels in a slot and in an image, and its column's kernel offset
-  bool g_inside, x_inside;
+  Move step, line, row;    // kDepth positions; on to the next line, where a line ends; and to the next row's first
+  int x_begin, y_begin, x_end, y_end, x_channel, g_channel;
+  int stages, stage = 0, slot_at;
+  int g_limit, x_limit;    // positions of a sample, or none where the thread's channels are past the last
 
   __device__ __forceinline__ ChunkLoader(const Problem& p, int64_t sample, int group, int first_m, int first_n)
       : q(p.shape), x_first(q.inputs<Element>(sample, group)), g_first(q.outputs<Element>(sample, group)), stages(p.stages) {
     const int at = static_cast<int>(threadIdx.x) % kChunks * kChunk;
     const Column column(q, first_n + at);
-    dy = column.dy;
-    dx = column.dx;
-    x_at = dy * q.x_stride[1] + dx * q.x_stride[2] + column.channel;
-    g_at = first_m + at;
-    g_inside = first_m + at < q.out_group;
-    x_inside = first_n + at < q.columns;
+    const int down = q.stride[0], across = q.stride[1];
+    int over;
+    const int lines = q.out_width.divide(T::kDepth, over);
+    step = {over * across, lines * down, lines * down * q.x_stride[1] + over * across * q.x_stride[2],
+            lines * q.g_stride[1] + over * q.g_stride[2]};
+    line = {-q.out_size[1] * across, down, down * q.x_stride[1] - q.out_size[1] * across * q.x_stride[2],
+            q.g_stride[1] - q.out_size[1] * q.g_stride[2]};
+    row = {0, -q.out_size[0] * down, -q.out_size[0] * down * q.x_stride[1], -q.out_size[0] * q.g_stride[1]};
+    x_begin = column.dx;
+    y_begin = column.dy;
+    x_end = x_begin + q.out_size[1] * across;
+    y_end = y_begin + q.out_size[0] * down;
+    g_limit = first_m + at < q.out_group ? q.positions : 0;
+    x_limit = first_n + at < q.columns ? q.positions : 0;
     slot_at = static_cast<int>(threadIdx.x) / kChunks * T::kRow + at;
-    down = q.out_width.divide(T::kDepth, across);
+    x_channel = column.channel;
+    g_channel = first_m + at;
     begin();
   }
 
@@ -146,34 +162,34 @@ struct ChunkLoader {
   __device__ __forceinline__ void begin() {
 #pragma unroll
     for (int i = 0; i < kPositions; ++i) {
-      const int n = static_cast<int>(threadIdx.x) / kChunks + i * kStride;
-      const Position position(q, n);
-      places[i] = {n, position.y, position.x, x_first + position.row * q.x_row, g_first + position.row * q.g_row};
+      Place& at = places[i];
+      at.n = static_cast<int>(threadIdx.x) / kChunks + i * kStride;
+      const Position position(q, at.n);
+      at.y = position.y * q.stride[0] + y_begin;
+      at.x = position.x * q.stride[1] + x_begin;
+      at.x_at = at.y * q.x_stride[1] + at.x * q.x_stride[2] + x_channel;
+      at.g_at = position.y * q.g_stride[1] + position.x * q.g_stride[2] + g_channel;
+      at.x_row = x_first + position.row * q.x_row;
+      at.g_row = g_first + position.row * q.g_row;
     }
   }
 
-  // The next stage of the block's samples.
+  // The next stage of the block's samples. Nothing is read where a chunk is not kept, whatever its address.
   __device__ __forceinline__ void load(Element* slot) {
 #pragma unroll
     for (int i = 0; i < kPositions; ++i) {
       Place& at = places[i];
       Element* const to = slot + slot_at + i * kStride * T::kRow;
-      const bool inside = at.n < q.positions;
-      const bool g_kept = inside && g_inside;
-      copy_async(to, g_kept ? at.g_row + (at.y * q.g_stride[1] + at.x * q.g_stride[2] + g_at) : g_first, g_kept);
-      const int y = at.y * q.stride[0], x = at.x * q.stride[1];
-      const bool x_kept = inside && x_inside && static_cast<unsigned>(y + dy) < static_cast<unsigned>(q.in_size[0]) &&
-                          static_cast<unsigned>(x + dx) < static_cast<unsigned>(q.in_size[1]);
-      copy_async(to + T::kDepth * T::kRow, x_kept ? at.x_row + (y * q.x_stride[1] + x * q.x_stride[2] + x_at) : x_first, x_kept);
+      const bool g_kept = at.n < g_limit;
+      const bool x_kept = (at.n < x_limit) & (static_cast<unsigned>(at.y) < static_cast<unsigned>(q.in_size[0])) &
+                          (static_cast<unsigned>(at.x) < static_cast<unsigned>(q.in_size[1]));
+      copy_async(to, at.g_row + (g_kept ? at.g_at : 0), g_kept);
+      copy_async(to + T::kDepth * T::kRow, at.x_row + (x_kept ? at.x_at : 0), x_kept);
       at.n += T::kDepth;
-      at.x += across;
-      at.y += down;
-      if (at.x >= q.out_size[1]) {
-        at.x -= q.out_size[1];
-        ++at.y;
-      }
-      while (at.y >= q.out_size[0]) {
-        at.y -= q.out_size[0];
+      advance(at, step);
+      if (at.x >= x_end) advance(at, line);
+      while (at.y >= y_end) {
+        advance(at, row);
         at.x_row += q.x_row;
         at.g_row += q.g_row;
       }
@@ -183,6 +199,13 @@ struct ChunkLoader {
     x_first += q.multiplicity * q.x_row;
     g_first += q.multiplicity * q.g_row;
     begin();
+  }
+
+  static __device__ __forceinline__ void advance(Place& at, const Move& by) {
+    at.x += by.x;
+    at.y += by.y;
+    at.x_at += by.x_at;
+    at.g_at += by.g_at;
   }
 };
 

@@ -18,6 +18,9 @@
 #define blockDim ::privimage::emulation::block_dim
 #define gridDim ::privimage::emulation::grid_dim
 
+#define __expf(v) std::exp(v)  // glibc has a function of this name
+#define __fdividef(a, b) ((a) / (b))
+
 #define DYNAMIC_SHARED(name) unsigned char* const name = ::privimage::emulation::dynamic_shared()
 #define STATIC_SHARED(type, name, count)  \
   static const char name##_site = 0;      \

@@ -370,7 +370,10 @@ def _autocast(x: Tensor, rule: Rule) -> tuple[Tensor, Rule]:
         return x, rule
     low = rule.function not in ("group_norm", "layer_norm", "embedding")
     dtype = torch.get_autocast_dtype(x.device.type) if low else torch.float32
-    rule.weight = None if rule.weight is None else rule.weight.to(dtype)
+    # Beside images with channels innermost cuDNN would bring the weight into their order in both passes: with the cast it is free.
+    innermost = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if innermost and rule.function == "conv2d" else torch.preserve_format
+    rule.weight = None if rule.weight is None else rule.weight.to(dtype, memory_format=layout)
     rule.bias = None if rule.bias is None else rule.bias.to(dtype)
     return x.to(dtype), rule
 

@@ -73,15 +73,15 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows, channels, height, width = x.shape
-        # (R, 3, heads, T, d). Where channels are innermost both are views, and attention finds each head's features side by side:
-        # flash kernels want that.
-        qkv = self.qkv(_normalised(self.norm, x)).reshape(rows, 3, self.heads, channels // self.heads, height * width)
-        q, k, v = qkv.transpose(-1, -2).unbind(1)
-        mixed = F.scaled_dot_product_attention(q, k, v)  # (R, heads, T, d)
+        qkv, split = self.qkv(_normalised(self.norm, x)), (3, self.heads, channels // self.heads)
         if wants_channels_innermost(x):
+            # Views, there and back: each head's features lie side by side, as flash kernels want them.
+            q, k, v = (t.transpose(1, 2) for t in qkv.movedim(1, -1).reshape(rows, height * width, *split).unbind(2))
+            mixed = F.scaled_dot_product_attention(q, k, v)  # (R, heads, T, d)
             mixed = mixed.transpose(1, 2).reshape(rows, height, width, channels).movedim(-1, 1)
         else:
-            mixed = mixed.transpose(-1, -2).reshape(rows, channels, height, width)
+            q, k, v = qkv.reshape(rows, *split, height * width).transpose(-1, -2).unbind(1)
+            mixed = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(rows, channels, height, width)
         return (x + self.out(mixed)) * math.sqrt(0.5)
 
 
