@@ -129,6 +129,10 @@ def every_kernel(machine: Machine) -> None:
             for silu in (True, False):
                 _, *statistics_of_groups = normalise.forward(x, 4, *affine, 1e-5, silu)
                 normalise.backward(x, g, *statistics_of_groups, *affine, silu)
+            shift = torch.randn(x.shape[:2], device=device)
+            _, *statistics_of_groups = normalise.forward(x, 4, *affine, 1e-5, True, shift)
+            normalise.backward(x, g, *statistics_of_groups, *affine, True, shift)
+            normalise.residual_backward(normalise.residual_forward(x, g, *affine, 0.5), 0.5)
     state = [torch.zeros(1003, device=device) for _ in range(5)]
     constants = {"noise_std": 1.0, "denominator": 1.0, "key": bytes(32), "rank": 0, "stream": 1, "lr": 0.1, "ema_decay": 0.9}
     ops.private_step_(*state, step=1, optimizer="adam", **constants)

@@ -54,6 +54,7 @@ def kernels(machine: Machine) -> Iterator[Row]:
             yield attempt(lambda: _conv(machine, channels, size, k, dtype, store, gemm), name)  # noqa: B023
     for way, passes in (("forward", 2), ("backward", 3)):
         yield attempt(lambda: _norm(machine, copy, way, passes), f"group norm + SiLU, {way}")  # noqa: B023
+    yield attempt(lambda: _residual(machine, copy), "end of a residual block")
     yield attempt(lambda: _private_step(machine, copy), "noise + Adam + EMA")
     yield attempt(lambda: _weighted_sum(machine, copy, torch.float32), "weighted sum")
     yield attempt(lambda: _weighted_sum(machine, copy, torch.bfloat16), "weighted sum of bfloat16")
@@ -83,6 +84,15 @@ def _norm(machine: Machine, copy: float, way: str, passes: int) -> Row:
         if way == "forward" else (lambda: normalise.backward(x, g, *statistics_of_groups, *affine, True)), repeat=5,
     )  # fmt: skip
     rate = passes * x.element_size() * x.numel() / took["median"] / 1e9
+    return {"GB/s": rate, "share of copy": rate / copy, **took}
+
+
+def _residual(machine: Machine, copy: float) -> Row:
+    rows, channels, side = machine.scale(1024, 2), machine.scale(64, 8), machine.scale(32, 4)
+    x, g = torch.randn(2, rows, side, side, channels, device=machine.device, dtype=torch.bfloat16).movedim(-1, 2)
+    bias = torch.ones(channels, device=machine.device)
+    took = machine.seconds(lambda: normalise.residual_forward(x, g, bias, bias, 0.5), repeat=5)
+    rate = 3 * x.element_size() * x.numel() / took["median"] / 1e9
     return {"GB/s": rate, "share of copy": rate / copy, **took}
 
 

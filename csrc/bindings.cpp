@@ -218,8 +218,8 @@ void affine_grad(Address x, Address g, int x_dtype, int g_dtype, bool channels_l
 }
 
 void group_norm(const std::string& device, Address x, int dtype, int64_t rows, int64_t positions, int64_t channels,
-                int64_t groups, Address weight, Address bias, double eps, bool silu, Address mean, Address rstd, Address y,
-                Address g, Address dx, Address weight_rows, Address bias_rows, Address stream) {
+                int64_t groups, Address weight, Address bias, Address shift, double eps, bool silu, Address mean, Address rstd,
+                Address y, Address g, Address dx, Address weight_rows, Address bias_rows, Address shift_rows, Address stream) {
   GroupNormParams p;
   p.x = pointer<void>(x);
   p.dtype = static_cast<DType>(dtype);
@@ -238,9 +238,33 @@ void group_norm(const std::string& device, Address x, int dtype, int64_t rows, i
   p.dx = pointer<void>(dx);
   p.weight_rows = pointer<float>(weight_rows);
   p.bias_rows = pointer<float>(bias_rows);
+  p.shift = pointer<float>(shift);
+  p.shift_rows = pointer<float>(shift_rows);
   const Backend backend = backend_of(device);
   if (backend == Backend::cpu) throw py::value_error("group_norm: a CPU has torch's");
   run_on<GroupNormParams>(backend, p, nullptr, emulated::group_norm, CUDA_OP(group_norm), stream);
+}
+
+void residual(const std::string& device, int dtype, int64_t rows, int64_t positions, int64_t channels, Address a, Address b,
+              Address bias_a, Address bias_b, double scale, Address out, Address g, Address d, Address bias_rows,
+              Address stream) {
+  ResidualParams p;
+  p.a = pointer<void>(a);
+  p.b = pointer<void>(b);
+  p.dtype = static_cast<DType>(dtype);
+  p.rows = rows;
+  p.positions = positions;
+  p.channels = channels;
+  p.bias_a = pointer<float>(bias_a);
+  p.bias_b = pointer<float>(bias_b);
+  p.scale = static_cast<float>(scale);
+  p.out = pointer<void>(out);
+  p.g = pointer<void>(g);
+  p.d = pointer<void>(d);
+  p.bias_rows = pointer<float>(bias_rows);
+  const Backend backend = backend_of(device);
+  if (backend == Backend::cpu) throw py::value_error("residual: a CPU has torch's");
+  run_on<ResidualParams>(backend, p, nullptr, emulated::residual, CUDA_OP(residual), stream);
 }
 
 void embedding_grad(Address ids, Address g, int g_dtype, int64_t samples, int64_t positions, int64_t dim,
@@ -421,8 +445,11 @@ PYBIND11_MODULE(_C, m) {
         "weight"_a, "bias"_a, "accumulate_weight"_a, "accumulate_bias"_a, "sq_norms_weight"_a, "sq_norms_bias"_a,
         "num_threads"_a, "device"_a = "cpu", "stream"_a = 0);
   m.def("group_norm", &group_norm, py::kw_only(), "device"_a, "x"_a, "dtype"_a, "rows"_a, "positions"_a, "channels"_a,
-        "groups"_a, "weight"_a, "bias"_a, "eps"_a, "silu"_a, "mean"_a, "rstd"_a, "y"_a = 0, "g"_a = 0, "dx"_a = 0,
-        "weight_rows"_a = 0, "bias_rows"_a = 0, "stream"_a = 0);
+        "groups"_a, "weight"_a, "bias"_a, "shift"_a, "eps"_a, "silu"_a, "mean"_a, "rstd"_a, "y"_a = 0, "g"_a = 0, "dx"_a = 0,
+        "weight_rows"_a = 0, "bias_rows"_a = 0, "shift_rows"_a = 0, "stream"_a = 0);
+  m.def("residual", &residual, py::kw_only(), "device"_a, "dtype"_a, "rows"_a, "positions"_a, "channels"_a, "a"_a = 0,
+        "b"_a = 0, "bias_a"_a = 0, "bias_b"_a = 0, "scale"_a, "out"_a = 0, "g"_a = 0, "d"_a = 0, "bias_rows"_a = 0,
+        "stream"_a = 0);
   m.def("embedding_grad", &embedding_grad, py::kw_only(), "ids"_a, "g"_a, "g_dtype"_a, "samples"_a, "positions"_a,
         "dim"_a, "num_embeddings"_a, "padding_idx"_a, "out"_a, "accumulate"_a, "sq_norms"_a, "num_threads"_a,
         "device"_a = "cpu", "stream"_a = 0);

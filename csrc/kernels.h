@@ -96,6 +96,7 @@ struct GroupNormParams {
   int64_t rows = 0, positions = 0, channels = 0, groups = 1;
   const float* weight = nullptr;  // (channels,); null: ones
   const float* bias = nullptr;    // (channels,); null: zeros
+  const float* shift = nullptr;   // (rows, channels), added to x before anything else; null: zeros
   double eps = 0;
   bool silu = false;
   float* mean = nullptr;  // (rows, groups): written by the forward pass, read by the other
@@ -105,6 +106,22 @@ struct GroupNormParams {
   void* dx = nullptr;            // null: not wanted
   float* weight_rows = nullptr;  // (rows, channels): each row's gradient of weight and bias
   float* bias_rows = nullptr;
+  float* shift_rows = nullptr;   // (rows, channels): the gradient of shift; null: not wanted
+};
+
+// out = (a + b + bias_a + bias_b) * scale; with g its backward pass, d = g * scale, for a and b alike. Layout as above.
+struct ResidualParams {
+  const void* a = nullptr;
+  const void* b = nullptr;
+  DType dtype = DType::f32;  // of a, b, out, g, d
+  int64_t rows = 0, positions = 0, channels = 0;
+  const float* bias_a = nullptr;  // (channels,); null: zeros
+  const float* bias_b = nullptr;
+  float scale = 1;
+  void* out = nullptr;
+  const void* g = nullptr;     // null: the forward pass
+  void* d = nullptr;           // null: not wanted
+  float* bias_rows = nullptr;  // (rows, channels): each row's gradient of either bias
 };
 
 // E_b[v,:] = sum of g over the sample's positions whose id is v; ids equal to padding_idx are dropped.
@@ -226,6 +243,7 @@ void conv_weight_grads(const ConvWeightGradsParams& params, void* stream);
 void conv_gram(const ConvGramParams& params, void* stream);
 void affine_grad(const AffineGradParams& params, void* stream);
 void group_norm(const GroupNormParams& params, void* stream);
+void residual(const ResidualParams& params, void* stream);
 void embedding_grad(const EmbeddingGradParams& params, void* stream);
 void clip_factors(const ClipFactorsParams& params, void* stream);
 void weighted_sum(const WeightedSumParams& params, void* stream);
@@ -242,6 +260,7 @@ void conv_weight_grads(const ConvWeightGradsParams& params, void* stream);
 void conv_gram(const ConvGramParams& params, void* stream);
 void affine_grad(const AffineGradParams& params, void* stream);
 void group_norm(const GroupNormParams& params, void* stream);
+void residual(const ResidualParams& params, void* stream);
 void embedding_grad(const EmbeddingGradParams& params, void* stream);
 void clip_factors(const ClipFactorsParams& params, void* stream);
 void weighted_sum(const WeightedSumParams& params, void* stream);

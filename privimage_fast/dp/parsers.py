@@ -20,6 +20,7 @@ from privimage_fast.dp.rules import (
     GroupNormRule,
     LayerNormRule,
     LinearRule,
+    ResidualRule,
     Rule,
     UncoveredParameterError,
 )  # fmt: skip
@@ -94,10 +95,22 @@ def _group_norm_call(
 
 def _fused_group_norm_call(
     names: dict[str, str], input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
-    eps: float = 1e-5, *, silu: bool = False,
+    eps: float = 1e-5, *, silu: bool = False, shift: Tensor | None = None,
 ) -> tuple[Tensor, Rule]:  # fmt: skip
-    options = {"num_groups": num_groups, "eps": eps, "silu": silu}
+    more = () if shift is None else (shift,)
+    options = {"num_groups": num_groups, "eps": eps, "silu": silu, "more": more}
     return input, FusedGroupNormRule("fused_group_norm", names, weight, bias, options)
+
+
+def _residual_call(
+    names: dict[str, str],
+    input: Tensor,
+    other: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Rule]:
+    return input, ResidualRule("residual", names, weight, bias, {"scale": scale, "more": (other,)})
 
 
 def _layer_norm_call(
@@ -131,5 +144,6 @@ RULES: dict[Callable[..., Any], Callable[..., tuple[Tensor, Rule]]] = {
     F.group_norm: _group_norm_call,
     F.layer_norm: _layer_norm_call,
     normalise.group_norm: _fused_group_norm_call,
+    normalise.residual: _residual_call,
     F.embedding: _embedding_call,
 }

@@ -59,6 +59,10 @@ class Rule:
     bias: Tensor | None
     options: dict[str, Any] = field(default_factory=dict)
 
+    def take_more(self) -> tuple[Tensor, ...]:
+        """``options["more"]``, taken out: what a graph saves must not be held by the rule as well."""
+        return self.options.pop("more", ())
+
     def forward(self, x: Tensor, *more: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Returns y and what the backward pass needs beside its inputs."""
         raise NotImplementedError
@@ -384,31 +388,53 @@ class GroupNormRule(Rule):
         )
 
 
+def _terms_of_rows(names: dict[str, str], rows: dict[str, Tensor], multiplicity: int, out: dict[str, Tensor]) -> list[Term]:
+    """Of (R, C) gradients of each row."""
+    samples = {role: t.unflatten(0, (-1, multiplicity)).sum(1) if multiplicity > 1 else t for role, t in rows.items()}
+    return [_added(name, samples[role], out) for role, name in names.items()]
+
+
 class FusedGroupNormRule(Rule):
     """Group normalisation, then SiLU or nothing, as :func:`privimage_fast.ops.normalise.group_norm` on a GPU has it.
 
-    One pass makes the input's gradient and, on its way, each row's gradients of weight and bias.
+    One pass makes the input's gradient and, on its way, each row's gradients of weight and bias. ``more`` is the shift, if any.
     """
 
     def forward(self, x: Tensor, *more: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         o = self.options
-        y, mean, rstd = normalise.forward(x, o["num_groups"], self.weight, self.bias, o["eps"], o["silu"])
+        y, mean, rstd = normalise.forward(x, o["num_groups"], self.weight, self.bias, o["eps"], o["silu"], *more)
         return y, (mean, rstd)
 
     def backward(
         self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...], needs: Sequence[bool]
     ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
-        grad, *rows = normalise.backward(x, g, *saved, self.weight, self.bias, self.options["silu"], needs_x=needs[0])
-        return (grad,), tuple(rows)
+        *shift, mean, rstd = saved
+        found = normalise.backward(x, g, mean, rstd, self.weight, self.bias, self.options["silu"], *shift, needs_x=needs[0])
+        return found[: len(needs)], found[2:]
 
     def per_sample(
         self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...], multiplicity: int, out: dict[str, Tensor]
     ) -> list[Term]:
-        of_rows = dict(zip(("weight", "bias"), saved, strict=True))
-        return [
-            _added(name, of_rows[role].unflatten(0, (-1, multiplicity)).sum(1) if multiplicity > 1 else of_rows[role], out)
-            for role, name in self.names.items()
-        ]
+        weight, bias = saved
+        return _terms_of_rows(self.names, {"weight": weight, "bias": bias}, multiplicity, out)
+
+
+class ResidualRule(Rule):
+    """:func:`privimage_fast.ops.normalise.residual`: the second image is ``more``, the biases are weight and bias."""
+
+    def forward(self, x: Tensor, *more: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return normalise.residual_forward(x, *more, self.weight, self.bias, self.options["scale"]), ()
+
+    def backward(
+        self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...], needs: Sequence[bool]
+    ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
+        grad, rows = normalise.residual_backward(g, self.options["scale"])
+        return tuple(grad if need else None for need in needs), (rows,)
+
+    def per_sample(
+        self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...], multiplicity: int, out: dict[str, Tensor]
+    ) -> list[Term]:
+        return _terms_of_rows(self.names, dict.fromkeys(("weight", "bias"), saved[0]), multiplicity, out)
 
 
 class LayerNormRule(Rule):

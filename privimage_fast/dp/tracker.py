@@ -253,7 +253,7 @@ class Tracker(TorchFunctionMode):
         x, rule = parse(**{**call, **detached, "names": names})
         if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
             x, rule = _autocast(x, rule)
-        return self._apply(rule, x)
+        return self._apply(rule, x, *rule.take_more())
 
     def _generally(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], weights: list[Tensor]) -> Any:
         """Any function that treats rows alike, one sample at a time in the backward pass."""
@@ -364,13 +364,13 @@ class Tracker(TorchFunctionMode):
 def _autocast(x: Tensor, rule: Rule) -> tuple[Tensor, Rule]:
     """Casts as autocast would, but outside the call, so that x and g of a :class:`Use` have one dtype.
 
-    Normalisation keeps fp32: its statistics do not survive bf16. The fused one takes x as it is, and its statistics in fp32.
+    Normalisation keeps fp32: its statistics do not survive bf16. Fused ones take x as it is, and compute in fp32.
     """
-    if rule.function == "fused_group_norm":
+    if rule.function in ("fused_group_norm", "residual"):
         return x, rule
     low = rule.function not in ("group_norm", "layer_norm", "embedding")
     dtype = torch.get_autocast_dtype(x.device.type) if low else torch.float32
-    # Beside images with channels innermost cuDNN would bring the weight into their order in both passes: with the cast it is free.
+    # cuDNN would bring the weight into the order of images with channels innermost, in both passes: with the cast it is free.
     innermost = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if innermost and rule.function == "conv2d" else torch.preserve_format
     rule.weight = None if rule.weight is None else rule.weight.to(dtype, memory_format=layout)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from privimage_fast.ops.normalise import group_norm, wants_channels_innermost
+from privimage_fast.ops.normalise import group_norm, residual, wants_channels_innermost
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ class SelfAttention(nn.Module):
         else:
             q, k, v = qkv.reshape(rows, *split, height * width).transpose(-1, -2).unbind(1)
             mixed = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(rows, channels, height, width)
-        return (x + self.out(mixed)) * math.sqrt(0.5)
+            return (x + self.out(mixed)) * math.sqrt(0.5)
+        return residual(x, _unbiased(self.out, mixed), self.out.bias, None, math.sqrt(0.5))
 
 
 class ResidualBlock(nn.Module):
@@ -105,9 +106,15 @@ class ResidualBlock(nn.Module):
             h, x = (F.avg_pool2d(t, 2, ceil_mode=True) for t in (h, x))
         elif self.resample == "up":
             h, x = (F.interpolate(t, size=size, mode="nearest") for t in (h, x))
-        h = self.conv1(h) + self.embed(embedding)[:, :, None, None]
-        h = self.conv2(_normalised(self.norm2, h, silu=True))
-        return self.attention((self.skip(x) + h) * math.sqrt(0.5))
+        if not wants_channels_innermost(h):
+            h = self.conv1(h) + self.embed(embedding)[:, :, None, None]
+            h = self.conv2(_normalised(self.norm2, h, silu=True))
+            return self.attention((self.skip(x) + h) * math.sqrt(0.5))
+        # The same; what is the same for all of an image's positions is added by the ops that follow, in their own passes.
+        shift = self.embed(embedding).float() + self.conv1.bias
+        h = _normalised(self.norm2, _unbiased(self.conv1, h), silu=True, shift=shift)
+        skip, bias = (_unbiased(self.skip, x), self.skip.bias) if isinstance(self.skip, nn.Conv2d) else (x, None)
+        return self.attention(residual(skip, _unbiased(self.conv2, h), self.conv2.bias, bias, math.sqrt(0.5)))
 
 
 class UNet(nn.Module):
@@ -172,8 +179,12 @@ def _group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(max(g for g in range(1, min(32, channels // 4) + 1) if channels % g == 0), channels, eps=1e-6)
 
 
-def _normalised(norm: nn.GroupNorm, x: Tensor, *, silu: bool = False) -> Tensor:
-    return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu)
+def _normalised(norm: nn.GroupNorm, x: Tensor, *, silu: bool = False, shift: Tensor | None = None) -> Tensor:
+    return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu, shift=shift)
+
+
+def _unbiased(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    return F.conv2d(x, layer.weight, None, layer.stride, layer.padding)
 
 
 def _zero(layer: nn.Conv2d) -> nn.Conv2d:

@@ -354,19 +354,28 @@ def layer_norm_affine_grad(
 
 
 def group_norm(
-    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, silu: bool, *, eps: float = 0.0,
-    y: Tensor | None = None, g: Tensor | None = None, dx: Tensor | None = None, weight_rows: Tensor | None = None,
-    bias_rows: Tensor | None = None,
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, shift: Tensor | None, silu: bool, *,
+    eps: float = 0.0, **outputs: Tensor | None,
 ) -> None:  # fmt: skip
     """The launch alone: :mod:`privimage_fast.ops.normalise` has seen to layouts. With g the backward pass, else the forward."""
-    weight, bias = (t if t is None else t.contiguous() for t in (weight, bias))
+    weight, bias, shift = (t if t is None else t.contiguous() for t in (weight, bias, shift))
     rows, channels, height, width = x.shape
     with _launching("group_norm", x=x, weight=weight) as where:
         native._C.group_norm(
             x=_pointer(x), dtype=_DTYPES[x.dtype], rows=rows, positions=height * width, channels=channels,
-            groups=mean.shape[1], weight=_pointer(weight), bias=_pointer(bias), eps=eps, silu=silu, mean=_pointer(mean),
-            rstd=_pointer(rstd), y=_pointer(y), g=_pointer(g), dx=_pointer(dx), weight_rows=_pointer(weight_rows),
-            bias_rows=_pointer(bias_rows), **where,
+            groups=mean.shape[1], weight=_pointer(weight), bias=_pointer(bias), shift=_pointer(shift), eps=eps, silu=silu,
+            mean=_pointer(mean), rstd=_pointer(rstd), **{name: _pointer(t) for name, t in outputs.items()}, **where,
+        )  # fmt: skip
+
+
+def residual(like: Tensor, scale: float, **tensors: Tensor | None) -> None:
+    """The launch alone, as above; ``like`` is one of the images."""
+    rows, channels, height, width = like.shape
+    tensors = {name: t.contiguous() if t is not None and t.dim() == 1 else t for name, t in tensors.items()}
+    with _launching("residual", like=like) as where:
+        native._C.residual(
+            dtype=_DTYPES[like.dtype], rows=rows, positions=height * width, channels=channels, scale=scale,
+            **{name: _pointer(t) for name, t in tensors.items()}, **where,
         )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Group normalisation and SiLU in one kernel, thread by thread on the host, against torch in double precision.
+"""Group normalisation, SiLU and a block's end in one kernel each, thread by thread on the host, against torch in double.
 
 PRIVIMAGE_TEST_DEVICE=cuda runs the same tests on a GPU.
 """
@@ -84,14 +84,56 @@ def test_each_row_has_its_own_gradients() -> None:
     x, g = torch.randn(2, 4, 16, 3, 5)
     weight, bias = torch.randn(2, 16)
     _, mean, rstd = normalise.forward(x, 4, weight, bias, 1e-5, True)
-    dx, weights, biases = normalise.backward(x, g, mean, rstd, weight, bias, True)
+    dx, _, weights, biases = normalise.backward(x, g, mean, rstd, weight, bias, True)
     for row in range(4):
         alone = [t.detach().double().requires_grad_() for t in (x[row : row + 1], weight, bias)]
         F.silu(F.group_norm(alone[0], 4, alone[1], alone[2], 1e-5)).backward(g[row : row + 1].double())
         for found, expected in zip((dx[row], weights[row], biases[row]), alone, strict=True):
             assert error(found, expected.grad.reshape(found.shape)) < 1e-6
-    nothing, *again = normalise.backward(x, g, mean, rstd, weight, bias, True, needs_x=False)
+    nothing, _, *again = normalise.backward(x, g, mean, rstd, weight, bias, True, needs_x=False)
     assert nothing is None and torch.equal(again[0], weights) and torch.equal(again[1], biases)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_shift_is_added_first(shape: tuple[int, ...], dtype: torch.dtype, silu: bool) -> None:
+    *size, groups = shape
+    x, g = (torch.randn(size).to(dtype) for _ in range(2))
+    shift, weight, bias = (3 * torch.randn(size[:2])).to(dtype), torch.randn(size[1]), torch.randn(size[1])
+    given = [t.clone().requires_grad_() for t in (x, weight, bias, shift)]
+    y = normalise.group_norm(given[0], groups, *given[1:3], 1e-5, silu=silu, shift=given[3])
+    y.backward(g)
+    wide = [t.double().requires_grad_() for t in (x, weight, bias, shift)]
+    expected = F.group_norm(wide[0] + wide[3][:, :, None, None], groups, *wide[1:3], 1e-5)
+    expected = F.silu(expected) if silu else expected
+    expected.backward(g.double())
+    assert error(y.detach(), expected.detach()) < ROUNDING[dtype]
+    if size[2] * size[3] * size[1] // groups > 2:
+        assert error(given[0].grad, wide[0].grad) < ROUNDING[dtype]
+        if groups < size[1]:  # of a group of one channel the shift is taken out again
+            assert given[3].grad.dtype == dtype and error(given[3].grad, wide[3].grad) < 2 * ROUNDING[dtype]
+    for i in (1, 2):
+        assert error(given[i].grad, wide[i].grad) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("size", [(3, 16, 5, 7), (2, 64, 8, 8), (2, 96, 3, 3), (1, 8, 1, 1), (1, 4096, 2, 1)])
+@pytest.mark.parametrize("biases", [0, 1, 2])
+def test_a_residual_is_torchs(size: tuple[int, ...], dtype: torch.dtype, biases: int) -> None:
+    a, b, g = (torch.randn(size).to(dtype) for _ in range(3))
+    given = [t.clone().requires_grad_() for t in (a, b, *torch.randn(biases, size[1]))]
+    wide = [t.detach().double().requires_grad_() for t in given]
+    y = normalise.residual(*given, scale=0.5**0.5)
+    y.backward(g)
+    expected = (wide[0] + wide[1] + sum(t[:, None, None] for t in wide[2:])) * 0.5**0.5
+    expected.backward(g.double())
+    assert y.dtype == dtype and type(y.grad_fn).__name__ != "MulBackward0"
+    assert error(y.detach(), expected.detach()) < ROUNDING[dtype]
+    for i, (found, of) in enumerate(zip(given, wide, strict=True)):
+        assert error(found.grad, of.grad) < (ROUNDING[dtype] if i < 2 else 1e-6)
+    d, rows = normalise.residual_backward(g, 0.5)
+    assert error(rows, 0.5 * g.double().sum((2, 3))) < 1e-6 and error(d, 0.5 * g.double()) < ROUNDING[dtype]
 
 
 def test_any_layout_is_read() -> None:
@@ -128,6 +170,13 @@ def test_what_the_kernel_does_not_take_is_torchs(shape: tuple[int, ...], groups:
     x = torch.randn(shape, dtype=dtype, requires_grad=True)
     y = normalise.group_norm(x, groups, silu=True)
     assert type(y.grad_fn).__name__ == "SiluBackward0" and torch.equal(y, F.silu(F.group_norm(x, groups)))
+
+
+def test_a_second_derivative_of_a_residual_is_torchs() -> None:
+    a, b = (torch.randn(2, 8, 2, 3, requires_grad=True) for _ in range(2))
+    (g,) = torch.autograd.grad(normalise.residual(a * a, b, scale=0.5).sum(), a, create_graph=True)
+    g.sum().backward()
+    assert a.grad is not None and torch.allclose(a.grad, torch.ones_like(a))
 
 
 def test_a_second_derivative_is_torchs() -> None:

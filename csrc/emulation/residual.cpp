@@ -1,0 +1,2 @@
+#define PRIVIMAGE_EMULATE
+#include "../cuda/residual.cu"
