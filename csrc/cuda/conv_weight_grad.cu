@@ -39,7 +39,6 @@ constexpr int kStages = 4;
 
 template <Mode mode, int m, int n, int warp_m, int warp_n, bool vector>
 struct Tile {
-  static_assert(m == n, "g and x share one mapping of threads to chunks");
   using Element = typename ElementOf<mode>::type;
   static constexpr Mode kMode = mode;
   static constexpr bool kVector = vector;
@@ -47,8 +46,8 @@ struct Tile {
   static constexpr int kBlock = (m / warp_m) * (n / warp_n) * 32;
   static constexpr int kDepth = mode == Mode::bf16 ? 32 : 16;  // positions a stage
   // Eight elements of padding: the rows of a fragment then lie in different banks.
-  static constexpr int kRow = m + 8;
-  static constexpr int kSlot = 2 * kDepth * kRow;
+  static constexpr int kRowM = m + 8, kRowN = n + 8;
+  static constexpr int kSlot = kDepth * (kRowM + kRowN);  // g, then x
   static constexpr size_t kShared = kStages * kSlot * sizeof(Element);
   // Stages between additions of the matrix unit's sums to the rounded ones: 8 products deep, or 6 for tf32x3.
   static constexpr int kFlush = mode == Mode::tf32x3 ? 1 : 4;
@@ -88,7 +87,7 @@ struct ElementLoader {
     for (int e = static_cast<int>(threadIdx.x); e < T::kDepth * T::kM; e += T::kBlock) {
       const int k = g_across ? e / T::kM : e % T::kDepth, m = g_across ? e % T::kM : e / T::kDepth;
       const int n = stage * T::kDepth + k;
-      slot[k * T::kRow + m] = n < q.positions && m0 + m < q.out_group ? g[q.output(Position(q, n), m0 + m)] : Element{};
+      slot[k * T::kRowM + m] = n < q.positions && m0 + m < q.out_group ? g[q.output(Position(q, n), m0 + m)] : Element{};
     }
     for (int e = static_cast<int>(threadIdx.x); e < T::kDepth * T::kN; e += T::kBlock) {
       const int k = x_across ? e / T::kN : e % T::kDepth, c = x_across ? e % T::kN : e / T::kDepth;
@@ -98,7 +97,7 @@ struct ElementLoader {
         int64_t offset;
         if (q.input(Position(q, n), Column(q, n0 + c), offset)) value = x[offset];
       }
-      slot[(T::kDepth + k) * T::kRow + c] = value;
+      slot[T::kDepth * T::kRowM + k * T::kRowN + c] = value;
     }
     if (++stage < stages) return;
     stage = 0;
@@ -109,91 +108,97 @@ struct ElementLoader {
 
 // Fetches chunks of 16 bytes. A thread always has the same channels of g and the same column of x, at positions that advance by
 // kDepth from stage to stage. Where they lie is counted on by additions: a block has few warps, and computing addresses anew kept
-// them longer than the products. What is true of all of a thread's positions is worked out once.
+// them longer than the products. g's positions are evenly spaced over all rows of a sample; x has edges.
 template <class T>
 struct ChunkLoader {
   using Element = typename T::Element;
-  static constexpr int kChunk = 16 / sizeof(Element), kChunks = T::kM / kChunk, kStride = T::kBlock / kChunks, kPositions = T::kDepth / kStride;
-  static_assert(kPositions * kStride == T::kDepth, "every thread has as many chunks as any other");
+  static constexpr int kChunk = 16 / sizeof(Element);
+  static constexpr int kChunksM = T::kM / kChunk, kStrideM = T::kBlock / kChunksM, kPositionsM = T::kDepth / kStrideM;
+  static constexpr int kChunksN = T::kN / kChunk, kStrideN = T::kBlock / kChunksN, kPositionsN = T::kDepth / kStrideN;
+  static_assert(kPositionsM * kStrideM == T::kDepth && kPositionsN * kStrideN == T::kDepth, "every thread has as many chunks");
 
+  // A position of a column of x: the input's place that it has there, elements from the beginning of its row, and that row.
   struct Place {
-    int n, y, x;                   // position in the sample, and the input's place that the column has there
-    int x_at, g_at;                // elements from the beginning of its row
-    const Element *x_row, *g_row;  // of the row that it is in
+    int y, x, at;
+    const Element* row;
   };
-  // What a move adds: of x, y, and elements of x and of g.
+  // What a move adds.
   struct Move {
-    int x, y, x_at, g_at;
+    int y, x, at;
   };
 
   const ConvGeometry& q;
-  const Element *x_first, *g_first;  // of the sample at hand, and its group
-  Place places[kPositions];
-  Move step, line, row;    // kDepth positions; on to the next line, where a line ends; and to the next row's first
-  int x_begin, y_begin, x_end, y_end, x_channel, g_channel;
-  int stages, stage = 0, slot_at;
-  int g_limit, x_limit;    // positions of a sample, or none where the thread's channels are past the last
+  const Element *x_first, *g_first, *g_next;  // of the sample at hand, and its group; g_next: at the thread's next position
+  Place places[kPositionsN];
+  Move step, line, row;  // kDepth positions; on to the next line, where a line ends; and to the next row's first
+  int y_begin, x_begin, y_end, x_end, channel;
+  int stages, stage = 0;
+  int g_position, x_position, g_limit, x_limit;  // a limit is 0 where the thread's channels are past the last
+  int g_slot, x_slot;
 
   __device__ __forceinline__ ChunkLoader(const Problem& p, int64_t sample, int group, int first_m, int first_n)
       : q(p.shape), x_first(q.inputs<Element>(sample, group)), g_first(q.outputs<Element>(sample, group)), stages(p.stages) {
-    const int at = static_cast<int>(threadIdx.x) % kChunks * kChunk;
-    const Column column(q, first_n + at);
+    const int thread = static_cast<int>(threadIdx.x);
+    const int g_channel = thread % kChunksM * kChunk, x_column = thread % kChunksN * kChunk;
+    g_slot = thread / kChunksM * T::kRowM + g_channel;
+    x_slot = T::kDepth * T::kRowM + thread / kChunksN * T::kRowN + x_column;
+    g_first += first_m + g_channel;
+    g_limit = first_m + g_channel < q.out_group ? q.positions : 0;
+    x_limit = first_n + x_column < q.columns ? q.positions : 0;
+    const Column column(q, first_n + x_column);
     const int down = q.stride[0], across = q.stride[1];
     int over;
     const int lines = q.out_width.divide(T::kDepth, over);
-    step = {over * across, lines * down, lines * down * q.x_stride[1] + over * across * q.x_stride[2],
-            lines * q.g_stride[1] + over * q.g_stride[2]};
-    line = {-q.out_size[1] * across, down, down * q.x_stride[1] - q.out_size[1] * across * q.x_stride[2],
-            q.g_stride[1] - q.out_size[1] * q.g_stride[2]};
-    row = {0, -q.out_size[0] * down, -q.out_size[0] * down * q.x_stride[1], -q.out_size[0] * q.g_stride[1]};
-    x_begin = column.dx;
+    step = {lines * down, over * across, lines * down * q.x_stride[1] + over * across * q.x_stride[2]};
+    line = {down, -q.out_size[1] * across, down * q.x_stride[1] - q.out_size[1] * across * q.x_stride[2]};
+    row = {-q.out_size[0] * down, 0, -q.out_size[0] * down * q.x_stride[1]};
     y_begin = column.dy;
-    x_end = x_begin + q.out_size[1] * across;
+    x_begin = column.dx;
     y_end = y_begin + q.out_size[0] * down;
-    g_limit = first_m + at < q.out_group ? q.positions : 0;
-    x_limit = first_n + at < q.columns ? q.positions : 0;
-    slot_at = static_cast<int>(threadIdx.x) / kChunks * T::kRow + at;
-    x_channel = column.channel;
-    g_channel = first_m + at;
+    x_end = x_begin + q.out_size[1] * across;
+    channel = column.channel;
     begin();
   }
 
   // At the first positions of the sample at hand.
   __device__ __forceinline__ void begin() {
+    g_position = static_cast<int>(threadIdx.x) / kChunksM;
+    x_position = static_cast<int>(threadIdx.x) / kChunksN;
+    g_next = g_first + g_position * q.g_stride[2];
 #pragma unroll
-    for (int i = 0; i < kPositions; ++i) {
+    for (int i = 0; i < kPositionsN; ++i) {
+      const Position position(q, x_position + i * kStrideN);
       Place& at = places[i];
-      at.n = static_cast<int>(threadIdx.x) / kChunks + i * kStride;
-      const Position position(q, at.n);
       at.y = position.y * q.stride[0] + y_begin;
       at.x = position.x * q.stride[1] + x_begin;
-      at.x_at = at.y * q.x_stride[1] + at.x * q.x_stride[2] + x_channel;
-      at.g_at = position.y * q.g_stride[1] + position.x * q.g_stride[2] + g_channel;
-      at.x_row = x_first + position.row * q.x_row;
-      at.g_row = g_first + position.row * q.g_row;
+      at.at = at.y * q.x_stride[1] + at.x * q.x_stride[2] + channel;
+      at.row = x_first + position.row * q.x_row;
     }
   }
 
   // The next stage of the block's samples. Nothing is read where a chunk is not kept, whatever its address.
   __device__ __forceinline__ void load(Element* slot) {
 #pragma unroll
-    for (int i = 0; i < kPositions; ++i) {
+    for (int i = 0; i < kPositionsM; ++i) {
+      const bool kept = g_position + i * kStrideM < g_limit;
+      copy_async(slot + g_slot + i * kStrideM * T::kRowM, g_next + (kept ? i * kStrideM * q.g_stride[2] : 0), kept);
+    }
+    g_position += T::kDepth;
+    g_next += T::kDepth * q.g_stride[2];
+#pragma unroll
+    for (int i = 0; i < kPositionsN; ++i) {
       Place& at = places[i];
-      Element* const to = slot + slot_at + i * kStride * T::kRow;
-      const bool g_kept = at.n < g_limit;
-      const bool x_kept = (at.n < x_limit) & (static_cast<unsigned>(at.y) < static_cast<unsigned>(q.in_size[0])) &
-                          (static_cast<unsigned>(at.x) < static_cast<unsigned>(q.in_size[1]));
-      copy_async(to, at.g_row + (g_kept ? at.g_at : 0), g_kept);
-      copy_async(to + T::kDepth * T::kRow, at.x_row + (x_kept ? at.x_at : 0), x_kept);
-      at.n += T::kDepth;
+      const bool kept = (x_position + i * kStrideN < x_limit) & (static_cast<unsigned>(at.y) < static_cast<unsigned>(q.in_size[0])) &
+                        (static_cast<unsigned>(at.x) < static_cast<unsigned>(q.in_size[1]));
+      copy_async(slot + x_slot + i * kStrideN * T::kRowN, at.row + (kept ? at.at : 0), kept);
       advance(at, step);
       if (at.x >= x_end) advance(at, line);
       while (at.y >= y_end) {
         advance(at, row);
-        at.x_row += q.x_row;
-        at.g_row += q.g_row;
+        at.row += q.x_row;
       }
     }
+    x_position += T::kDepth;
     if (++stage < stages) return;
     stage = 0;
     x_first += q.multiplicity * q.x_row;
@@ -202,10 +207,9 @@ struct ChunkLoader {
   }
 
   static __device__ __forceinline__ void advance(Place& at, const Move& by) {
-    at.x += by.x;
     at.y += by.y;
-    at.x_at += by.x_at;
-    at.g_at += by.g_at;
+    at.x += by.x;
+    at.at += by.at;
   }
 };
 
@@ -243,7 +247,7 @@ static __device__ __forceinline__ void multiply_bf16(Sums<T>& sums, const uint16
 #pragma unroll
     for (int j = 0; j < Sums<T>::kColumns; j += 2) {
       uint32_t r[4];
-      load_matrices_transposed(r, b + (k + row + matrix % 2 * 8) * T::kRow + j * 8 + matrix / 2 * 8);
+      load_matrices_transposed(r, b + (k + row + matrix % 2 * 8) * T::kRowN + j * 8 + matrix / 2 * 8);
       right[j][0] = r[0];
       right[j][1] = r[1];
       right[j + 1][0] = r[2];
@@ -252,7 +256,7 @@ static __device__ __forceinline__ void multiply_bf16(Sums<T>& sums, const uint16
 #pragma unroll
     for (int i = 0; i < Sums<T>::kRows; ++i) {
       uint32_t left[4];
-      load_matrices_transposed(left, a + (k + row + matrix / 2 * 8) * T::kRow + i * 16 + matrix % 2 * 8);
+      load_matrices_transposed(left, a + (k + row + matrix / 2 * 8) * T::kRowM + i * 16 + matrix % 2 * 8);
 #pragma unroll
       for (int j = 0; j < Sums<T>::kColumns; ++j) mma_bf16(sums.tile[i][j], left, right[j]);
     }
@@ -273,17 +277,17 @@ static __device__ __forceinline__ void multiply_tf32(Sums<T>& sums, const float*
   const int lane = static_cast<int>(threadIdx.x) % 32, group = lane / 4, member = lane % 4;
 #pragma unroll
   for (int k = 0; k < T::kDepth; k += 8) {
-    const float* lower = b + (k + member) * T::kRow + group;
+    const float* lower = b + (k + member) * T::kRowN + group;
     float right[Sums<T>::kColumns][2], right_small[Sums<T>::kColumns][2];
 #pragma unroll
     for (int j = 0; j < Sums<T>::kColumns; ++j) {
-      const float v[2] = {lower[j * 8], lower[j * 8 + 4 * T::kRow]};
+      const float v[2] = {lower[j * 8], lower[j * 8 + 4 * T::kRowN]};
       split(v, right[j], right_small[j]);
     }
 #pragma unroll
     for (int i = 0; i < Sums<T>::kRows; ++i) {
-      const float* corner = a + (k + member) * T::kRow + i * 16 + group;
-      const float v[4] = {corner[0], corner[8], corner[4 * T::kRow], corner[4 * T::kRow + 8]};
+      const float* corner = a + (k + member) * T::kRowM + i * 16 + group;
+      const float v[4] = {corner[0], corner[8], corner[4 * T::kRowM], corner[4 * T::kRowM + 8]};
       float left[4], left_small[4];
       split(v, left, left_small);
 #pragma unroll
@@ -418,7 +422,7 @@ static __device__ __forceinline__ void make_tile(const Problem& p, unsigned bloc
     if (next < stages) loader.load(slots + next % kStages * T::kSlot);
     commit_copies();
     const Element* slot = slots + s % kStages * T::kSlot;
-    multiply<T>(sums, slot + warp_m, slot + T::kDepth * T::kRow + warp_n);
+    multiply<T>(sums, slot + warp_m, slot + T::kDepth * T::kRowM + warp_n);
     ++s;
   };
   for (int64_t b = sample; b < sample + samples; ++b) {
@@ -486,14 +490,23 @@ Problem problem_of(const char* op, const ConvWeightGradParams& p) {
   return q;
 }
 
-constexpr int kKinds = 7;
+// Whether g's positions are evenly spaced, from row to row as well.
+bool evenly_spaced(const ConvWeightGradParams& p) {
+  return (p.out_size[0] == 1 || p.g_stride[2] == p.out_size[1] * p.g_stride[3]) &&
+         (p.multiplicity == 1 || p.g_stride[0] == p.out_size[0] * p.out_size[1] * p.g_stride[3]);
+}
+
+constexpr int kKinds = 8;
 
 // Which of the tiles below a problem takes.
 int kind_of(const ConvWeightGradParams& p, const Problem& q) {
   const int chunk = p.x_dtype == DType::bf16 ? 8 : 4;
-  const bool vector = chunked(p.x, chunk, q.shape.in_group, p.x_stride) && chunked(p.g, chunk, q.shape.out_group, p.g_stride);
-  if (p.x_dtype == DType::bf16) return !vector ? 0 : q.shape.out_group <= 64 || q.shape.columns <= 64 ? 1 : 2;
-  return (p.tf32 ? 3 : 5) + vector;
+  const bool vector = chunked(p.x, chunk, q.shape.in_group, p.x_stride) && chunked(p.g, chunk, q.shape.out_group, p.g_stride) &&
+                      evenly_spaced(p);
+  if (p.x_dtype != DType::bf16) return (p.tf32 ? 3 : 5) + vector;
+  if (!vector) return 0;
+  if (q.shape.out_group <= 32 && q.shape.columns > 64) return 7;
+  return q.shape.out_group <= 64 || q.shape.columns <= 64 ? 1 : 2;
 }
 
 template <class Use>
@@ -506,6 +519,7 @@ void with_tile(int kind, Use use) {
     case 4: return use(Tile<Mode::tf32, 64, 64, 32, 32, true>());
     case 5: return use(Tile<Mode::tf32x3, 64, 64, 32, 32, false>());
     case 6: return use(Tile<Mode::tf32x3, 64, 64, 32, 32, true>());
+    case 7: return use(Tile<Mode::bf16, 32, 128, 32, 32, true>());
   }
 }
 
