@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ from privimage_fast.models.edm import (
     to_float,
     to_uint8,
 )
+from privimage_fast.models.training import AveragedAdam
 from privimage_fast.models.unet import PRESETS, SelfAttention, UNetConfig
 
 
@@ -154,3 +157,32 @@ def test_classifier_learns_and_chooses_on_validation() -> None:
     assert best > 0.9
     assert classifier_accuracy(model, PUBLIC.images, PUBLIC.labels) == best
     assert np.isnan(classifier_accuracy(model, PUBLIC.images[:0], PUBLIC.labels[:0]))
+
+
+def test_adam_is_given_gradients_laid_out_as_their_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU fused Adam refuses others, and convolutions of images with channels innermost leave such."""
+
+    class Turned(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, weight: Tensor) -> Tensor:
+            return weight.clone()
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            rows, columns, *kernel = g.shape  # channels innermost, whatever the sizes of the others
+            return torch.empty_strided(g.shape, (columns * kernel[0] * kernel[1], 1, kernel[1] * columns, columns)).copy_(g)
+
+    found = []
+    for turned in (False, True):
+        torch.manual_seed(0)
+        module = nn.ParameterList([torch.randn(4, 3, 3, 3), torch.randn(4, 6, 1, 1), torch.randn(4, 1, 3, 3)])
+        training = AveragedAdam(module, lr=0.1, ema_decay=0.9)
+        step, strides = training.optimizer.step, []
+        monkeypatch.setattr(
+            training.optimizer, "step", lambda: (strides.extend(p.grad.stride() == p.stride() for p in module), step())
+        )  # fmt: skip
+        for _ in range(2):
+            training.step(sum((Turned.apply(p) if turned else p).square().sum() for p in module))
+        assert strides == [True] * 6
+        found.append([p.detach().clone() for p in module])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -176,7 +176,8 @@ class AveragedAdam:
             group["lr"] = group["lr"] if lr is None else lr
         parameters = list(self.parameters.values())
         for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-            p.grad = gradient
+            # Convolutions of images with channels innermost leave gradients laid out alike, which fused Adam refuses.
+            p.grad = gradient if gradient.stride() == p.stride() else torch.empty_like(p).copy_(gradient)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():

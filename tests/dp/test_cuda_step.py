@@ -16,6 +16,7 @@ from privimage_fast.dp.optimizer import PrivateOptimizer, UpdateRule
 from privimage_fast.dp.sampling import OSRandom
 from privimage_fast.models.edm import Denoiser, DenoisingLoss, EDMConfig, SamplerConfig, denoising_batch
 from privimage_fast.models.replay import replayed
+from privimage_fast.models.training import AveragedAdam
 from privimage_fast.models.unet import UNetConfig
 from privimage_fast.stages.finetune import secret_generator
 from privimage_fast.stages.sample import draw
@@ -127,6 +128,24 @@ def noised(model: Denoiser, samples: int, seed: int) -> tuple[Tensor, ...]:
     return denoising_batch(
         images, labels, edm=model.edm, num_classes=4, multiplicity=2, label_dropout=0.1, generator=random
     ).args()  # fmt: skip
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_public_steps_are_the_cpus(autocast: torch.dtype | None) -> None:
+    """Adam on gradients of whatever layout the kernels left them in."""
+    losses_of = []
+    for device in ("cpu", "cuda"):
+        model = denoiser().to(device)
+        training, found = AveragedAdam(model, lr=1e-3, ema_decay=0.9), []
+        args = [t.to(device) for t in noised(denoiser(), 8, 0)]
+        for _ in range(4):
+            with torch.autocast(device, autocast, enabled=autocast is not None):
+                loss = DenoisingLoss(2)(model, *args).mean()
+            training.step(loss)
+            found.append(float(loss))
+        losses_of.append(found)
+    assert losses_of[0][-1] < losses_of[0][0]
+    torch.testing.assert_close(losses_of[1], losses_of[0], rtol=1e-3 if autocast is None else 0.05, atol=0)
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
