@@ -159,7 +159,7 @@ def test_classifier_learns_and_chooses_on_validation() -> None:
     assert np.isnan(classifier_accuracy(model, PUBLIC.images[:0], PUBLIC.labels[:0]))
 
 
-def test_adam_is_given_gradients_laid_out_as_their_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adam_is_given_gradients_laid_out_as_their_parameters() -> None:
     """On a GPU fused Adam refuses others, and convolutions of images with channels innermost leave such."""
 
     class Turned(torch.autograd.Function):
@@ -169,7 +169,7 @@ def test_adam_is_given_gradients_laid_out_as_their_parameters(monkeypatch: pytes
 
         @staticmethod
         def backward(ctx: Any, g: Tensor) -> Tensor:
-            rows, columns, *kernel = g.shape  # channels innermost, whatever the sizes of the others
+            _, columns, *kernel = g.shape  # channels innermost, whatever the sizes of the others
             return torch.empty_strided(g.shape, (columns * kernel[0] * kernel[1], 1, kernel[1] * columns, columns)).copy_(g)
 
     found = []
@@ -177,10 +177,12 @@ def test_adam_is_given_gradients_laid_out_as_their_parameters(monkeypatch: pytes
         torch.manual_seed(0)
         module = nn.ParameterList([torch.randn(4, 3, 3, 3), torch.randn(4, 6, 1, 1), torch.randn(4, 1, 3, 3)])
         training = AveragedAdam(module, lr=0.1, ema_decay=0.9)
-        step, strides = training.optimizer.step, []
-        monkeypatch.setattr(
-            training.optimizer, "step", lambda: (strides.extend(p.grad.stride() == p.stride() for p in module), step())
-        )  # fmt: skip
+        strides: list[bool] = []
+        training.optimizer.register_step_pre_hook(
+            lambda optimizer, *_, into=strides: into.extend(
+                p.grad.stride() == p.stride() for p in optimizer.param_groups[0]["params"]
+            )
+        )
         for _ in range(2):
             training.step(sum((Turned.apply(p) if turned else p).square().sum() for p in module))
         assert strides == [True] * 6

@@ -180,6 +180,8 @@ def _group_norm(channels: int) -> nn.GroupNorm:
 
 
 def _normalised(norm: nn.GroupNorm, x: Tensor, *, silu: bool = False, shift: Tensor | None = None) -> Tensor:
+    if shift is None and not wants_channels_innermost(x):  # as a module, for whoever hooks modules (Opacus does)
+        return F.silu(norm(x)) if silu else norm(x)
     return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu, shift=shift)
 
 
