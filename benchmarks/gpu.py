@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from gpu_checks import every_kernel
-from gpu_machine import ROOT, Machine, Row
+from gpu_machine import ROOT, Machine, Row, provenance
 from gpu_parts import PARTS
 
 from privimage_fast import ops
@@ -176,8 +176,9 @@ def main(argv: list[str] | None = None) -> int:
     out = options.out or (ROOT / "build" / "gpu.json" if options.rehearse else ROOT / "benchmarks" / "results" / "gpu.json")
     end = time.perf_counter() + 60 * options.minutes
     results: dict[str, Any] = {
-        "rehearsal": options.rehearse, "device": info.cuda_device, "torch": torch.__version__, "cuda": torch.version.cuda,
-        "triton": importlib.util.find_spec("triton") is not None, "build": asdict(info), "parts": {},
+        "rehearsal": options.rehearse, **provenance(sys.argv[1:] if argv is None else argv), "device": info.cuda_device,
+        "torch": torch.__version__, "cuda": torch.version.cuda, "triton": importlib.util.find_spec("triton") is not None,
+        "build": asdict(info), "parts": {},
     }  # fmt: skip
 
     def write() -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import shlex
 import statistics
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,23 @@ from privimage_fast.dp.planner import free_cuda_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 Row = dict[str, Any]
+
+
+def provenance(arguments: Sequence[str]) -> Row:
+    """When, of which code, and by which command; the commit is None outside of a git checkout."""
+
+    def git(*command: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    return {
+        "datetime": datetime.now(UTC).isoformat(timespec="seconds"), "commit": git("rev-parse", "HEAD"),
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "command": shlex.join(["python", "benchmarks/gpu.py", *arguments]),
+    }  # fmt: skip
 
 
 @dataclass

@@ -183,6 +183,34 @@ TABLES: dict[str, Callable[[Entry], str]] = {"dp_step": dp_step, "ops": ops, "gr
 
 
 # The baselines' names with the diffusion model and with the GAN.
+def gpu(result: Entry, before: Entry | None) -> str:
+    """Steps of the 3.7 M U-Net, beside what they were in an earlier run; kernels as shares of what the device reaches."""
+    earlier = {row["what"]: row for row in (before or {"parts": {}})["parts"].get("steps", [])}
+    rows = []
+    for row in result["parts"].get("steps", []):
+        if "median" in row:
+            old = earlier.get(row["what"], {})
+            ratios = [f"{row[key]:.2f}" if key in row else "–" for key in ("÷ plain", "÷ plain compiled")]
+            was = f"{old['rows/s']:,.0f}" if "rows/s" in old else "–"
+            memory = f"{row['peak bytes'] / 2**30:.1f} GiB" if row.get("peak bytes") else "–"
+            rows.append([row["what"], str(row["rows"]), f"{row['rows/s']:,.0f}", was, *ratios, memory])
+    table = _markdown(["step", "rows at a time", "rows/s", "earlier the same day", "÷ plain", "÷ plain compiled", "memory"], rows)
+    shares = []
+    for row in result["parts"].get("kernels", []):
+        of = next((key for key in ("share of GEMM", "share of copy") if key in row), None)
+        if of and not row["what"].endswith(
+            (" stored in bfloat16", " norm only")
+        ):  # as fast as those that are stored; see the JSON
+            rate = f"{row['TFLOP/s']:.0f} TFLOP/s" if "TFLOP/s" in row else f"{row['GB/s']:,.0f} GB/s"
+            shares.append([row["what"], rate, f"{row[of]:.2f} of {'a matrix product' if of.endswith('GEMM') else 'a copy'}"])
+    source = (
+        f"\n*{result['device']}; torch {result['torch']}, CUDA {result['cuda']}; {result['datetime'][:10]}, commit "
+        f"{(result['commit'] or 'unknown')[:10]}{' with changes' if result['dirty'] else ''}; raw: "
+        "[gpu.json](benchmarks/results/gpu.json), earlier [gpu-before.json](benchmarks/results/gpu-before.json)*\n"
+    )
+    return "\n\n".join([table, _markdown(["kernel", "rate", "share"], shares)]) + "\n" + source
+
+
 VARIANTS = {
     "**the selected subset, class means**": ("privimage-means", "privimage-gan-means"),
     "**a subset chosen by clusters, class means**": ("privimage-clusters-means", "privimage-clusters-gan-means"),
@@ -262,6 +290,11 @@ def main() -> None:
             options.images.mkdir(parents=True, exist_ok=True)
             plot_growth(result, options.images / "growth.png")
         print(f"{source}: table written to {options.readme}")
+    measured, earlier = options.results / "gpu.json", options.results / "gpu-before.json"
+    if measured.exists():
+        before = json.loads(earlier.read_text()) if earlier.exists() else None
+        page = fill(page, "gpu", gpu(json.loads(measured.read_text()), before))
+        print(f"{measured}: table written to {options.readme}")
     if (options.results / "grids").is_dir():
         page = fill(page, "grids", grids(options.results / "grids") + "\n")
         print(f"{options.results / 'grids'}: table written to {options.readme}")
