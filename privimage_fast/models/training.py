@@ -205,9 +205,8 @@ class AveragedAdam:
                 self.average[name].copy_(state[f"ema/{name}"])
                 found = {key: state.get(f"adam/{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
                 if self.steps:
-                    self.optimizer.state[p] = {
-                        k: t.to(p.device if k != "step" else "cpu") for k, t in found.items() if t is not None
-                    }
+                    # Fused Adam counts its steps beside the parameters, on a GPU as well.
+                    self.optimizer.state[p] = {k: t.to(p.device, copy=True) for k, t in found.items() if t is not None}
 
 
 def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

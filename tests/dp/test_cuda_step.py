@@ -148,6 +148,18 @@ def test_public_steps_are_the_cpus(autocast: torch.dtype | None) -> None:
     torch.testing.assert_close(losses_of[1], losses_of[0], rtol=1e-3 if autocast is None else 0.05, atol=0)
 
 
+def test_public_training_goes_on_where_it_stopped() -> None:
+    args, models = noised(denoiser(), 8, 0), [denoiser(), denoiser()]
+    trainings = [AveragedAdam(model, lr=1e-3, ema_decay=0.9) for model in models]
+    for _ in range(2):
+        trainings[0].step(DenoisingLoss(2)(models[0], *args).mean())
+    trainings[1].load_state_dict({name: t.cpu() for name, t in trainings[0].state_dict().items()})  # as from a file
+    for training, model in zip(trainings, models, strict=True):
+        training.step(DenoisingLoss(2)(model, *args).mean())
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 def test_a_captured_step_is_the_eager_one(autocast: torch.dtype | None) -> None:
     models = [denoiser(), denoiser()]
