@@ -86,8 +86,9 @@ class Machine:
         return torch.cuda.max_memory_allocated()
 
     def held_bytes(self) -> int | None:
-        """What torch's allocator holds: a graph's memory is in a pool of its own, which no peak of allocations shows."""
-        return torch.cuda.memory_reserved() if self.device.type == "cuda" else None
+        """The most that torch's allocator has held since `peak_bytes` began: a graph's pool is in it, of which no allocation
+        tells."""
+        return torch.cuda.max_memory_reserved() if self.device.type == "cuda" else None
 
     def free_bytes(self) -> int | None:
         return free_cuda_bytes(self.device) if self.device.type == "cuda" else None

@@ -185,16 +185,20 @@ TABLES: dict[str, Callable[[Entry], str]] = {"dp_step": dp_step, "ops": ops, "gr
 # The baselines' names with the diffusion model and with the GAN.
 def gpu(result: Entry, before: Entry | None) -> str:
     """Steps of the 3.7 M U-Net, beside what they were in an earlier run; kernels as shares of what the device reaches."""
+    seconds = {row["what"]: row["median"] for row in result["parts"].get("steps", []) if "median" in row}
     earlier = {row["what"]: row for row in (before or {"parts": {}})["parts"].get("steps", [])}
     rows = []
     for row in result["parts"].get("steps", []):
-        if "median" in row:
+        if "median" in row and "compiled model" not in row["what"]:  # which compiles nothing under the engine
             old = earlier.get(row["what"], {})
-            ratios = [f"{row[key]:.2f}" if key in row else "–" for key in ("÷ plain", "÷ plain compiled")]
-            was = f"{old['rows/s']:,.0f}" if "rows/s" in old else "–"
-            memory = f"{row['peak bytes'] / 2**30:.1f} GiB" if row.get("peak bytes") else "–"
-            rows.append([row["what"], str(row["rows"]), f"{row['rows/s']:,.0f}", was, *ratios, memory])
-    table = _markdown(["step", "rows at a time", "rows/s", "earlier the same day", "÷ plain", "÷ plain compiled", "memory"], rows)
+            compiled = seconds.get(f"plain compiled, {row['what'].rsplit(', ', 1)[-1]}")
+            ratios = [
+                f"{row['÷ plain']:.2f}" if "÷ plain" in row else "–",
+                f"{row['median'] / compiled:.2f}" if compiled else "–",
+            ]
+            was = f"{old['rows/s']:,.0f} ({old['rows']})" if "rows/s" in old else "–"
+            rows.append([row["what"], str(row["rows"]), f"{row['rows/s']:,.0f}", was, *ratios])
+    table = _markdown(["step", "rows at a time", "rows/s", "earlier the same day (rows)", "÷ plain", "÷ plain compiled"], rows)
     shares = []
     for row in result["parts"].get("kernels", []):
         of = next((key for key in ("share of GEMM", "share of copy") if key in row), None)

@@ -99,10 +99,10 @@ def make_plan(c: RunConfig, model: ImageModel, *, n_labels: int, n_classes: int)
             target_epsilon=c.privacy.epsilon, delta=c.privacy.delta, sample_rate=rate, steps=steps,
             prior_events=prior,
         )  # fmt: skip
-    step = plan_finetune(model, c.finetune)
+    step = plan_finetune(model, c.finetune, c.privacy.population)
     networks = (model, c.finetune.training(model).module)
     parameters, private_parameters = (sum(p.numel() for p in network.parameters()) for network in networks)
-    images_a_step = expected_padded(step.physical_batch_size, c.finetune.batch_size)[1]
+    images_a_step = expected_padded(step.physical_batch_size, c.finetune.batch_size, c.privacy.population)[1]
     device = str(next(model.parameters()).device)
     seconds = _step_seconds(model, c, device)
     images = c.sample.per_class * n_classes

@@ -297,7 +297,7 @@ def test_the_released_generator_is_the_average() -> None:
 
 def test_the_plan_is_of_the_discriminator(tmp_path: Path) -> None:
     model = gan()
-    plan = plan_finetune(model, FinetuneConfig(batch_size=50, multiplicity=1, memory_budget_mib=200))
+    plan = plan_finetune(model, FinetuneConfig(batch_size=50, multiplicity=1, memory_budget_mib=200), 400)
     assert 50 < plan.physical_batch_size < 85 and plan.multiplicity == 2  # most draws of 50 expected are one micro-batch
     matrices = [m for m in model.discriminator.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     assert len(plan.layers) == len(matrices)

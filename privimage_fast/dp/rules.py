@@ -67,6 +67,10 @@ class Rule:
         """Returns y and what the backward pass needs beside its inputs."""
         raise NotImplementedError
 
+    def kept_inputs(self, x: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+        """What the backward pass is given of the inputs; the first has a row for each of x's."""
+        return (x, *more)
+
     def input_grad(self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...]) -> Tensor | None:
         raise NotImplementedError
 
@@ -389,7 +393,7 @@ class GroupNormRule(Rule):
 
 
 def _terms_of_rows(names: dict[str, str], rows: dict[str, Tensor], multiplicity: int, out: dict[str, Tensor]) -> list[Term]:
-    """Of (R, C) gradients of each row."""
+    """Of (R, C) gradients of each row, which are the caller's to give away: what is stored is added to in place later."""
     samples = {role: t.unflatten(0, (-1, multiplicity)).sum(1) if multiplicity > 1 else t for role, t in rows.items()}
     return [_added(name, samples[role], out) for role, name in names.items()]
 
@@ -425,6 +429,9 @@ class ResidualRule(Rule):
     def forward(self, x: Tensor, *more: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         return normalise.residual_forward(x, *more, self.weight, self.bias, self.options["scale"]), ()
 
+    def kept_inputs(self, x: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+        return (x.new_empty(x.shape[0], 0),)
+
     def backward(
         self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...], needs: Sequence[bool]
     ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
@@ -434,7 +441,8 @@ class ResidualRule(Rule):
     def per_sample(
         self, x: Tensor, g: Tensor, saved: tuple[Tensor, ...], multiplicity: int, out: dict[str, Tensor]
     ) -> list[Term]:
-        return _terms_of_rows(self.names, dict.fromkeys(("weight", "bias"), saved[0]), multiplicity, out)
+        # Each parameter's in memory of its own: one tensor for both would take in what is added to either, unmeasured.
+        return _terms_of_rows(self.names, {role: saved[0].clone() for role in self.names}, multiplicity, out)
 
 
 class LayerNormRule(Rule):

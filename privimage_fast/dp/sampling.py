@@ -15,7 +15,7 @@ from fractions import Fraction
 from typing import Protocol
 
 import numpy as np
-from scipy.special import pdtrc
+from scipy.special import bdtrc
 
 _CHUNK = 2**20  # images decided at a time: 8 MiB of random bytes
 
@@ -116,14 +116,14 @@ class MicroBatch:
     weights: np.ndarray
 
 
-def expected_padded(size: int, expected_batch_size: float) -> tuple[float, float]:
-    """Micro-batches of ``size`` that a Poisson draw takes, and their rows, padding included: both expected."""
-    most = math.ceil((expected_batch_size + 8 * math.sqrt(expected_batch_size)) / size) + 1
-    parts = float(pdtrc(size * np.arange(most), expected_batch_size).sum())  # P(N > 0) + P(N > size) + …
+def expected_padded(size: int, expected_batch_size: float, population: int) -> tuple[float, float]:
+    """Micro-batches of ``size`` that a draw from ``population`` takes, and their rows, padding included: both expected."""
+    above = size * np.arange(-(-population // size))  # P(N > 0) + P(N > size) + …, of a binomial N
+    parts = float(bdtrc(above, population, min(1.0, expected_batch_size / population)).sum())
     return parts, parts * size
 
 
-def even_micro_batch(most: int, expected_batch_size: float) -> int:
+def even_micro_batch(most: int, expected_batch_size: float, population: int) -> int:
     """The size, at most ``most``, at which a drawn batch leaves little to pad; of public numbers alone.
 
     Parts that divide the *expected* batch are the worst choice: every other draw is a little larger and takes one more part,
@@ -131,9 +131,10 @@ def even_micro_batch(most: int, expected_batch_size: float) -> int:
     """
     if most < 1:
         raise ValueError(f"most is {most}; it must be 1 or more")
+    most = min(most, population)
 
     def cost(size: int) -> float:
-        parts, rows = expected_padded(size, expected_batch_size)
+        parts, rows = expected_padded(size, expected_batch_size, population)
         return rows + parts * most / 16
 
     return min(range(most, most // 4, -1), key=cost)

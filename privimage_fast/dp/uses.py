@@ -65,8 +65,8 @@ class RuleCall(torch.autograd.Function):
         y, saved = rule.forward(x, *more)
         if y._is_view():  # F.linear's reshaped product: a view made in here could not be changed in place outside
             y = torch.ops.aten._unsafe_view(y, y.shape)
-        ctx.rule, ctx.sink, ctx.anchor, ctx.inputs = rule, sink, anchor, 1 + len(more)
-        ctx.save_for_backward(x, *more, *saved)
+        ctx.rule, ctx.sink, ctx.anchor = rule, sink, anchor
+        ctx.save_for_backward(*rule.kept_inputs(x, *more), *saved)
         return y
 
     @staticmethod
@@ -74,8 +74,8 @@ class RuleCall(torch.autograd.Function):
         x, *rest = ctx.saved_tensors  # computes a checkpointed part again, watched
         needs, kept = ctx.needs_input_grad[3:], tuple(rest)
         with torch._C.DisableTorchFunction():  # rules and kernels need not be watched: thousands of small calls a step
-            if torch.is_grad_enabled():  # create_graph: the gradient has to be differentiable, and its use of weights seen
-                grads = _differentiable_input_grad(ctx, x, g, rest) if any(needs) else (None,) * ctx.inputs
+            if torch.is_grad_enabled() and any(needs):  # create_graph: differentiable itself, and its use of weights seen
+                grads = _differentiable_input_grad(ctx, x, g, rest)
             else:
                 grads, kept = ctx.rule.backward(x, g, kept, needs)
             if _wanted(ctx.anchor):

@@ -123,7 +123,9 @@ def conv_clipped_sum(x: Tensor, g: Tensor, coef: Tensor, *, multiplicity: int, *
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         if not cuda.supports("conv_clipped_sum_", [x, g, coef]):
             return None
-        out = torch.zeros(g.shape[1], x.shape[1] // convolution["groups"], *convolution["kernel_size"], device=x.device)
+        out = torch.zeros(
+            g.shape[1], x.shape[1] // convolution["groups"], *convolution["kernel_size"], dtype=torch.float32, device=x.device
+        )
         cuda.conv_clipped_sum_(out, x, g, coef, multiplicity=multiplicity, **convolution)
         return out
 
@@ -133,7 +135,7 @@ def linear_clipped_sum(x: Tensor, g: Tensor, coef: Tensor, *, multiplicity: int)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         if not cuda.supports("linear_clipped_sum_", [x, g, coef]):
             return None
-        out = torch.zeros(g.shape[2], x.shape[2], device=x.device)
+        out = torch.zeros(g.shape[2], x.shape[2], dtype=torch.float32, device=x.device)
         cuda.linear_clipped_sum_(out, x, g, coef, multiplicity=multiplicity)
         return out
 

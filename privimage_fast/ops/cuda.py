@@ -119,8 +119,7 @@ def conv_weight_grad(
             groups=1, multiplicity=multiplicity, store=store, store_dtype=store_dtype, _tf32=_tf32,
         )  # fmt: skip
         if stored is not None:
-            inner = stored[:, : g.shape[1], : x.shape[1]].movedim(2, -1)
-            stored = (inner if x.shape[1] == stored.shape[2] else inner.contiguous()).movedim(-1, 2)
+            stored = stored[:, : g.shape[1], : x.shape[1]].movedim(2, -1).contiguous().movedim(-1, 2)  # without the zeros'
         return sq_norms, stored
     x, g = _channels_last(x, x.shape[1] // groups), _channels_last(g, g.shape[1] // groups)
     weights = out
@@ -240,12 +239,14 @@ def conv_clipped_sum_(
     _, outputs, inputs, *kernel = shape.weight_shape
     tiles = groups * _tiles(outputs // groups) * _tiles(inputs * kernel[0] * (kernel[1] if len(kernel) > 1 else 1))
     chunk = _chunk(shape.samples, tiles)
-    parts = torch.empty((-(-shape.samples // chunk), outputs, *kernel, inputs), device=x.device).movedim(-1, 2)
+    parts = torch.empty((-(-shape.samples // chunk), outputs, *kernel, inputs), dtype=torch.float32, device=x.device).movedim(
+        -1, 2
+    )
     s = parts.stride()
     part_stride = s if len(s) == 5 else (*s[:3], 0, s[3])
     coef = coef.contiguous()
     _conv(op, x, g, shape, groups, multiplicity, _plane(x), _plane(g), parts, part_stride, False, False, coef, chunk)
-    weighted_sum_(out, parts, torch.ones(parts.shape[0], device=x.device))
+    weighted_sum_(out, parts, torch.ones(parts.shape[0], dtype=torch.float32, device=x.device))
 
 
 def linear_clipped_sum_(out: Tensor, x: Tensor, g: Tensor, coef: Tensor, *, multiplicity: int) -> None:
@@ -258,11 +259,11 @@ def linear_clipped_sum_(out: Tensor, x: Tensor, g: Tensor, coef: Tensor, *, mult
         return
     x, g = (_features_last(t) for t in _operands(x, g))
     chunk = _chunk(samples, _tiles(outputs) * _tiles(inputs))
-    parts = torch.empty(-(-samples // chunk), outputs, inputs, device=x.device)
+    parts = torch.empty(-(-samples // chunk), outputs, inputs, dtype=torch.float32, device=x.device)
     strides = [(t.stride(0), t.stride(2), 0, t.stride(1)) for t in (x, g)]
     shape = _as_conv(samples, inputs, outputs, x.shape[1])
     _conv(op, x, g, shape, 1, multiplicity, *strides, parts, (*parts.stride(), 0, 0), False, False, coef.contiguous(), chunk)
-    weighted_sum_(out, parts, torch.ones(parts.shape[0], device=x.device))
+    weighted_sum_(out, parts, torch.ones(parts.shape[0], dtype=torch.float32, device=x.device))
 
 
 def _gram(
@@ -313,12 +314,12 @@ def _affine(
     """x, g: contiguous (R, C, S), or (R, S, C) with channels_last. x None: bias only."""
     rows = samples if x is not None else 0
     if not g.numel():
-        weight = torch.zeros(rows, channels, device=g.device) if out_weight is None else out_weight
-        bias = torch.zeros(samples, channels, device=g.device) if out_bias is None else out_bias
+        weight = torch.zeros(rows, channels, dtype=torch.float32, device=g.device) if out_weight is None else out_weight
+        bias = torch.zeros(samples, channels, dtype=torch.float32, device=g.device) if out_bias is None else out_bias
         return reference._sq_norms(weight), weight, reference._sq_norms(bias), bias
     mean, rstd = (t if t is None else t.float().contiguous() for t in (mean, rstd))
-    weight = torch.empty(rows, channels, device=g.device) if out_weight is None else _dense(out_weight)
-    bias = torch.empty(samples, channels, device=g.device) if out_bias is None else _dense(out_bias)
+    weight = torch.empty(rows, channels, dtype=torch.float32, device=g.device) if out_weight is None else _dense(out_weight)
+    bias = torch.empty(samples, channels, dtype=torch.float32, device=g.device) if out_bias is None else _dense(out_bias)
     sq_weight, sq_bias = (torch.empty(n, dtype=torch.float64, device=g.device) for n in (rows, samples))
     with _launching(op, x=x, g=g) as where:
         native._C.affine_grad(
@@ -387,7 +388,7 @@ def embedding_grad(
     samples, width = checks.embedding_shape(op, ids, g, num_embeddings, padding_idx, multiplicity)
     checks.accumulator(op, "out", out, (samples, num_embeddings, width), g)
     ids, g = ids.long().contiguous(), g.contiguous()
-    table = torch.empty(samples, num_embeddings, width, device=g.device) if out is None else _dense(out)
+    table = torch.empty(samples, num_embeddings, width, dtype=torch.float32, device=g.device) if out is None else _dense(out)
     sq_norms = torch.empty(samples, dtype=torch.float64, device=g.device)
     with _launching(op, ids=ids, g=g) as where:
         native._C.embedding_grad(
@@ -404,7 +405,7 @@ def clip_factors(sq_norms: Tensor, max_grad_norm: float, sample_weight: Tensor |
     checks.clip_arguments(op, sq_norms, max_grad_norm, sample_weight)
     sq_norms = sq_norms.double().contiguous()
     weight = None if sample_weight is None else sample_weight.double().contiguous()
-    factors = torch.empty(sq_norms.shape[0], device=sq_norms.device)
+    factors = torch.empty(sq_norms.shape[0], dtype=torch.float32, device=sq_norms.device)
     with _launching(op, sq_norms=sq_norms) as where:
         native._C.clip_factors(
             sq_norms=_pointer(sq_norms), sample_weight=_pointer(weight), max_grad_norm=max_grad_norm,

@@ -242,9 +242,11 @@ def _affine(
     if g.numel():
         mean, rstd = (t if t is None else t.float().contiguous() for t in (mean, rstd))
         weight = (
-            torch.empty(samples if x is not None else 0, channels, device="cpu") if out_weight is None else _dense(out_weight)
+            torch.empty(samples if x is not None else 0, channels, dtype=torch.float32, device="cpu")
+            if out_weight is None
+            else _dense(out_weight)
         )
-        bias = torch.empty(samples, channels, device="cpu") if out_bias is None else _dense(out_bias)
+        bias = torch.empty(samples, channels, dtype=torch.float32, device="cpu") if out_bias is None else _dense(out_bias)
         sq_weight, sq_bias = _norms(weight.shape[0]), _norms(samples)
         _C.affine_grad(
             x=_pointer(x), g=_pointer(g), x_dtype=0 if x is None else _DTYPES[x.dtype], g_dtype=_DTYPES[g.dtype],
@@ -256,8 +258,12 @@ def _affine(
         )  # fmt: skip
         weight, bias = _undense(out_weight, weight), _undense(out_bias, bias)
         return sq_weight, weight, sq_bias, bias
-    weight = torch.zeros(samples if x is not None else 0, channels, device="cpu") if out_weight is None else out_weight
-    bias = torch.zeros(samples, channels, device="cpu") if out_bias is None else out_bias
+    weight = (
+        torch.zeros(samples if x is not None else 0, channels, dtype=torch.float32, device="cpu")
+        if out_weight is None
+        else out_weight
+    )
+    bias = torch.zeros(samples, channels, dtype=torch.float32, device="cpu") if out_bias is None else out_bias
     return reference._sq_norms(weight), weight, reference._sq_norms(bias), bias
 
 
@@ -299,7 +305,7 @@ def embedding_grad(
     samples, width = checks.embedding_shape(op, ids, g, num_embeddings, padding_idx, multiplicity)
     checks.accumulator(op, "out", out, (samples, num_embeddings, width), g)
     ids, g = ids.long().contiguous(), g.contiguous()
-    table = torch.empty((samples, num_embeddings, width), device="cpu") if out is None else _dense(out)
+    table = torch.empty((samples, num_embeddings, width), dtype=torch.float32, device="cpu") if out is None else _dense(out)
     sq_norms = _norms(samples)
     _C.embedding_grad(
         ids=_pointer(ids), g=_pointer(g), g_dtype=_DTYPES[g.dtype], samples=samples,
@@ -314,7 +320,7 @@ def clip_factors(sq_norms: Tensor, max_grad_norm: float, sample_weight: Tensor |
     checks.clip_arguments("clip_factors", sq_norms, max_grad_norm, sample_weight)
     sq_norms = sq_norms.double().contiguous()
     weight = None if sample_weight is None else sample_weight.double().contiguous()
-    factors = torch.empty(sq_norms.shape[0], device="cpu")  # whatever torch.set_default_device says
+    factors = torch.empty(sq_norms.shape[0], dtype=torch.float32, device="cpu")  # whatever torch.set_default_device says
     _C.clip_factors(
         sq_norms=_pointer(sq_norms), sample_weight=_pointer(weight), max_grad_norm=max_grad_norm,
         samples=sq_norms.shape[0], factors=_pointer(factors),

@@ -17,7 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from privimage_fast.ops import cuda
 
-_VECTOR, _THREADS = 8, 512  # as in csrc/cuda/images.cuh
+_VECTOR, _MOST_CHANNELS = 8, 2048  # of csrc/cuda/images.cuh; more channels need more shared memory than every GPU has
 
 
 def group_norm(
@@ -33,9 +33,17 @@ def group_norm(
 
     Returns:
         (R, C, *spatial) of x's dtype, channels innermost, from the kernel (x of bfloat16 or float32, two spatial dimensions, C a
-        multiple of 8); what torch makes of it otherwise.
+        multiple of 8 up to 2,048); what torch makes of it otherwise.
+
+    Raises:
+        ValueError: weight, bias or shift has another shape.
     """
-    if not (_fits(x) and x.shape[1] % num_groups == 0 and _kernel("group_norm", x, weight, bias)):
+    _check("group_norm", x, weight=weight, bias=bias)
+    if shift is not None and shift.shape != x.shape[:2]:
+        raise ValueError(
+            f"group_norm: shift has shape {tuple(shift.shape)}; expected rows and channels of x, {tuple(x.shape[:2])}"
+        )
+    if not (_fits(x) and x.shape[1] % num_groups == 0 and _kernel("group_norm", [x, shift], weight, bias)):
         return _plain_norm(x, num_groups, weight, bias, eps, silu, shift)
     tensors = tuple(t for t in (x, weight, bias, shift) if t is not None)
     if has_torch_function(tensors):  # somebody watches, and would see no call otherwise
@@ -52,8 +60,14 @@ def residual(a: Tensor, b: Tensor, weight: Tensor | None = None, bias: Tensor | 
 
     Returns:
         (R, C, *spatial) of a's dtype, channels innermost from the kernel, which takes what that of :func:`group_norm` takes.
+
+    Raises:
+        ValueError: b has another shape than a, or a bias another than (C,).
     """
-    if not (_fits(a) and a.shape == b.shape and a.dtype == b.dtype and _kernel("residual", a, weight, bias)):
+    _check("residual", a, weight=weight, bias=bias)
+    if a.shape != b.shape:
+        raise ValueError(f"residual: b has shape {tuple(b.shape)}; expected that of a, {tuple(a.shape)}")
+    if not (_fits(a) and a.dtype == b.dtype and _kernel("residual", [a, b], weight, bias)):
         return _plain_residual(a, b, weight, bias, scale)
     tensors = tuple(t for t in (a, b, weight, bias) if t is not None)
     if has_torch_function(tensors):
@@ -66,15 +80,23 @@ def wants_channels_innermost(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and cuda.supports("group_norm", [x])
 
 
+def _check(op: str, x: Tensor, **affine: Tensor | None) -> None:
+    for name, t in affine.items():
+        if t is not None and t.shape != x.shape[1:2]:
+            raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}; expected one number a channel, {tuple(x.shape[1:2])}")
+
+
 def _fits(x: Tensor) -> bool:
-    return x.dim() == 4 and x.numel() > 0 and x.shape[1] % _VECTOR == 0 and x.shape[1] <= _VECTOR * _THREADS
+    return x.dim() == 4 and x.numel() > 0 and x.shape[1] % _VECTOR == 0 and x.shape[1] <= _MOST_CHANNELS
 
 
-def _kernel(op: str, x: Tensor, *affine: Tensor | None) -> bool:
+def _kernel(op: str, images: list[Tensor | None], *affine: Tensor | None) -> bool:
     given = [t for t in affine if t is not None]
     return (
-        not torch.compiler.is_compiling() and all(t.dtype == torch.float32 for t in given) and cuda.supports(op, [x, *given])
-    )  # fmt: skip
+        not torch.compiler.is_compiling()
+        and all(t.dtype == torch.float32 for t in given)
+        and cuda.supports(op, [*(t for t in images if t is not None), *given])
+    )
 
 
 def _channels_innermost(t: Tensor) -> Tensor:
@@ -92,7 +114,7 @@ def _like(x: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
-    return torch.empty(x.shape[:2], device=x.device)
+    return torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
 
 
 def forward(
@@ -100,7 +122,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y of :func:`group_norm`, and mean and rstd (R, num_groups) for :func:`backward`."""
     x = _channels_innermost(x)
-    y, (mean, rstd) = _like(x), (torch.empty(x.shape[0], num_groups, device=x.device) for _ in range(2))
+    y, (mean, rstd) = _like(x), (torch.empty(x.shape[0], num_groups, dtype=torch.float32, device=x.device) for _ in range(2))
     cuda.group_norm(x, mean, rstd, weight, bias, None if shift is None else shift.float(), silu, eps=eps, y=y)
     return y, mean, rstd
 
@@ -156,7 +178,11 @@ def _plain_residual(a: Tensor, b: Tensor, weight: Tensor | None, bias: Tensor | 
 def _differentiable(
     call: Any, inputs: tuple[Tensor | None, ...], needs: tuple[bool, ...], g: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Gradients under create_graph, which have to be differentiable themselves: torch's."""
+    """Gradients under create_graph, which have to be differentiable themselves: torch's.
+
+    Of views, each of its own: of the inputs themselves they would be total, where one is computed from another.
+    """
+    inputs = tuple(t.view_as(t) if need and t is not None else t for t, need in zip(inputs, needs, strict=True))
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
     found = iter(torch.autograd.grad(call(*inputs), wanted, g, create_graph=True))
     return tuple(next(found) if need and t is not None else None for t, need in zip(inputs, needs, strict=True))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -155,7 +154,7 @@ def run_finetune(
         check_rows(model, training)
         autocast = autocast if model.low_precision else None
         with torch.autocast(torch.device(device).type, autocast, enabled=autocast is not None):
-            physical = plan_finetune(model, config, optimizer.memory_budget).physical_batch_size
+            physical = plan_finetune(model, config, population, optimizer.memory_budget).physical_batch_size
         stand_in = _stand_in(model, training, physical)  # made-up images: none of the set is read for the capture
         captured = CapturedStep(optimizer, training.loss, stand_in, autocast=autocast)
         _train(folder, config, captured, training, pixels, labels, steps, event, ledger, randomness, stamp, seed, interrupted)
@@ -311,7 +310,7 @@ def _images(part: MicroBatch, pixels: Tensor, labels: Tensor) -> tuple[Tensor, T
     return to_float(pixels[rows]).masked_fill(blank[:, None, None, None], 0.0), labels[rows].masked_fill(blank, 0)
 
 
-def plan_finetune(model: ImageModel, config: FinetuneConfig, memory_budget: int | None = None) -> Plan:
+def plan_finetune(model: ImageModel, config: FinetuneConfig, population: int, memory_budget: int | None = None) -> Plan:
     """How micro-batches are done: the way of each layer, and the images at a time that the memory budget allows.
 
     Looks at one stand-in image. Without ``physical_batch_size`` a micro-batch has at most ``MOST_ROWS``, since more gains
@@ -335,9 +334,12 @@ def plan_finetune(model: ImageModel, config: FinetuneConfig, memory_budget: int 
     try:
         if config.physical_batch_size:
             return plan(min(most, config.batch_size))
-        fitting = plan(min(most, math.ceil(config.batch_size + 4 * math.sqrt(config.batch_size))))
-        even = even_micro_batch(fitting.physical_batch_size, config.batch_size)
-        return fitting if even == fitting.physical_batch_size else plan(even)
+        while True:
+            even = even_micro_batch(most, config.batch_size, population)
+            found = plan(even)
+            if found.physical_batch_size == even:
+                return found
+            most = max(found.physical_batch_size, even * 7 // 8)  # too many for the memory: somewhat fewer, or what surely fits
     except MemoryBudgetError as error:
         raise MemoryBudgetError(_budget_text(config, model, training.rows, budget, error.needed), error.needed) from error
 

@@ -145,11 +145,73 @@ def unet(channels: int = 8) -> tuple[Denoiser, DenoisingLoss, tuple[Tensor, ...]
     return model, DenoisingLoss(2), batch.args()
 
 
+@pytest.mark.parametrize("multiplicity", [1, 2])
 @pytest.mark.parametrize("strategy", ["store", "norm-only"])
-def test_a_unets_clipped_sums_match_the_loop(strategy: str, used: set[str]) -> None:
+def test_a_unets_clipped_sums_match_the_loop(strategy: str, multiplicity: int, used: set[str]) -> None:
     model, loss_fn, args = unet()
-    assert_matches_loop(model, loss_fn, args, multiplicity=2, strategy=strategy, tolerance=3e-5)
+    loss_fn = DenoisingLoss(multiplicity)
+    assert_matches_loop(model, loss_fn, args, multiplicity=multiplicity, strategy=strategy, tolerance=3e-5)
     assert {"group_norm", "residual"} <= used and "group_norm_affine_grad" not in used
+
+
+@pytest.mark.parametrize("multiplicity", [1, 2])
+@pytest.mark.parametrize("trained", [".", ".bias", "conv2.bias skip.bias"])
+def test_a_unet_that_is_called_twice_keeps_the_bound(trained: str, multiplicity: int) -> None:
+    """What a second call adds to one parameter's gradients must not reach another's, whose norm is taken."""
+    model, _, args = unet()
+    for name, p in model.named_parameters():
+        p.requires_grad_(any(part in name for part in trained.split()))
+
+    def twice(module: nn.Module, *batch: Tensor) -> Tensor:
+        loss = DenoisingLoss(multiplicity)
+        return loss(module, *batch) + 0.5 * loss(module, batch[0], batch[1] * 0.3, batch[2] * 0.3, batch[3])
+
+    assert_matches_loop(model, twice, args, multiplicity=multiplicity, tolerance=3e-5)
+    one = tuple(t[:multiplicity] for t in args)
+    found = pf.clipped_grad(model, twice, one, max_grad_norm=1e-4, multiplicity=multiplicity)
+    total = sum(g.double().square().sum() for g in found.grads.values()).sqrt()
+    assert 1e-4 * (1 - 1e-5) <= float(total) <= 1e-4 * (1 + 1e-6)
+
+
+def test_a_residual_whose_biases_meet_the_batch_again() -> None:
+    """Parameters used by the fused op and by others, one of them in both roles."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(8, 8, 3, padding=1)
+            self.p, self.q = (nn.Parameter(torch.randn(8)) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = normalise.residual(x, self.conv(x), self.p, self.q, 0.7)
+            y = normalise.residual(y, x, self.q, self.p, 0.5) * (3 * self.p)[:, None, None]
+            return normalise.residual(y, y, self.q, self.q)
+
+    assert_matches_loop(
+        Block(),
+        lambda module, x: module(x).square().flatten(1).sum(1),
+        (torch.randn(4, 8, 3, 3),),
+        strategy="store",
+        tolerance=3e-5,
+    )
+
+
+def test_a_residual_keeps_no_image_for_the_backward_pass() -> None:
+    kept: list[tuple[int, ...]] = []
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.randn(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+                return normalise.residual(x, 2 * x, self.bias)
+
+    pf.clipped_grad(
+        Block(), lambda module, x: module(x).square().flatten(1).sum(1), (torch.randn(4, 8, 3, 3),), max_grad_norm=1.0
+    )  # fmt: skip
+    assert (4, 0) in kept and (4, 8, 3, 3) not in kept
 
 
 def test_fused_normalisation_takes_part_in_the_bound() -> None:

@@ -127,22 +127,34 @@ def test_micro_batches_hold_each_index_once_in_one_shape(indices: list[int], siz
     assert kept == indices
 
 
-@pytest.mark.parametrize(("expected", "size"), [(50, 70), (50, 7), (4096, 4096), (4096, 2141), (3, 256)])
-def test_expected_padding_is_that_of_draws(expected: int, size: int) -> None:
-    parts = np.ceil(np.random.default_rng(0).poisson(expected, 200_000) / size)
-    found, rows = expected_padded(size, expected)
+@pytest.mark.parametrize(
+    ("expected", "size", "population"), [(50, 70, 900), (50, 7, 60), (4096, 4096, 60_000), (4096, 2141, 60_000), (3, 2, 3)]
+)
+def test_expected_padding_is_that_of_draws(expected: int, size: int, population: int) -> None:
+    parts = np.ceil(np.random.default_rng(0).binomial(population, expected / population, 200_000) / size)
+    found, rows = expected_padded(size, expected, population)
     assert found == pytest.approx(parts.mean(), rel=0.01) and rows == pytest.approx(parts.mean() * size, rel=0.01)
 
 
 def test_even_micro_batches_leave_little_to_pad() -> None:
-    for most, expected in ((4096, 4096), (512, 4096), (256, 50), (256, 2048), (30, 30), (1, 5)):
-        size = even_micro_batch(most, expected)
-        parts, rows = expected_padded(size, expected)
-        assert 1 <= size <= most and rows <= expected_padded(most, expected)[1] * (1 + 1e-9)
+    for most, expected, population in (
+        (4096, 4096, 60_000), (512, 4096, 5000), (256, 50, 600), (256, 2048, 60_000), (30, 30, 40), (1, 5, 6)
+    ):  # fmt: skip
+        size = even_micro_batch(most, expected, population)
+        parts, rows = expected_padded(size, expected, population)
+        assert 1 <= size <= most and rows <= expected_padded(most, expected, population)[1] * (1 + 1e-9)
         assert parts <= 4 * math.ceil(expected / most)
-    assert expected_padded(4096, 4096)[1] > 1.4 * 4096 and expected_padded(even_micro_batch(4096, 4096), 4096)[1] < 1.06 * 4096
+    assert expected_padded(4096, 4096, 60_000)[1] > 1.4 * 4096
+    assert expected_padded(even_micro_batch(4096, 4096, 60_000), 4096, 60_000)[1] < 1.06 * 4096
     with pytest.raises(ValueError, match="most is 0"):
-        even_micro_batch(0, 10)
+        even_micro_batch(0, 10, 20)
+
+
+@pytest.mark.parametrize("population", [1, 60, 100, 4096])
+def test_a_whole_set_is_padded_by_nothing(population: int) -> None:
+    """At q = 1 each draw is the set; no micro-batch is larger than it."""
+    assert even_micro_batch(5000, population, population) == population
+    assert expected_padded(population, population, population) == (1, population)
 
 
 def test_bad_micro_batches_are_refused() -> None:
