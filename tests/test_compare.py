@@ -109,9 +109,17 @@ def test_built_in_variants_are_configuration(name: str) -> None:
     assert build_config(changes).warms_up is name.endswith("-means")
 
 
-@pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parents[1] / "benchmarks" / "grids").glob("*.yaml")), ids=lambda p: p.stem
-)
+GRIDS = sorted((Path(__file__).parents[1] / "benchmarks" / "grids").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", [p for p in GRIDS if p.stem == "ratio-cpu"], ids=lambda p: p.stem)
+def test_the_grid_of_shares_has_each_chosen_and_blindly_drawn(path: Path) -> None:
+    cells = {(c.config.select.mode, c.config.select.ratio, c.seed) for c in load_comparison(path).cells}
+    assert cells == {(mode, r, seed) for mode in ("semantic", "random") for r in (0.01, 0.05, 0.1, 0.2) for seed in (0, 1)}
+    assert not any(c.config.warms_up for c in load_comparison(path).cells)
+
+
+@pytest.mark.parametrize("path", [p for p in GRIDS if p.stem != "ratio-cpu"], ids=lambda p: p.stem)
 def test_the_committed_grids_have_the_baselines_and_three_seeds_where_the_claim_is(path: Path) -> None:
     comparison = load_comparison(path)
     baselines = ("privimage", "random", "pdp-diffusion", "dpdm")
