@@ -1,0 +1,78 @@
+"""The whole method on the CUDA kernels, emulated: what a GPU would run, from pre-training to images, beside the CPU's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import run_all
+from torch import Tensor
+
+from privimage_fast.dp import planner
+from privimage_fast.dp.rates import Rates
+from privimage_fast.ops import cuda, native
+
+pytestmark = pytest.mark.skipif(native._C is None, reason="the extension is not built")
+
+# One way for every layer: which is faster is not what is compared.
+RATES = Rates(
+    conv3=1e11, conv3_norm=1e11, conv3_sum=1e11, conv=1e11, conv_sum=1e11, linear=1e11, linear_sum=1e11, gram=5e10, bytes=1e10
+)  # fmt: skip
+
+
+def emulate(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Every op that has a CUDA kernel runs on it from here on; the set says which did."""
+    used: set[str] = set()
+
+    def supports(op: str, tensors: Sequence[Tensor]) -> bool:
+        known = hasattr(cuda, op) and all(t.dtype in native._SUPPORTED.get(op, native._FLOATS) for t in tensors)
+        used.update([op] if known else [])
+        return known
+
+    on_cpu = native.supports
+    monkeypatch.setattr(cuda, "supports", supports)
+    monkeypatch.setattr(native, "supports", lambda op, tensors: not hasattr(cuda, op) and on_cpu(op, tensors))
+    return used
+
+
+def refuse_what_fused_adam_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU it wants gradients and averages laid out as their parameters, and steps counted beside them."""
+    step = torch.optim.Adam.step
+
+    def strict(self: torch.optim.Adam, *args: Any) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                beside = [p.grad, *(t for t in self.state[p].values() if t.dim())]
+                assert all(t.stride() == p.stride() and t.dtype == p.dtype for t in beside)
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", strict)
+
+
+@pytest.mark.parametrize("family", ["diffusion", "gan"])
+def test_a_run_on_the_kernels_is_the_cpus(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sections: dict[str, Any] = {
+        "privacy": {"secure": False}, "pretrain": {"steps": 3}, "warmup": {"steps": 2},
+        "finetune": {"steps": 3, "checkpoint_steps": 2}, "sample": {"per_class": 4},
+    }  # fmt: skip
+    if family == "gan":
+        small = {"latent": 8, "generator_channels": 8, "discriminator_channels": 8, "max_mult": 2, "features": 8}
+        sections["model"] = {"family": "gan", "gan": small, "adversarial": {"discriminator_steps": 2, "generator_batch": 12}}
+        sections["finetune"] |= {"multiplicity": 1}
+    monkeypatch.setattr(planner, "machine_rates", lambda *key: RATES)
+    plain = run_all(tmp_path / "cpu", test=None, **sections)
+    refuse_what_fused_adam_refuses(monkeypatch)
+    used = emulate(monkeypatch)
+    found = run_all(tmp_path / "emulated", test=None, **sections)
+    assert {"conv_weight_grad", "bias_grad"} <= used and ({"group_norm", "residual"} <= used) == (family == "diffusion")
+    for name in ("pretrain", "warmup", "finetune"):
+        ours, cpus = (load_file(run.folder.checkpoint(name)) for run in (found, plain))
+        for key in cpus:
+            torch.testing.assert_close(ours[key], cpus[key], rtol=1e-2, atol=2e-4, msg=lambda m, k=key, n=name: f"{n}, {k}: {m}")
+    images = [np.load(run.folder.synthetic)["images"].astype(float) for run in (found, plain)]
+    assert np.abs(images[0] - images[1]).mean() < 1
