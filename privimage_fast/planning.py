@@ -143,25 +143,27 @@ def _step_seconds(model: ImageModel, config: RunConfig, device: str, rows: int =
     public = model.public_training(
         lr=1e-6, ema_decay=config.pretrain.ema_decay, label_dropout=config.pretrain.label_dropout
     )  # fmt: skip
-    count = max(1, rows // private.rows)
+    # Each part with as many rows as it has at a time: of eight images alone the calls, not the images, would be timed.
+    count, many = max(1, rows // private.rows), min(rows, config.pretrain.batch_size)
+    drawn = min(rows, config.sample.batch_size)
     random = torch.Generator().manual_seed(0)
-    images = torch.rand((count, model.channels, model.resolution, model.resolution), generator=random) * 2 - 1
-    labels = torch.zeros(count, dtype=torch.int64)
+    images = torch.rand((max(count, many), model.channels, model.resolution, model.resolution), generator=random) * 2 - 1
+    labels = torch.zeros(max(count, many, drawn), dtype=torch.int64)
     # One step of a sampler tells what all of them take.
     sampler = replace(config.sample.sampler, steps=2)
     passes = [model.drawable.network_evaluations(options) for options in (config.sample.sampler, sampler)]
     sums = {name: torch.zeros_like(p) for name, p in private.module.named_parameters()}
 
     def draw() -> None:
-        noise = torch.randn(count, *model.drawable.latent_shape, generator=random)
-        model.drawable.draw(labels.to(device), sampler, noise.to(device)).sum().item()
+        noise = torch.randn(drawn, *model.drawable.latent_shape, generator=random)
+        model.drawable.draw(labels[:drawn].to(device), sampler, noise.to(device)).sum().item()
 
     def public_step() -> None:
-        on_device = (images.to(device), labels.to(device))
+        on_device = (images[:many].to(device), labels[:many].to(device))
         public.step(*on_device, random if device == "cpu" else torch.Generator(device), 1e-6).item()
 
     def private_step() -> None:
-        args = [t.to(device) for t in private.batch(images, labels, random)]
+        args = [t.to(device) for t in private.batch(images[:count], labels[:count], random)]
         accumulate_clipped(private.module, private.loss, args, sums, max_grad_norm=1.0, multiplicity=private.rows)[0].sum().item()
 
     def after_steps() -> None:
@@ -169,7 +171,7 @@ def _step_seconds(model: ImageModel, config: RunConfig, device: str, rows: int =
             private.after_step(step, 0)
 
     return _Seconds(
-        _best(draw) / count * passes[0] / passes[1], _best(public_step) / count,
+        _best(draw) / drawn * passes[0] / passes[1], _best(public_step) / many,
         _best(private_step) / count, _best(after_steps) / private.round,
     )  # fmt: skip
 

@@ -38,7 +38,8 @@ def load_image_set(
     path, limits, faults = Path(path), limits or Limits(), Faults(skip_bad)
     check_shape(resolution, channels)
     if not path.exists():
-        raise DataError(f"{path}: no such file or folder")
+        where = "" if path.is_absolute() else f"; relative paths count from {Path.cwd()}"
+        raise DataError(f"{path}: no such file or folder{where}")
     kind = _detect(path) if format == "auto" else format
     if kind not in FORMATS:
         raise DataError(f"format: expected one of {', '.join(FORMATS)}, found {format!r}")
