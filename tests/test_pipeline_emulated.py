@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from emulated import RATES, emulate
 from safetensors.torch import load_file
 from tiny import run_all
-from torch import Tensor
 
 from privimage_fast.dp import planner
-from privimage_fast.dp.rates import Rates
-from privimage_fast.ops import cuda, native
+from privimage_fast.ops import native
 
 pytestmark = pytest.mark.skipif(native._C is None, reason="the extension is not built")
-
-# One way for every layer: which is faster is not what is compared.
-RATES = Rates(
-    conv3=1e11, conv3_norm=1e11, conv3_sum=1e11, conv=1e11, conv_sum=1e11, linear=1e11, linear_sum=1e11, gram=5e10, bytes=1e10
-)  # fmt: skip
-
-
-def emulate(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """Every op that has a CUDA kernel runs on it from here on; the set says which did."""
-    used: set[str] = set()
-
-    def supports(op: str, tensors: Sequence[Tensor]) -> bool:
-        known = hasattr(cuda, op) and all(t.dtype in native._SUPPORTED.get(op, native._FLOATS) for t in tensors)
-        used.update([op] if known else [])
-        return known
-
-    on_cpu = native.supports
-    monkeypatch.setattr(cuda, "supports", supports)
-    monkeypatch.setattr(native, "supports", lambda op, tensors: not hasattr(cuda, op) and on_cpu(op, tensors))
-    return used
 
 
 def refuse_what_fused_adam_refuses(monkeypatch: pytest.MonkeyPatch) -> None:

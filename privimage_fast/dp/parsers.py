@@ -12,15 +12,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from privimage_fast.dp.norm_rules import FusedGroupNormRule, GroupNormRule, LayerNormRule, ResidualRule
 from privimage_fast.dp.rules import (
     ConvRule,
     ConvTransposeRule,
     EmbeddingRule,
-    FusedGroupNormRule,
-    GroupNormRule,
-    LayerNormRule,
     LinearRule,
-    ResidualRule,
     Rule,
     UncoveredParameterError,
 )  # fmt: skip

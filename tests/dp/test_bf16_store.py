@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from emulated import emulate
 from private_helpers import batch_step, data, gradient, private, small_net
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -19,7 +20,7 @@ from privimage_fast.dp.collector import Collector
 from privimage_fast.dp.noise import NoiseKey
 from privimage_fast.dp.optimizer import UpdateRule
 from privimage_fast.dp.planner import make_plan
-from privimage_fast.ops import cuda, native
+from privimage_fast.ops import native
 
 BF16 = torch.bfloat16
 
@@ -76,12 +77,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     if native._C is None:
         pytest.skip("the extension is not built")
 
-    def supports(op: str, tensors: Sequence[Tensor]) -> bool:
-        return hasattr(cuda, op) and all(t.dtype in native._SUPPORTED.get(op, native._FLOATS) for t in tensors)
-
-    on_cpu = native.supports
-    monkeypatch.setattr(cuda, "supports", supports)
-    monkeypatch.setattr(native, "supports", lambda op, tensors: not hasattr(cuda, op) and on_cpu(op, tensors))
+    emulate(monkeypatch)
 
 
 @pytest.mark.parametrize("name", MODELS)

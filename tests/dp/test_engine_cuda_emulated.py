@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 
 import pytest
 import torch
+from emulated import RATES, emulate
 from oracle import assert_matches_loop, per_sample_loop
 from torch import Tensor, nn
 
@@ -14,36 +14,20 @@ import privimage_fast as pf
 from privimage_fast import ops
 from privimage_fast.dp import planner
 from privimage_fast.dp.noise import NoiseKey
-from privimage_fast.dp.rates import Rates
 from privimage_fast.dp.rules import UncoveredParameterError
 from privimage_fast.models.edm import Denoiser, DenoisingLoss, EDMConfig, denoising_batch
 from privimage_fast.models.unet import UNetConfig
-from privimage_fast.ops import cuda, native, normalise
-
-RATES = Rates(
-    conv3=1e11, conv3_norm=1e11, conv3_sum=1e11, conv=1e11, conv_sum=1e11, linear=1e11, linear_sum=1e11, gram=5e10, bytes=1e10
-)  # fmt: skip
+from privimage_fast.ops import native, normalise
 
 pytestmark = pytest.mark.skipif(native._C is None, reason="the extension is not built")
 
 
 @pytest.fixture(autouse=True)
 def used(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """Every op that has a CUDA kernel runs on it; the set says which did."""
-    names: set[str] = set()
-
-    def supports(op: str, tensors: Sequence[Tensor]) -> bool:
-        known = hasattr(cuda, op) and all(t.dtype in native._SUPPORTED.get(op, native._FLOATS) for t in tensors)
-        names.update([op] if known else [])
-        return known
-
-    on_cpu = native.supports
-    monkeypatch.setattr(cuda, "supports", supports)
-    monkeypatch.setattr(native, "supports", lambda op, tensors: not hasattr(cuda, op) and on_cpu(op, tensors))
-    # Measured here, the emulation's own would be the whole process's rates.
+    """Which ops ran on their CUDA kernels: all that have one."""
     monkeypatch.setattr(planner, "machine_rates", lambda *key: RATES)
     torch.manual_seed(0)
-    return names
+    return emulate(monkeypatch)
 
 
 class Network(nn.Module):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from emulated import emulate
 from oracle import assert_matches_loop
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from privimage_fast.dp.collector import Collector, fixed
 from privimage_fast.dp.rules import ConvRule, ConvTransposeRule, LinearRule, MatrixRule
 from privimage_fast.dp.uses import Sink, Use
 from privimage_fast.models.unet import SelfAttention
-from privimage_fast.ops import cuda, native
+from privimage_fast.ops import native
 
 pytestmark = pytest.mark.skipif(native._C is None, reason="the extension is not built")
 
@@ -25,13 +26,7 @@ pytestmark = pytest.mark.skipif(native._C is None, reason="the extension is not 
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every op that has a CUDA kernel runs on it."""
-
-    def supports(op: str, tensors: Sequence[Tensor]) -> bool:
-        return hasattr(cuda, op) and all(t.dtype in native._SUPPORTED.get(op, native._FLOATS) for t in tensors)
-
-    on_cpu = native.supports
-    monkeypatch.setattr(cuda, "supports", supports)
-    monkeypatch.setattr(native, "supports", lambda op, tensors: not hasattr(cuda, op) and on_cpu(op, tensors))
+    emulate(monkeypatch)
     torch.manual_seed(0)
 
 
