@@ -9,6 +9,8 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from privimage_fast.config import ConfigError, RunConfig
 from privimage_fast.data import ImageSet, images_in_both
 from privimage_fast.dp.accounting import DPSGDEvent, GaussianEvent, default_delta, epsilon
@@ -99,8 +101,13 @@ def check_inputs(c: RunConfig, folder: RunFolder, *, public: ImageSet, private: 
     """Finds out before anything is spent what would stop a later stage.
 
     Raises:
-        ConfigError: a test set of other classes, or files that are not there.
+        ConfigError: a test set of other classes, files that are not there, or networks that do not fit the images.
     """
+    try:
+        with torch.device("meta"):
+            c.model.build(resolution=c.data.resolution, channels=c.data.channels, num_classes=private.n_classes)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     if c.model.unused_sizes:
         logger.warning("%s", c.model.unused_sizes)
     if test is not None and test.label_names != private.label_names:

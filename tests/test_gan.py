@@ -29,9 +29,9 @@ TINY = GANConfig(latent=8, generator_channels=8, discriminator_channels=8, max_m
 SIZES = {"resolution": 9, "channels": 1, "num_classes": 3}
 
 
-def gan(config: GANConfig = TINY, **options: Any) -> GAN:
+def gan(config: GANConfig = TINY, *, patch: int = 1, **options: Any) -> GAN:
     torch.manual_seed(0)
-    return GAN(config, AdversarialConfig(**{"spectral_norm": False, **options}), **SIZES)
+    return GAN(config, AdversarialConfig(**{"spectral_norm": False, **options}), patch=patch, **SIZES)
 
 
 def private(model: GAN, pairs: int = 1, label_dropout: float = 0.0) -> PrivateAdversarial:
@@ -50,9 +50,11 @@ def secret(seed: int = 7) -> torch.Generator:
 # -------------------------------------------------------------------------------------------------------- networks
 
 
-@pytest.mark.parametrize(("resolution", "channels"), [(8, 1), (9, 3), (14, 1), (28, 1), (64, 3)])
-def test_any_size_goes_through(resolution: int, channels: int) -> None:
-    model = GAN(PRESETS["small"], AdversarialConfig(), resolution=resolution, channels=channels, num_classes=2)
+@pytest.mark.parametrize(
+    ("resolution", "channels", "patch"), [(8, 1, 1), (9, 3, 1), (14, 1, 1), (28, 1, 1), (64, 3, 1), (28, 1, 2), (64, 3, 4)]
+)
+def test_any_size_goes_through(resolution: int, channels: int, patch: int) -> None:
+    model = GAN(PRESETS["small"], AdversarialConfig(), resolution=resolution, channels=channels, num_classes=2, patch=patch)
     labels = torch.tensor([0, 2])  # 2 is the empty label
     drawn = model.generator(model.generator.latents(2, secret()), labels)
     assert drawn.shape == (2, channels, resolution, resolution) and float(drawn.detach().abs().max()) <= 1
@@ -184,6 +186,15 @@ def test_training_on_two_shades_draws_them_by_class() -> None:
 def test_clipped_gradients_are_those_of_a_loop_over_samples(spectral_norm: bool, gradient_penalty: float, pairs: int) -> None:
     training = private(gan(spectral_norm=spectral_norm, gradient_penalty=gradient_penalty), pairs, label_dropout=0.2)
     args = training.batch(*images(4), secret())
+    check_per_sample(training.module, training.loss, args, multiplicity=training.rows)
+    assert_matches_loop(training.module, training.loss, args, multiplicity=training.rows)
+
+
+@pytest.mark.parametrize("gradient_penalty", [0.0, 1.0])
+def test_a_discriminator_of_patches_is_clipped_as_a_loop_over_samples_is(gradient_penalty: float) -> None:
+    training = private(gan(spectral_norm=True, gradient_penalty=gradient_penalty, patch=3), 2)
+    args = training.batch(*images(4), secret())
+    assert training.module.image_in.in_channels == 9
     check_per_sample(training.module, training.loss, args, multiplicity=training.rows)
     assert_matches_loop(training.module, training.loss, args, multiplicity=training.rows)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from safetensors import SafetensorError
 from tiny import PRIVATE, PUBLIC, STEPS, TEST, bars, run_all, tiny_config
 
 import privimage_fast as pf
+from privimage_fast.config import ConfigError
 from privimage_fast.dp.accounting import default_delta
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.stages import folder as folder_module
@@ -46,6 +48,46 @@ def test_python_api_end_to_end(tmp_path: Path) -> None:
         model.sample(2, np.array([0, 9]))
     with pytest.raises(ValueError, match="n must be at least 1, found -1"):
         model.sample(-1)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {},
+        {
+            "family": "gan",
+            "gan": {"latent": 4, "generator_channels": 4, "discriminator_channels": 4, "max_mult": 1, "features": 4},
+        },
+    ],
+    ids=["diffusion", "gan"],
+)
+def test_a_model_of_patches_is_trained_exported_and_drawn_from(tmp_path: Path, model: dict[str, Any]) -> None:
+    run = run_all(tmp_path / "a", model={**model, "patch": 2})
+    with np.load(run.folder.synthetic) as arrays:
+        assert arrays["images"].shape == (36, 8, 8, 1)
+    fitted = pf.PrivImage.from_pretrained(run.folder.model)
+    described = json.loads((run.folder.model / "config.json").read_text())
+    assert described["patch"] == 2 and len(np.unique(fitted.sample(6).images, axis=0)) == 6
+    # Models saved before there were patches have none, and are not taken for such.
+    described.pop("patch")
+    (run.folder.model / "config.json").write_text(json.dumps(described))
+    with pytest.raises(RunError, match="does not hold a model of this version"):
+        pf.PrivImage.from_pretrained(run.folder.model)
+
+
+def test_a_patch_that_does_not_fill_the_images_is_refused_before_anything_is_spent(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.patch 3 does not divide 8 px; choose one of 1, 2"):
+        run_all(tmp_path / "a", model={"patch": 3})
+    assert not (tmp_path / "a" / "ledger.jsonl").exists()
+
+
+def test_a_model_saved_without_patches_is_read_as_before(tmp_path: Path) -> None:
+    run = run_all(tmp_path / "a")
+    before = pf.PrivImage.from_pretrained(run.folder.model).sample(4).images
+    described = json.loads((run.folder.model / "config.json").read_text())
+    assert described.pop("patch") == 1
+    (run.folder.model / "config.json").write_text(json.dumps(described))
+    assert np.array_equal(pf.PrivImage.from_pretrained(run.folder.model).sample(4).images, before)
 
 
 def test_the_neighbour_sheet_is_written_only_when_asked_for(tmp_path: Path) -> None:

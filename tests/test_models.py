@@ -10,6 +10,7 @@ import torch
 from tiny import PUBLIC
 from torch import Tensor, nn
 
+from privimage_fast.models import patches
 from privimage_fast.models.classifier import ClassifierConfig, classifier_accuracy, train_classifier
 from privimage_fast.models.edm import (
     Denoiser,
@@ -33,11 +34,36 @@ def test_presets_have_the_published_sizes_and_attention(preset: str, low: float,
     assert sum(isinstance(m, SelfAttention) for m in model.modules()) >= 2
 
 
-@pytest.mark.parametrize(("resolution", "channels"), [(8, 1), (9, 3), (14, 1), (15, 1), (28, 1), (64, 3)])
-def test_any_size_goes_through(resolution: int, channels: int) -> None:
-    model = Denoiser(PRESETS["base"], EDMConfig(), resolution=resolution, channels=channels, num_classes=2)
+@pytest.mark.parametrize(
+    ("resolution", "channels", "patch"),
+    [(8, 1, 1), (9, 3, 1), (14, 1, 1), (15, 1, 1), (28, 1, 1), (64, 3, 1), (28, 1, 2), (27, 3, 3), (64, 3, 4)],
+)
+def test_any_size_goes_through(resolution: int, channels: int, patch: int) -> None:
+    model = Denoiser(PRESETS["base"], EDMConfig(), resolution=resolution, channels=channels, num_classes=2, patch=patch)
     x = torch.randn(2, channels, resolution, resolution)
     assert model(x, torch.ones(2), torch.tensor([0, 2])).shape == x.shape
+
+
+@pytest.mark.parametrize("patch", [1, 2, 3])
+def test_patches_are_blocks_of_pixels_as_channels_and_come_back(patch: int) -> None:
+    images = torch.randn(2, 3, 6, 12)
+    found = patches.gather(images, patch)
+    for c, down, right, y, x in [
+        (0, 0, 0, 0, 0),
+        (2, patch - 1, 0, 1, 2),
+        (1, 0, patch - 1, 0, 3),
+        (2, patch - 1, patch - 1, 1, 0),
+    ]:
+        channel = (c * patch + down) * patch + right
+        assert torch.equal(found[:, channel, y, x], images[:, c, y * patch + down, x * patch + right])
+    assert torch.equal(patches.spread(found, patch), images)
+
+
+def test_a_patch_that_does_not_fill_the_image_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^model\.patch 3 does not divide 28 px; choose one of 1, 2, 4, 7$"):
+        Denoiser(PRESETS["small"], EDMConfig(), resolution=28, channels=1, num_classes=2, patch=3)
+    with pytest.raises(ValueError, match=r"^3 levels halve 28 px in patches of 7 below 2"):
+        Denoiser(PRESETS["base"], EDMConfig(), resolution=28, channels=1, num_classes=2, patch=7)
 
 
 def test_too_many_levels_are_refused() -> None:
@@ -57,14 +83,15 @@ class Constant(nn.Module):
         return self.value.expand_as(x)
 
 
-def test_preconditioning_is_equation_7() -> None:
-    model = Denoiser(PRESETS["small"], EDMConfig(sigma_data=0.5), resolution=8, channels=1, num_classes=2)
+@pytest.mark.parametrize("patch", [1, 2])
+def test_preconditioning_is_equation_7(patch: int) -> None:
+    model = Denoiser(PRESETS["small"], EDMConfig(sigma_data=0.5), resolution=8, channels=1, num_classes=2, patch=patch)
     model.unet = Constant(torch.tensor(0.7))
     x, sigma = torch.randn(3, 1, 8, 8), torch.tensor([0.01, 1.0, 40.0])
     s = sigma.view(-1, 1, 1, 1)
     skip, out, scale = 0.25 / (s**2 + 0.25), s * 0.5 / (s**2 + 0.25).sqrt(), 1 / (s**2 + 0.25).sqrt()
     torch.testing.assert_close(model(x, sigma, torch.zeros(3, dtype=torch.int64)), skip * x + out * 0.7)
-    torch.testing.assert_close(model.unet.seen[0], scale * x)
+    torch.testing.assert_close(model.unet.seen[0], patches.gather(scale * x, patch))
     torch.testing.assert_close(model.unet.seen[1], sigma.log() / 4)
 
 

@@ -102,7 +102,7 @@ def test_nothing_private_is_written_unmarked(finished: Run) -> None:
         "expected_batch_size query_noise_multiplier means_noise_multiplier means_rounds",
         "stages.json": "query select pretrain warmup finetune sample evaluate",
         "metrics.json": "metrics synthetic",
-        "model/config.json": "format family unet edm resolution channels class_names privacy sampler",
+        "model/config.json": "format family unet patch edm resolution channels class_names privacy sampler",
     }
     found = {str(p.relative_to(finished.folder.path)) for p in finished.folder.path.rglob("*.json")}
     assert found == set(allowed)

@@ -70,14 +70,14 @@ class GAN(nn.Module):
     _means: ClassMeans | None = None
 
     def __init__(
-        self, config: GANConfig, adversarial: AdversarialConfig, *, resolution: int, channels: int, num_classes: int
-    ) -> None:
+        self, config: GANConfig, adversarial: AdversarialConfig, *, resolution: int, channels: int, num_classes: int,
+        patch: int = 1,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.adversarial, self.resolution, self.channels, self.num_classes = adversarial, resolution, channels, num_classes
-        self.generator = Generator(config, resolution=resolution, channels=channels, num_classes=num_classes)
-        self.discriminator = Discriminator(
-            config, spectral=adversarial.spectral_norm, resolution=resolution, channels=channels, num_classes=num_classes
-        )
+        shape = {"resolution": resolution, "channels": channels, "num_classes": num_classes, "patch": patch}
+        self.generator = Generator(config, **shape)
+        self.discriminator = Discriminator(config, spectral=adversarial.spectral_norm, **shape)
 
     @property
     def drawable(self) -> Generator:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from privimage_fast.models import patches
 from privimage_fast.models.replay import replayed
 from privimage_fast.models.training import AveragedAdam, ClassMeans
 from privimage_fast.models.unet import UNet, UNetConfig
@@ -38,25 +39,29 @@ class EDMConfig:
 
 
 class Denoiser(nn.Module):
-    """D(x; σ, label), eq. 7: c_skip·x + c_out·F(c_in·x, c_noise, label)."""
+    """D(x; σ, label), eq. 7: c_skip·x + c_out·F(c_in·x, c_noise, label); F sees ``patch``×``patch`` pixels as one position."""
 
     default_multiplicity = 8
     low_precision = True
     means: ClassMeans | None = None
 
-    def __init__(self, unet: UNetConfig, edm: EDMConfig, *, resolution: int, channels: int, num_classes: int) -> None:
+    def __init__(
+        self, unet: UNetConfig, edm: EDMConfig, *, resolution: int, channels: int, num_classes: int, patch: int = 1
+    ) -> None:
         super().__init__()
-        self.edm, self.resolution, self.channels, self.num_classes = edm, resolution, channels, num_classes
-        if resolution < 2 ** (len(unet.channel_mult) - 1) * 2:
-            raise ValueError(f"{len(unet.channel_mult)} levels halve {resolution} px below 2 px; use fewer channel_mult")
-        self.unet = UNet(unet, channels=channels, num_classes=num_classes)
+        self.edm, self.resolution, self.channels, self.num_classes, self.patch = edm, resolution, channels, num_classes, patch
+        side = patches.positions(resolution, patch)
+        if side < 2 ** (len(unet.channel_mult) - 1) * 2:
+            found = f"{resolution} px" + (f" in patches of {patch}" if patch > 1 else "")
+            raise ValueError(f"{len(unet.channel_mult)} levels halve {found} below 2; use fewer channel_mult")
+        self.unet = UNet(unet, channels=channels * patch**2, num_classes=num_classes)
 
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
         """x (R, C, H, W), sigma (R,), labels (R,) int64 → denoised images (R, C, H, W)."""
         s, data = sigma.view(-1, 1, 1, 1), self.edm.sigma_data
         scale = (s**2 + data**2).rsqrt()
-        predicted = self.unet(x * scale, sigma.log() / 4, labels)
-        return data**2 * scale**2 * x + s * data * scale * predicted.to(x.dtype)
+        predicted = self.unet(patches.gather(x * scale, self.patch), sigma.log() / 4, labels)
+        return data**2 * scale**2 * x + s * data * scale * patches.spread(predicted, self.patch).to(x.dtype)
 
     @property
     def drawable(self) -> Denoiser:
@@ -74,7 +79,8 @@ class Denoiser(nn.Module):
         return passes * (1 if options.guidance == 1 else 2)
 
     def describe(self) -> dict[str, Any]:
-        return {"family": "diffusion", "unet": asdict(self.unet.config), "edm": asdict(self.edm)}
+        sizes = {"unet": asdict(self.unet.config), "patch": self.patch}
+        return {"family": "diffusion", **sizes, "edm": asdict(self.edm)}
 
     def public_training(self, *, lr: float, ema_decay: float, label_dropout: float) -> PublicDenoising:
         return PublicDenoising(self, lr=lr, ema_decay=ema_decay, label_dropout=label_dropout)

@@ -1,7 +1,8 @@
 """The networks of PRIVIMAGE+G: a class-conditional convolutional GAN for 8 to 64 px.
 
 Both networks treat each row alone, which DP-SGD on the discriminator rests on: no batch normalisation, no minibatch statistics.
-Label ``num_classes`` is the empty one, as in the U-Net. Levels halve the resolution (14 → 7 → 4) until 4 px or less are left.
+Label ``num_classes`` is the empty one, as in the U-Net. Levels halve the resolution (14 → 7 → 4) until 4 px or less are
+left; with a ``patch`` of p, p×p pixels are one position to both.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
+
+from privimage_fast.models import patches
 
 _SMALLEST = 4  # px
 
@@ -96,10 +99,11 @@ class GeneratorBlock(nn.Module):
 class Generator(nn.Module):
     """forward: latents (R, latent) float, labels (R,) int64 in [0, num_classes] → images (R, C, H, W) in [−1, 1]."""
 
-    def __init__(self, config: GANConfig, *, resolution: int, channels: int, num_classes: int) -> None:
+    def __init__(self, config: GANConfig, *, resolution: int, channels: int, num_classes: int, patch: int = 1) -> None:
         super().__init__()
         self.config, self.resolution, self.channels, self.num_classes = config, resolution, channels, num_classes
-        sizes = level_sizes(resolution)
+        self.patch = patch
+        sizes = level_sizes(patches.positions(resolution, patch))
         widths = level_widths(config.generator_channels, len(sizes), config.max_mult)
         code = 2 * config.latent
         self.label_in = nn.Embedding(num_classes + 1, config.latent)
@@ -107,7 +111,8 @@ class Generator(nn.Module):
         self.blocks = nn.ModuleList(
             GeneratorBlock(widths[i + 1], widths[i], code, sizes[i]) for i in reversed(range(len(sizes) - 1))
         )
-        self.norm_out, self.image_out = ConditionalNorm(widths[0], code), nn.Conv2d(widths[0], channels, 3, padding=1)
+        self.norm_out = ConditionalNorm(widths[0], code)
+        self.image_out = nn.Conv2d(widths[0], channels * patch**2, 3, padding=1)
         self._start_shape = (widths[-1], sizes[-1], sizes[-1])
 
     def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
@@ -115,7 +120,7 @@ class Generator(nn.Module):
         h = self.start(code).unflatten(1, self._start_shape)
         for block in self.blocks:
             h = block(h, code)
-        return torch.tanh(self.image_out(F.relu(self.norm_out(h, code))))
+        return patches.spread(torch.tanh(self.image_out(F.relu(self.norm_out(h, code)))), self.patch)
 
     @property
     def device(self) -> torch.device:
@@ -139,7 +144,7 @@ class Generator(nn.Module):
         return 1
 
     def describe(self) -> dict[str, object]:
-        return {"family": "gan", "gan": vars(self.config)}
+        return {"family": "gan", "gan": vars(self.config), "patch": self.patch}
 
 
 class DiscriminatorBlock(nn.Module):
@@ -163,12 +168,13 @@ class Discriminator(nn.Module):
     """
 
     def __init__(
-        self, config: GANConfig, *, spectral: bool, resolution: int, channels: int, num_classes: int
+        self, config: GANConfig, *, spectral: bool, resolution: int, channels: int, num_classes: int, patch: int = 1
     ) -> None:  # fmt: skip
         super().__init__()
-        sizes = level_sizes(resolution)
+        self.patch = patch
+        sizes = level_sizes(patches.positions(resolution, patch))
         widths = level_widths(config.discriminator_channels, len(sizes), config.max_mult)
-        self.image_in = nn.Conv2d(channels, widths[0], 3, padding=1)
+        self.image_in = nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)
         self.blocks = nn.ModuleList(DiscriminatorBlock(widths[i], widths[i + 1]) for i in range(len(sizes) - 1))
         self.features = nn.Linear(widths[-1] * sizes[-1] ** 2, config.features)
         self.score = nn.Linear(config.features, 1)
@@ -183,7 +189,7 @@ class Discriminator(nn.Module):
         return super().train(False)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        h = self.image_in(images)
+        h = self.image_in(patches.gather(images, self.patch))
         for block in self.blocks:
             h = block(h)
         h = F.leaky_relu(self.features(F.leaky_relu(h, 0.2).flatten(1)), 0.2)

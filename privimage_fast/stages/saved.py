@@ -51,6 +51,7 @@ def load_pretrained(path: str | Path) -> tuple[Drawable, tuple[str, ...], str]:
             raise ValueError(f"format {described['format']}, expected 1")
         names = tuple(str(name) for name in described["class_names"])
         shape = {name: int(described[name]) for name in ("resolution", "channels")} | {"num_classes": len(names)}
+        shape["patch"] = int(described.get("patch", 1))
         family = described.get("family", "diffusion")
         if family == "gan":
             model: Drawable = Generator(GANConfig(**described["gan"]), **shape)

@@ -90,10 +90,10 @@ def test_random_layer_equals_the_per_sample_loop(seed: int) -> None:
 
 
 def unet_case(
-    multiplicity: int, *, preset: str = "small", resolution: int = 9, channels: int = 1
+    multiplicity: int, *, preset: str = "small", resolution: int = 9, channels: int = 1, patch: int = 1
 ) -> tuple[nn.Module, list[Tensor]]:
     torch.manual_seed(multiplicity)
-    model = Denoiser(PRESETS[preset], EDMConfig(), resolution=resolution, channels=channels, num_classes=4)
+    model = Denoiser(PRESETS[preset], EDMConfig(), resolution=resolution, channels=channels, num_classes=4, patch=patch)
     for name, p in model.named_parameters():  # as after some training: the zero-initialised ends pass gradients
         if p.dim() > 1 and "label_in" not in name:
             nn.init.normal_(p, std=(2 / p[0].numel()) ** 0.5)
@@ -109,6 +109,12 @@ def unet_case(
 def test_whole_unet_equals_the_per_sample_loop(multiplicity: int, strategy: str) -> None:
     model, args = unet_case(multiplicity)
     assert_matches_loop(model, DenoisingLoss(multiplicity), args, multiplicity=multiplicity, strategy=strategy)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_unet_of_patches_equals_the_per_sample_loop(strategy: str) -> None:
+    model, args = unet_case(2, resolution=10, channels=3, patch=2)
+    assert_matches_loop(model, DenoisingLoss(2), args, multiplicity=2, strategy=strategy)
 
 
 @pytest.mark.parametrize("memory_budget", [56 * 2**20, 2**30, None])

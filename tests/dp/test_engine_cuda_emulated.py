@@ -114,11 +114,11 @@ def test_the_step_sums_the_last_micro_batch(used: set[str], monkeypatch: pytest.
         assert torch.equal(tensor, found[1][name]), name
 
 
-def unet(channels: int = 8) -> tuple[Denoiser, DenoisingLoss, tuple[Tensor, ...]]:
+def unet(channels: int = 8, patch: int = 1) -> tuple[Denoiser, DenoisingLoss, tuple[Tensor, ...]]:
     """A denoiser with attention whose every convolution comes after the fused normalisation, and four samples of two rows."""
     torch.manual_seed(0)
     config = UNetConfig(base_channels=channels, channel_mult=(1, 2), blocks=1, attention_levels=(1,), head_channels=8)
-    model = Denoiser(config, EDMConfig(), resolution=8, channels=1, num_classes=3)
+    model = Denoiser(config, EDMConfig(), resolution=8, channels=1, num_classes=3, patch=patch)
     with torch.no_grad():  # layers that begin at zero would hide what is behind them
         for p in model.parameters():
             p += 0.05 * torch.randn_like(p)
@@ -129,10 +129,10 @@ def unet(channels: int = 8) -> tuple[Denoiser, DenoisingLoss, tuple[Tensor, ...]
     return model, DenoisingLoss(2), batch.args()
 
 
-@pytest.mark.parametrize("multiplicity", [1, 2])
+@pytest.mark.parametrize(("multiplicity", "patch"), [(1, 1), (2, 1), (2, 2)])
 @pytest.mark.parametrize("strategy", ["store", "norm-only"])
-def test_a_unets_clipped_sums_match_the_loop(strategy: str, multiplicity: int, used: set[str]) -> None:
-    model, loss_fn, args = unet()
+def test_a_unets_clipped_sums_match_the_loop(strategy: str, multiplicity: int, patch: int, used: set[str]) -> None:
+    model, loss_fn, args = unet(patch=patch)
     loss_fn = DenoisingLoss(multiplicity)
     assert_matches_loop(model, loss_fn, args, multiplicity=multiplicity, strategy=strategy, tolerance=3e-5)
     assert {"group_norm", "residual"} <= used and "group_norm_affine_grad" not in used
