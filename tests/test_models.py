@@ -10,7 +10,6 @@ import torch
 from tiny import PUBLIC
 from torch import Tensor, nn
 
-from privimage_fast.models import patches
 from privimage_fast.models.classifier import ClassifierConfig, classifier_accuracy, train_classifier
 from privimage_fast.models.edm import (
     Denoiser,
@@ -23,6 +22,7 @@ from privimage_fast.models.edm import (
     to_float,
     to_uint8,
 )
+from privimage_fast.models.patches import Patches
 from privimage_fast.models.training import AveragedAdam
 from privimage_fast.models.unet import PRESETS, SelfAttention, UNetConfig
 
@@ -45,18 +45,18 @@ def test_any_size_goes_through(resolution: int, channels: int, patch: int) -> No
 
 
 @pytest.mark.parametrize("patch", [1, 2, 3])
-def test_patches_are_blocks_of_pixels_as_channels_and_come_back(patch: int) -> None:
-    images = torch.randn(2, 3, 6, 12)
-    found = patches.gather(images, patch)
-    for c, down, right, y, x in [
-        (0, 0, 0, 0, 0),
-        (2, patch - 1, 0, 1, 2),
-        (1, 0, patch - 1, 0, 3),
-        (2, patch - 1, patch - 1, 1, 0),
-    ]:
-        channel = (c * patch + down) * patch + right
-        assert torch.equal(found[:, channel, y, x], images[:, c, y * patch + down, x * patch + right])
-    assert torch.equal(patches.spread(found, patch), images)
+def test_patches_are_orthonormal_frequencies_of_blocks_and_come_back(patch: int) -> None:
+    patches, images = Patches(patch, resolution=12, channels=3), torch.randn(2, 3, 12, 12)
+    found = patches.gather(images)
+    assert found.shape == (2, patches.bands, patches.side, patches.side) and patches.side * patch == 12
+    torch.testing.assert_close(found.square().sum(), images.square().sum())
+    torch.testing.assert_close(patches.spread(found), images)
+    # The lowest frequency of each channel is the mean of its own block, p times; a flat block has no other.
+    torch.testing.assert_close(found[:, :: patch**2], patch * nn.functional.avg_pool2d(images, patch))
+    flat = patches.gather(torch.ones(1, 3, 12, 12))
+    others = [band for band in range(patches.bands) if band % patch**2]
+    assert float(flat[:, others].abs().sum()) < 1e-4
+    assert not patches.state_dict()
 
 
 def test_a_patch_that_does_not_fill_the_image_is_refused() -> None:
@@ -90,9 +90,41 @@ def test_preconditioning_is_equation_7(patch: int) -> None:
     x, sigma = torch.randn(3, 1, 8, 8), torch.tensor([0.01, 1.0, 40.0])
     s = sigma.view(-1, 1, 1, 1)
     skip, out, scale = 0.25 / (s**2 + 0.25), s * 0.5 / (s**2 + 0.25).sqrt(), 1 / (s**2 + 0.25).sqrt()
-    torch.testing.assert_close(model(x, sigma, torch.zeros(3, dtype=torch.int64)), skip * x + out * 0.7)
-    torch.testing.assert_close(model.unet.seen[0], patches.gather(scale * x, patch))
+    found, bands = (model.patches.gather(t) for t in (model(x, sigma, torch.zeros(3, dtype=torch.int64)), x))
+    torch.testing.assert_close(found, skip * bands + out * 0.7)
+    torch.testing.assert_close(model.unet.seen[0], scale * model.patches.gather(x))
     torch.testing.assert_close(model.unet.seen[1], sigma.log() / 4)
+
+
+def test_measured_preconditioning_is_equation_7_of_each_frequency() -> None:
+    images = torch.randn(64, 1, 8, 8).mul(0.1) + torch.linspace(-1, 0.5, 64)[:, None, None, None]
+    model = Denoiser(PRESETS["small"], EDMConfig(sigma_data=None), resolution=8, channels=1, num_classes=2, patch=2)
+    model.measure(images)
+    bands = model.patches.gather(images)
+    torch.testing.assert_close(model.band_mean, bands.mean((0, 2, 3)))
+    torch.testing.assert_close(model.band_std, bands.std((0, 2, 3), correction=0))
+    assert model.band_std[0] > 5 * model.band_std[1:].max()
+    torch.testing.assert_close(model.sigma_data() ** 2, model.band_std.square().mean())
+    model.unet = Constant(torch.tensor(0.7))
+    x, sigma = torch.randn(3, 1, 8, 8), torch.tensor([0.01, 1.0, 40.0])
+    denoised = model.patches.gather(model(x, sigma, torch.zeros(3, dtype=torch.int64)))
+    for band in range(4):
+        s, data, mean = sigma.view(-1, 1, 1), model.band_std[band], model.band_mean[band]
+        z = model.patches.gather(x)[:, band] - mean
+        expected = mean + data**2 / (s**2 + data**2) * z + s * data / (s**2 + data**2).sqrt() * 0.7
+        torch.testing.assert_close(denoised[:, band], expected)
+        torch.testing.assert_close(model.unet.seen[0][:, band], z / (s**2 + data**2).sqrt())
+
+
+def test_what_was_measured_is_saved_and_a_given_scale_is_neither_measured_nor_saved() -> None:
+    shape: dict[str, Any] = {"resolution": 8, "channels": 1, "num_classes": 2, "patch": 2}
+    given, measured = (Denoiser(PRESETS["small"], EDMConfig(sigma_data=s), **shape) for s in (0.5, None))
+    assert torch.equal(measured.band_std, given.band_std)  # a model that is shown no images counts on the published one
+    for model in (given, measured):
+        model.measure(torch.zeros(4, 1, 8, 8))
+    assert torch.equal(given.band_std, torch.full((4,), 0.5)) and not given.band_mean.any()
+    assert float(measured.band_std.min()) > 0  # of images that are all alike
+    assert set(measured.state_dict()) - set(given.state_dict()) == {"band_mean", "band_std"}
 
 
 def test_loss_is_equation_8_and_divides_by_k() -> None:

@@ -79,6 +79,9 @@ class GAN(nn.Module):
         self.generator = Generator(config, **shape)
         self.discriminator = Discriminator(config, spectral=adversarial.spectral_norm, **shape)
 
+    def measure(self, images: Tensor) -> None:
+        """Nothing: a GAN has no scale of its images."""
+
     @property
     def drawable(self) -> Generator:
         return self.generator

@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from privimage_fast.models import patches
+from privimage_fast.models.patches import Patches
 from privimage_fast.models.replay import replayed
 from privimage_fast.models.training import AveragedAdam, ClassMeans
 from privimage_fast.models.unet import UNet, UNetConfig
+
+_SIGMA_DATA = 0.5  # the published one, for a model that is shown no public images
+_LEAST_SPREAD = 1 / 127.5  # a grey level: of a frequency that public images do not have
 
 
 @dataclass(frozen=True)
@@ -26,42 +29,68 @@ class EDMConfig:
     Args:
         p_mean: mean of ln σ, the noise levels that are trained on.
         p_std: standard deviation of ln σ.
-        sigma_data: standard deviation of the images, in [−1, 1], that the preconditioning counts on.
+        sigma_data: standard deviation of the images, in [−1, 1], that the preconditioning counts on, around a mean of 0. null
+            measures means and deviations on the public images that pre-training sees, of every frequency of a patch.
     """
 
     p_mean: float = -1.2
     p_std: float = 1.2
-    sigma_data: float = 0.5
+    sigma_data: float | None = 0.5
 
     def __post_init__(self) -> None:
-        if not (self.p_std > 0 and self.sigma_data > 0):
+        if not self.p_std > 0 or (self.sigma_data is not None and not self.sigma_data > 0):
             raise ValueError(f"p_std and sigma_data must be positive, found {self.p_std} and {self.sigma_data}")
 
 
 class Denoiser(nn.Module):
-    """D(x; σ, label), eq. 7: c_skip·x + c_out·F(c_in·x, c_noise, label); F sees ``patch``×``patch`` pixels as one position."""
+    """D(x; σ, label), eq. 7: c_skip·x + c_out·F(c_in·x, c_noise, label).
+
+    F sees ``patch``×``patch`` pixels as one position, their frequencies as channels (``models.patches``). Where σ_data is not
+    given the three c are those of each frequency: what F is to give has a variance of about 1 in all of them, at every σ, though
+    the lowest varies several times as much as the others. With the one σ_data of the published preconditioning, F's errors are
+    as large in frequencies where images hardly vary.
+    """
 
     default_multiplicity = 8
     low_precision = True
     means: ClassMeans | None = None
+    band_mean: Tensor
+    band_std: Tensor
 
     def __init__(
         self, unet: UNetConfig, edm: EDMConfig, *, resolution: int, channels: int, num_classes: int, patch: int = 1
     ) -> None:
         super().__init__()
-        self.edm, self.resolution, self.channels, self.num_classes, self.patch = edm, resolution, channels, num_classes, patch
-        side = patches.positions(resolution, patch)
-        if side < 2 ** (len(unet.channel_mult) - 1) * 2:
+        self.edm, self.resolution, self.channels, self.num_classes = edm, resolution, channels, num_classes
+        self.patches = Patches(patch, resolution=resolution, channels=channels)
+        if self.patches.side < 2 ** (len(unet.channel_mult) - 1) * 2:
             found = f"{resolution} px" + (f" in patches of {patch}" if patch > 1 else "")
             raise ValueError(f"{len(unet.channel_mult)} levels halve {found} below 2; use fewer channel_mult")
-        self.unet = UNet(unet, channels=channels * patch**2, num_classes=num_classes)
+        self.unet = UNet(unet, channels=self.patches.bands, num_classes=num_classes)
+        measured = edm.sigma_data is None
+        # Of a patch's frequencies; saved with the model where they are not what the configuration says.
+        self.register_buffer("band_mean", torch.zeros(self.patches.bands), persistent=measured)
+        self.register_buffer("band_std", torch.full((self.patches.bands,), edm.sigma_data or _SIGMA_DATA), persistent=measured)
+
+    @torch.no_grad()
+    def measure(self, images: Tensor) -> None:
+        """Takes σ_data, where it is not given, from public images (N, C, H, W) in [−1, 1], at least one."""
+        if self.edm.sigma_data is None:
+            found = self.patches.gather(images.to(self.patches.filters))
+            self.band_mean.copy_(found.mean((0, 2, 3)))
+            self.band_std.copy_(found.std((0, 2, 3), correction=0).clamp(min=_LEAST_SPREAD))
+
+    def sigma_data(self) -> Tensor:
+        """Of all pixels, a scalar: what the loss is weighted by."""
+        return self.band_std.square().mean().sqrt()
 
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
         """x (R, C, H, W), sigma (R,), labels (R,) int64 → denoised images (R, C, H, W)."""
-        s, data = sigma.view(-1, 1, 1, 1), self.edm.sigma_data
+        s, data, mean = sigma.view(-1, 1, 1, 1), self.band_std.view(1, -1, 1, 1), self.band_mean.view(1, -1, 1, 1)
         scale = (s**2 + data**2).rsqrt()
-        predicted = self.unet(patches.gather(x * scale, self.patch), sigma.log() / 4, labels)
-        return data**2 * scale**2 * x + s * data * scale * patches.spread(predicted, self.patch).to(x.dtype)
+        found = self.patches.gather(x) - mean
+        predicted = self.unet(found * scale, sigma.log() / 4, labels).to(x.dtype)
+        return self.patches.spread(data**2 * scale**2 * found + s * data * scale * predicted + mean)
 
     @property
     def drawable(self) -> Denoiser:
@@ -79,7 +108,7 @@ class Denoiser(nn.Module):
         return passes * (1 if options.guidance == 1 else 2)
 
     def describe(self) -> dict[str, Any]:
-        sizes = {"unet": asdict(self.unet.config), "patch": self.patch}
+        sizes = {"unet": asdict(self.unet.config), "patch": self.patches.patch}
         return {"family": "diffusion", **sizes, "edm": asdict(self.edm)}
 
     def public_training(self, *, lr: float, ema_decay: float, label_dropout: float) -> PublicDenoising:
@@ -133,7 +162,7 @@ class DenoisingLoss:
         self.multiplicity = multiplicity
 
     def __call__(self, model: Denoiser, images: Tensor, noise: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
-        data = model.edm.sigma_data
+        data = model.sigma_data()
         weight = (sigma**2 + data**2) / (sigma * data) ** 2
         denoised = model(images + sigma.view(-1, 1, 1, 1) * noise, sigma, labels)
         return weight * (denoised - images).square().flatten(1).mean(1) / self.multiplicity

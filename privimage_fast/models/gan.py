@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
-from privimage_fast.models import patches
+from privimage_fast.models.patches import Patches
 
 _SMALLEST = 4  # px
 
@@ -102,8 +102,8 @@ class Generator(nn.Module):
     def __init__(self, config: GANConfig, *, resolution: int, channels: int, num_classes: int, patch: int = 1) -> None:
         super().__init__()
         self.config, self.resolution, self.channels, self.num_classes = config, resolution, channels, num_classes
-        self.patch = patch
-        sizes = level_sizes(patches.positions(resolution, patch))
+        self.patches = Patches(patch, resolution=resolution, channels=channels)
+        sizes = level_sizes(self.patches.side)
         widths = level_widths(config.generator_channels, len(sizes), config.max_mult)
         code = 2 * config.latent
         self.label_in = nn.Embedding(num_classes + 1, config.latent)
@@ -112,7 +112,7 @@ class Generator(nn.Module):
             GeneratorBlock(widths[i + 1], widths[i], code, sizes[i]) for i in reversed(range(len(sizes) - 1))
         )
         self.norm_out = ConditionalNorm(widths[0], code)
-        self.image_out = nn.Conv2d(widths[0], channels * patch**2, 3, padding=1)
+        self.image_out = nn.Conv2d(widths[0], self.patches.bands, 3, padding=1)
         self._start_shape = (widths[-1], sizes[-1], sizes[-1])
 
     def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class Generator(nn.Module):
         h = self.start(code).unflatten(1, self._start_shape)
         for block in self.blocks:
             h = block(h, code)
-        return patches.spread(torch.tanh(self.image_out(F.relu(self.norm_out(h, code)))), self.patch)
+        return torch.tanh(self.patches.spread(self.image_out(F.relu(self.norm_out(h, code)))))
 
     @property
     def device(self) -> torch.device:
@@ -144,7 +144,7 @@ class Generator(nn.Module):
         return 1
 
     def describe(self) -> dict[str, object]:
-        return {"family": "gan", "gan": vars(self.config), "patch": self.patch}
+        return {"family": "gan", "gan": vars(self.config), "patch": self.patches.patch}
 
 
 class DiscriminatorBlock(nn.Module):
@@ -171,10 +171,10 @@ class Discriminator(nn.Module):
         self, config: GANConfig, *, spectral: bool, resolution: int, channels: int, num_classes: int, patch: int = 1
     ) -> None:  # fmt: skip
         super().__init__()
-        self.patch = patch
-        sizes = level_sizes(patches.positions(resolution, patch))
+        self.patches = Patches(patch, resolution=resolution, channels=channels)
+        sizes = level_sizes(self.patches.side)
         widths = level_widths(config.discriminator_channels, len(sizes), config.max_mult)
-        self.image_in = nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)
+        self.image_in = nn.Conv2d(self.patches.bands, widths[0], 3, padding=1)
         self.blocks = nn.ModuleList(DiscriminatorBlock(widths[i], widths[i + 1]) for i in range(len(sizes) - 1))
         self.features = nn.Linear(widths[-1] * sizes[-1] ** 2, config.features)
         self.score = nn.Linear(config.features, 1)
@@ -189,7 +189,7 @@ class Discriminator(nn.Module):
         return super().train(False)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        h = self.image_in(patches.gather(images, self.patch))
+        h = self.image_in(self.patches.gather(images))
         for block in self.blocks:
             h = block(h)
         h = F.leaky_relu(self.features(F.leaky_relu(h, 0.2).flatten(1)), 0.2)

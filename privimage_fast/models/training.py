@@ -136,6 +136,9 @@ class ImageModel(Protocol):
     @property
     def drawable(self) -> Drawable: ...
 
+    def measure(self, images: Tensor) -> None:
+        """Takes what the networks have to know of images' scale from public ones, (N, C, H, W) in [−1, 1], before training."""
+
     def public_training(self, *, lr: float, ema_decay: float, label_dropout: float) -> PublicTraining: ...
 
     def mean_training(

@@ -47,6 +47,9 @@ class PretrainConfig:
         check_averaging("pretrain", self.ema_decay, self.label_dropout)
 
 
+_MEASURED = 4096  # images, at most, of which the model takes the scale
+
+
 def check_averaging(section: str, ema_decay: float, label_dropout: float) -> None:
     """What every section of training settings has."""
     if not 0 <= ema_decay < 1 or not 0 <= label_dropout <= 1:
@@ -72,6 +75,7 @@ def run_pretrain(
         return
     with timed(folder, "pretrain", stamp):
         if subset is not None:
+            model.measure(to_float(torch.from_numpy(subset.images[:: -(-len(subset) // _MEASURED)])))
             _train(folder, config, model, subset.images, labels, stamp, seed, device, autocast if model.low_precision else None)
         folder.save_tensors(path, model.state_dict(), {"fingerprint": stamp, "steps": config.steps if subset is not None else 0})
     progress_path.unlink(missing_ok=True)

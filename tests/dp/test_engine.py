@@ -93,7 +93,14 @@ def unet_case(
     multiplicity: int, *, preset: str = "small", resolution: int = 9, channels: int = 1, patch: int = 1
 ) -> tuple[nn.Module, list[Tensor]]:
     torch.manual_seed(multiplicity)
-    model = Denoiser(PRESETS[preset], EDMConfig(), resolution=resolution, channels=channels, num_classes=4, patch=patch)
+    model = Denoiser(
+        PRESETS[preset],
+        EDMConfig(sigma_data=None if patch > 1 else 0.5),
+        resolution=resolution,
+        channels=channels,
+        num_classes=4,
+        patch=patch,
+    )
     for name, p in model.named_parameters():  # as after some training: the zero-initialised ends pass gradients
         if p.dim() > 1 and "label_in" not in name:
             nn.init.normal_(p, std=(2 / p[0].numel()) ** 0.5)
