@@ -3,8 +3,8 @@
     python benchmarks/preconditioning.py --images letters.npz [--minutes 3] [--seeds 2] [--out preconditioning.json]
 
 ``letters.npz``: any labelled set, such as `privimage data prepare letters --resolution 28` makes. Nothing private is in it, so
-these choices cost nothing. Each variant of the preset `small` trains until its share of processor time is used; on a held-out tenth:
-the error of denoising at several noise levels, and the energy distance (Székely & Rizzo 2013) of its samples, in pixels.
+these choices cost nothing. Each variant of the preset `small` trains until its share of processor time is used. Then, on a
+held-out tenth: the error of denoising at several noise levels, and the energy distance (Székely & Rizzo 2013) of samples.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from privimage_fast.data import open_image_set
-from privimage_fast.models.edm import Denoiser, DenoisingLoss, EDMConfig, SamplerConfig, to_float
+from privimage_fast.models.edm import Denoiser, EDMConfig, SamplerConfig, to_float
 from privimage_fast.models.unet import PRESETS
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -273,7 +273,7 @@ def fill_warmup(c: RunConfig, delta: float, *, population: int, n_classes: int) 
     elif sigma is None:
         wanted = _PIXEL_NOISE / _pixel_noise(c, 1.0, population, n_classes)
         sigma = min(max(wanted, noise(_MOST_SHARE, rounds)), noise(_LEAST_SHARE, rounds))
-    level = w.lowest_level or lowest_level(modes)
+    level = w.lowest_level or lowest_level(modes, c.data.resolution)
     return replace(w, modes=modes, rounds=rounds, noise_multiplier=sigma, lowest_level=level)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -11,7 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+from privimage_fast.data import ImageSet, save_npz
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -74,6 +78,26 @@ def test_tables_are_written_between_the_markers_of_the_readme(results: Path) -> 
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0
     assert "no '<!-- table: ops -->'" in done.stderr
+
+
+def test_preconditioning_is_compared_on_public_images(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 1), dtype=np.uint8)
+    save_npz(ImageSet(images, np.arange(60) % 3, ("a", "b", "c"), name="public"), tmp_path / "public.npz")
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "preconditioning.py"),
+        "--images",
+        str(tmp_path / "public.npz"),
+        "--resolution",
+        "8",
+    ]
+    command += ["--minutes", "0.001", "--seeds", "1", "--out", str(tmp_path / "out.json")]
+    subprocess.run(command, capture_output=True, text=True, check=True)
+    runs = json.loads((tmp_path / "out.json").read_text())["runs"]
+    assert [run["variant"] for run in runs][:1] == ["published"] and len({run["variant"] for run in runs}) == len(runs) == 6
+    for run in runs:
+        assert run["steps"] >= 1 and math.isfinite(run["energy distance"])
+        assert all(error > 0 for error in run["mean squared error"].values())
 
 
 def test_the_table_takes_the_faster_layout_and_says_what_was_refused(monkeypatch: pytest.MonkeyPatch) -> None:

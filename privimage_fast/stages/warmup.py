@@ -42,7 +42,7 @@ class WarmupConfig:
         ema_decay: decay of the averaged weights that fine-tuning starts from.
         label_dropout: share of labels replaced by the empty one.
         lowest_level: from which noise level σ on a diffusion model is taught the means; null takes 1 for one mode and 0.6 for
-            several.
+            several, and above 14 px as many times that as an image is wider.
         highest_level: up to which.
     """
 
@@ -78,9 +78,12 @@ class WarmupConfig:
         check_averaging("warmup", self.ema_decay, self.label_dropout)
 
 
-def lowest_level(modes: int) -> float:
-    """σ from which on a mean is the right answer: means of kinds of images are nearer to images than means of whole classes."""
-    return 1.0 if modes == 1 else 0.6
+def lowest_level(modes: int, resolution: int = 14) -> float:
+    """σ from which on a mean is the right answer: means of kinds of images are nearer to images than means of whole classes.
+
+    Found at 14 px. Of twice as many pixels along a side four show what one showed, so the same is known at twice the noise.
+    """
+    return (1.0 if modes == 1 else 0.6) * max(1.0, resolution / 14)
 
 
 def run_warmup(

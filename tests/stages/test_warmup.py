@@ -245,6 +245,8 @@ def test_as_many_means_a_class_are_asked_for_as_noise_allows() -> None:
     assert some.noise_multiplier == pytest.approx(3**0.5 * query_noise_multiplier(10.0, 1e-5, 0.1)) == many.noise_multiplier
     assert some.modes == int(0.05 / (some.noise_multiplier * 4.0 / 2000))
     assert filled(20_000, model=GAN_MODEL).modes == 1  # its images are held to the mean of a class
+    wide = {"data": {"resolution": 28, "channels": 1}, "finetune": {"batch_size": 30}}
+    assert (filled(800, **wide).lowest_level, filled(10**6, **wide).lowest_level) == (2.0, 1.2)  # four pixels show what one did
     given = filled(800, warmup={"modes": 4, "share": 0.2, "lowest_level": 0.8})
     assert (given.modes, given.rounds, given.lowest_level) == (4, 3, 0.8)
     assert given.noise_multiplier == pytest.approx(3**0.5 * query_noise_multiplier(10.0, 1e-5, 0.2))
