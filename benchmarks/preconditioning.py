@@ -24,12 +24,12 @@ from privimage_fast.models.edm import Denoiser, EDMConfig, SamplerConfig, to_flo
 from privimage_fast.models.unet import PRESETS
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "published": {},
-    "noise levels doubled": {"p_mean": -0.5},
-    "measured": {"p_mean": -0.5, "sigma_data": None},
-    "patches of 2": {"p_mean": -0.5, "patch": 2},
-    "patches of 2, measured": {"p_mean": -0.5, "patch": 2, "sigma_data": None},
-    "patches of 2, measured, published noise levels": {"patch": 2, "sigma_data": None},
+    "published": {"sigma_data": 0.5},
+    "noise levels doubled": {"p_mean": -0.5, "sigma_data": 0.5},
+    "measured": {"p_mean": -0.5},
+    "patches of 2": {"p_mean": -0.5, "patch": 2, "sigma_data": 0.5},
+    "patches of 2, measured": {"p_mean": -0.5, "patch": 2},
+    "patches of 2, measured, published noise levels": {"patch": 2},
 }
 LEVELS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
 BATCH, LR, HELD_OUT, DRAWN = 128, 2e-3, 10, 400

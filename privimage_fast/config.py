@@ -100,7 +100,7 @@ class ModelConfig:
         family: diffusion (PRIVIMAGE+D) or gan (PRIVIMAGE+G).
         preset: small, base or large; "custom" takes `unet` or `gan` as it stands.
         patch: side of the blocks of pixels that are one position to the networks, of whatever preset; must divide the
-            resolution. 2 makes a step about four times as fast: what 28 px and more want without a GPU.
+            resolution. 2 makes a step two to four times as fast: what 28 px and more want without a GPU.
         unet: sizes of the custom U-Net.
         edm: preconditioning and training noise of the diffusion model.
         gan: sizes of the custom GAN.
@@ -120,8 +120,6 @@ class ModelConfig:
             raise ValueError(f"model.family must be {' or '.join(FAMILIES)}, found {self.family!r}")
         if self.preset not in (*unet.PRESETS, "custom"):
             raise ValueError(f"model.preset must be one of {', '.join(unet.PRESETS)}, custom; found {self.preset!r}")
-        if self.patch < 1:
-            raise ValueError(f"model.patch must be ≥ 1, found {self.patch}")
 
     @property
     def unused_sizes(self) -> str | None:

@@ -57,10 +57,14 @@ def resolve(c: RunConfig, saved: RunConfig | None, *, images: int, n_classes: in
     steps = c.finetune.steps or filled.finetune.steps
     if steps is None and c.privacy.train:
         steps = c.finetune.total_steps(population)
+    model = c.model
+    if saved is not None and model.edm.sigma_data is None:  # earlier versions had a number where nothing is said
+        model = replace(model, edm=replace(model.edm, sigma_data=saved.model.edm.sigma_data))
     multiplicity = c.finetune.multiplicity or filled.finetune.multiplicity or c.model.default_multiplicity
     return replace(
         c,
         privacy=replace(c.privacy, population=population, delta=delta),
+        model=model,
         query=replace(query, votes_per_image=query.votes_per_image or each),
         select=replace(c.select, labels_per_class=each),
         warmup=warmup,
@@ -104,7 +108,7 @@ def check_inputs(c: RunConfig, folder: RunFolder, *, public: ImageSet, private: 
         ConfigError: a test set of other classes, files that are not there, or networks that do not fit the images.
     """
     try:
-        with torch.device("meta"):
+        with torch.random.fork_rng(devices=[]):
             c.model.build(resolution=c.data.resolution, channels=c.data.channels, num_classes=private.n_classes)
     except ValueError as error:
         raise ConfigError(str(error)) from error

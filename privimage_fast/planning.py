@@ -11,7 +11,7 @@ import torch
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from privimage_fast.config import RunConfig
+from privimage_fast.config import ConfigError, RunConfig
 from privimage_fast.dp.accounting import DPSGDEvent, GaussianEvent, epsilon, solve_noise_multiplier
 from privimage_fast.dp.engine import accumulate_clipped
 from privimage_fast.dp.planner import Plan as StepPlan
@@ -274,6 +274,11 @@ def fill_warmup(c: RunConfig, delta: float, *, population: int, n_classes: int) 
         wanted = _PIXEL_NOISE / _pixel_noise(c, 1.0, population, n_classes)
         sigma = min(max(wanted, noise(_MOST_SHARE, rounds)), noise(_LEAST_SHARE, rounds))
     level = w.lowest_level or lowest_level(modes, c.data.resolution)
+    if level >= w.highest_level:
+        raise ConfigError(
+            f"warmup.highest_level is {w.highest_level:g}, but class means are taught from σ = {level:g} on at "
+            f"{c.data.resolution} px; raise it, or set warmup.lowest_level"
+        )
     return replace(w, modes=modes, rounds=rounds, noise_multiplier=sigma, lowest_level=level)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors import SafetensorError
 from tiny import PRIVATE, PUBLIC, STEPS, TEST, bars, run_all, tiny_config
 
@@ -15,8 +16,10 @@ import privimage_fast as pf
 from privimage_fast.config import ConfigError
 from privimage_fast.dp.accounting import default_delta
 from privimage_fast.dp.ledger import Ledger
+from privimage_fast.models.edm import to_float
 from privimage_fast.stages import folder as folder_module
 from privimage_fast.stages.folder import RunError
+from privimage_fast.stages.select import selected_subset
 
 
 def test_python_api_end_to_end(tmp_path: Path) -> None:
@@ -75,8 +78,33 @@ def test_a_model_of_patches_is_trained_exported_and_drawn_from(tmp_path: Path, m
         pf.PrivImage.from_pretrained(run.folder.model)
 
 
+def test_the_scale_of_images_is_that_of_the_chosen_public_ones_throughout(tmp_path: Path) -> None:
+    """It is measured without noise, so nothing sensitive may enter it, before or after."""
+    run = run_all(tmp_path / "a", model={"patch": 2})
+    selection = json.loads(run.folder.selection.read_text())
+    chosen, _ = selected_subset(selection, PUBLIC, PRIVATE.label_names)
+    expected = run.model()
+    expected.measure(to_float(torch.from_numpy(PUBLIC.images[chosen])))
+    assert float(expected.band_mean.abs().max()) > 0.1 and float((expected.band_std - 0.5).abs().min()) > 0.01
+    kept = [run.folder.checkpoint(name) for name in ("pretrain", "warmup", "finetune")]
+    for path in (*kept, run.folder.model / "model.safetensors"):
+        tensors, _ = run.folder.load_tensors(path, "finetune")
+        for name in ("band_mean", "band_std"):
+            torch.testing.assert_close(tensors[name], getattr(expected, name))
+            assert torch.equal(tensors[name], run.folder.load_tensors(kept[0], "pretrain")[0][name])
+
+
+def test_a_run_of_a_given_scale_is_gone_on_with_where_none_is_given(tmp_path: Path) -> None:
+    """Earlier versions had 0.5 for it, which their configuration files do not say."""
+    run_all(tmp_path / "a", model={"edm": {"sigma_data": 0.5}})
+    again = run_all(tmp_path / "a", resume=True)
+    assert again.config.model.edm.sigma_data == 0.5
+    with pytest.raises(RunError, match=r"other settings \(model.edm.sigma_data\)"):
+        run_all(tmp_path / "a", resume=True, model={"edm": {"sigma_data": 0.4}})
+
+
 def test_a_patch_that_does_not_fill_the_images_is_refused_before_anything_is_spent(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"model\.patch 3 does not divide 8 px; choose one of 1, 2"):
+    with pytest.raises(ConfigError, match=r"model\.patch 3 does not divide 8 px into 3 blocks or more; choose one of 1, 2"):
         run_all(tmp_path / "a", model={"patch": 3})
     assert not (tmp_path / "a" / "ledger.jsonl").exists()
 

@@ -54,15 +54,21 @@ def test_patches_are_orthonormal_frequencies_of_blocks_and_come_back(patch: int)
     # The lowest frequency of each channel is the mean of its own block, p times; a flat block has no other.
     torch.testing.assert_close(found[:, :: patch**2], patch * nn.functional.avg_pool2d(images, patch))
     flat = patches.gather(torch.ones(1, 3, 12, 12))
+    torch.testing.assert_close(patches.gather(images.to(torch.float64)), found.to(torch.float64))
     others = [band for band in range(patches.bands) if band % patch**2]
     assert float(flat[:, others].abs().sum()) < 1e-4
     assert not patches.state_dict()
 
 
 def test_a_patch_that_does_not_fill_the_image_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^model\.patch 3 does not divide 28 px; choose one of 1, 2, 4, 7$"):
+    with pytest.raises(
+        ValueError, match=r"^model\.patch 3 does not divide 28 px into 3 blocks or more; choose one of 1, 2, 4, 7$"
+    ):
         Denoiser(PRESETS["small"], EDMConfig(), resolution=28, channels=1, num_classes=2, patch=3)
-    with pytest.raises(ValueError, match=r"^3 levels halve 28 px in patches of 7 below 2"):
+    with pytest.raises(
+        ValueError,
+        match=r"^3 levels halve 28 px in patches of 7 below 2; use a smaller model\.patch or fewer model\.unet\.channel_mult",
+    ):
         Denoiser(PRESETS["base"], EDMConfig(), resolution=28, channels=1, num_classes=2, patch=7)
 
 
@@ -104,7 +110,7 @@ def test_measured_preconditioning_is_equation_7_of_each_frequency() -> None:
     torch.testing.assert_close(model.band_mean, bands.mean((0, 2, 3)))
     torch.testing.assert_close(model.band_std, bands.std((0, 2, 3), correction=0))
     assert model.band_std[0] > 5 * model.band_std[1:].max()
-    torch.testing.assert_close(model.sigma_data() ** 2, model.band_std.square().mean())
+    torch.testing.assert_close(model.overall_std() ** 2, model.band_std.square().mean())
     model.unet = Constant(torch.tensor(0.7))
     x, sigma = torch.randn(3, 1, 8, 8), torch.tensor([0.01, 1.0, 40.0])
     denoised = model.patches.gather(model(x, sigma, torch.zeros(3, dtype=torch.int64)))
@@ -124,6 +130,13 @@ def test_what_was_measured_is_saved_and_a_given_scale_is_neither_measured_nor_sa
         model.measure(torch.zeros(4, 1, 8, 8))
     assert torch.equal(given.band_std, torch.full((4,), 0.5)) and not given.band_mean.any()
     assert float(measured.band_std.min()) > 0  # of images that are all alike
+    enlarged = torch.rand(16, 1, 4, 4).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    measured.measure(enlarged)  # without high frequencies, which sensitive images may have
+    deviations = measured.patches.gather(enlarged).std((0, 2, 3), correction=0)
+    torch.testing.assert_close(measured.band_std[1:], 0.1 * deviations.square().mean().sqrt().expand(3))
+    other = Denoiser(PRESETS["small"], EDMConfig(), **shape)
+    other.load_state_dict(measured.state_dict())
+    assert torch.equal(other.band_std, measured.band_std) and torch.equal(other.band_mean, measured.band_mean)
     assert set(measured.state_dict()) - set(given.state_dict()) == {"band_mean", "band_std"}
 
 

@@ -19,23 +19,24 @@ from privimage_fast.models.training import AveragedAdam, ClassMeans
 from privimage_fast.models.unet import UNet, UNetConfig
 
 _SIGMA_DATA = 0.5  # the published one, for a model that is shown no public images
-_LEAST_SPREAD = 1 / 127.5  # a grey level: of a frequency that public images do not have
+_LEAST_SHARE, _LEAST_STD = 0.1, 1 / 127.5  # of a frequency, beside all of them together, and in all (a grey level)
 
 
 @dataclass(frozen=True)
 class EDMConfig:
-    """Noise levels of training and scale of the data; the published values.
+    """Noise levels of training, with the published values, and scale of the data.
 
     Args:
         p_mean: mean of ln σ, the noise levels that are trained on.
         p_std: standard deviation of ln σ.
-        sigma_data: standard deviation of the images, in [−1, 1], that the preconditioning counts on, around a mean of 0. null
-            measures means and deviations on the public images that pre-training sees, of every frequency of a patch.
+        sigma_data: standard deviation of the images, in [−1, 1], that the preconditioning counts on, around a mean of 0; 0.5 is
+            the published one. null measures mean and deviation on the public images that pre-training sees, of every frequency
+            of a patch, and takes 0.5 where it sees none.
     """
 
     p_mean: float = -1.2
     p_std: float = 1.2
-    sigma_data: float | None = 0.5
+    sigma_data: float | None = None
 
     def __post_init__(self) -> None:
         if not self.p_std > 0 or (self.sigma_data is not None and not self.sigma_data > 0):
@@ -64,8 +65,10 @@ class Denoiser(nn.Module):
         self.edm, self.resolution, self.channels, self.num_classes = edm, resolution, channels, num_classes
         self.patches = Patches(patch, resolution=resolution, channels=channels)
         if self.patches.side < 2 ** (len(unet.channel_mult) - 1) * 2:
-            found = f"{resolution} px" + (f" in patches of {patch}" if patch > 1 else "")
-            raise ValueError(f"{len(unet.channel_mult)} levels halve {found} below 2; use fewer channel_mult")
+            found, less = (
+                (f"{resolution} px in patches of {patch}", "a smaller model.patch or ") if patch > 1 else (f"{resolution} px", "")
+            )
+            raise ValueError(f"{len(unet.channel_mult)} levels halve {found} below 2; use {less}fewer model.unet.channel_mult")
         self.unet = UNet(unet, channels=self.patches.bands, num_classes=num_classes)
         measured = edm.sigma_data is None
         # Of a patch's frequencies; saved with the model where they are not what the configuration says.
@@ -76,12 +79,14 @@ class Denoiser(nn.Module):
     def measure(self, images: Tensor) -> None:
         """Takes σ_data, where it is not given, from public images (N, C, H, W) in [−1, 1], at least one."""
         if self.edm.sigma_data is None:
-            found = self.patches.gather(images.to(self.patches.filters))
+            found = self.patches.gather(images.to(self.band_std))
             self.band_mean.copy_(found.mean((0, 2, 3)))
-            self.band_std.copy_(found.std((0, 2, 3), correction=0).clamp(min=_LEAST_SPREAD))
+            std = found.std((0, 2, 3), correction=0)
+            # The sensitive images may have what these lack: enlarged ones have no high frequencies.
+            self.band_std.copy_(std.clamp(min=max(_LEAST_SHARE * float(std.square().mean().sqrt()), _LEAST_STD)))
 
-    def sigma_data(self) -> Tensor:
-        """Of all pixels, a scalar: what the loss is weighted by."""
+    def overall_std(self) -> Tensor:
+        """σ_data of all pixels together, a scalar: what the loss is weighted by."""
         return self.band_std.square().mean().sqrt()
 
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
@@ -162,7 +167,7 @@ class DenoisingLoss:
         self.multiplicity = multiplicity
 
     def __call__(self, model: Denoiser, images: Tensor, noise: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
-        data = model.sigma_data()
+        data = model.overall_std()
         weight = (sigma**2 + data**2) / (sigma * data) ** 2
         denoised = model(images + sigma.view(-1, 1, 1, 1) * noise, sigma, labels)
         return weight * (denoised - images).square().flatten(1).mean(1) / self.multiplicity

@@ -44,8 +44,9 @@ class UNetConfig:
             raise ValueError(f"base_channels must be a multiple of 4 and at least 8, found {self.base_channels}")
         if not self.channel_mult or min(self.channel_mult) < 1:
             raise ValueError(f"channel_mult must hold whole numbers ≥ 1, found {self.channel_mult}")
-        if self.blocks < 1:
-            raise ValueError(f"blocks must be ≥ 1, found {self.blocks}")
+        for name in ("blocks", "head_channels", "embedding_mult"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be ≥ 1, found {getattr(self, name)}")
         if any(not 0 <= level < len(self.channel_mult) for level in self.attention_levels):
             raise ValueError(
                 f"attention_levels {self.attention_levels} names a level beyond the {len(self.channel_mult)} there are"

@@ -67,7 +67,8 @@ def run_pretrain(
     """
     subset = public.subset(indices) if len(indices) else None
     described = (set_fingerprint(subset), fingerprint(labels.tobytes())) if subset is not None else None
-    stamp = fingerprint(config, seed, described, [(n, tuple(p.shape)) for n, p in model.named_parameters()])
+    shapes = [(n, tuple(p.shape)) for n, p in model.named_parameters()]
+    stamp = fingerprint(config, seed, described, shapes, model.drawable.describe())
     path, progress_path = folder.checkpoint("pretrain"), folder.checkpoint("pretrain-progress")
     model.to(device)
     if path.exists() and folder.finished("pretrain", stamp):
@@ -75,7 +76,8 @@ def run_pretrain(
         return
     with timed(folder, "pretrain", stamp):
         if subset is not None:
-            model.measure(to_float(torch.from_numpy(subset.images[:: -(-len(subset) // _MEASURED)])))
+            some = np.random.default_rng(seed).permutation(len(subset))[:_MEASURED]  # a stride could meet one kind only
+            model.measure(to_float(torch.from_numpy(subset.images[some])))
             _train(folder, config, model, subset.images, labels, stamp, seed, device, autocast if model.low_precision else None)
         folder.save_tensors(path, model.state_dict(), {"fingerprint": stamp, "steps": config.steps if subset is not None else 0})
     progress_path.unlink(missing_ok=True)

@@ -95,12 +95,13 @@ def unet_case(
     torch.manual_seed(multiplicity)
     model = Denoiser(
         PRESETS[preset],
-        EDMConfig(sigma_data=None if patch > 1 else 0.5),
+        EDMConfig(),
         resolution=resolution,
         channels=channels,
         num_classes=4,
         patch=patch,
     )
+    model.measure(torch.randn(16, channels, resolution, 1).expand(-1, -1, -1, resolution) - 0.5)
     for name, p in model.named_parameters():  # as after some training: the zero-initialised ends pass gradients
         if p.dim() > 1 and "label_in" not in name:
             nn.init.normal_(p, std=(2 / p[0].numel()) ** 0.5)

@@ -247,6 +247,8 @@ def test_as_many_means_a_class_are_asked_for_as_noise_allows() -> None:
     assert filled(20_000, model=GAN_MODEL).modes == 1  # its images are held to the mean of a class
     wide = {"data": {"resolution": 28, "channels": 1}, "finetune": {"batch_size": 30}}
     assert (filled(800, **wide).lowest_level, filled(10**6, **wide).lowest_level) == (2.0, 1.2)  # four pixels show what one did
+    with pytest.raises(ConfigError, match=r"highest_level is 1.5, but class means are taught from σ = 2 on at 28 px"):
+        filled(800, **wide, warmup={"highest_level": 1.5})
     given = filled(800, warmup={"modes": 4, "share": 0.2, "lowest_level": 0.8})
     assert (given.modes, given.rounds, given.lowest_level) == (4, 3, 0.8)
     assert given.noise_multiplier == pytest.approx(3**0.5 * query_noise_multiplier(10.0, 1e-5, 0.2))
