@@ -80,9 +80,10 @@ def test_a_model_of_patches_is_trained_exported_and_drawn_from(tmp_path: Path, m
 
 def test_the_scale_of_images_is_that_of_the_chosen_public_ones_throughout(tmp_path: Path) -> None:
     """It is measured without noise, so nothing sensitive may enter it, before or after."""
-    run = run_all(tmp_path / "a", model={"patch": 2})
+    run = run_all(tmp_path / "a", model={"patch": 2}, select={"labels_per_class": 1})
     selection = json.loads(run.folder.selection.read_text())
     chosen, _ = selected_subset(selection, PUBLIC, PRIVATE.label_names)
+    assert len(chosen) == len(PUBLIC) / 2
     expected = run.model()
     expected.measure(to_float(torch.from_numpy(PUBLIC.images[chosen])))
     assert float(expected.band_mean.abs().max()) > 0.1 and float((expected.band_std - 0.5).abs().min()) > 0.01
