@@ -67,7 +67,7 @@ def test_a_patch_that_does_not_fill_the_image_is_refused() -> None:
         Denoiser(PRESETS["small"], EDMConfig(), resolution=28, channels=1, num_classes=2, patch=3)
     with pytest.raises(
         ValueError,
-        match=r"^3 levels halve 28 px in patches of 7 below 2; use a smaller model\.patch or fewer model\.unet\.channel_mult",
+        match=r"^3 levels halve 28 px in patches of 7 below 2; use a smaller model\.patch or fewer channel_mult",
     ):
         Denoiser(PRESETS["base"], EDMConfig(), resolution=28, channels=1, num_classes=2, patch=7)
 

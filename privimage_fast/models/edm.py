@@ -40,7 +40,9 @@ class EDMConfig:
 
     def __post_init__(self) -> None:
         if not self.p_std > 0 or (self.sigma_data is not None and not self.sigma_data > 0):
-            raise ValueError(f"p_std and sigma_data must be positive, found {self.p_std} and {self.sigma_data}")
+            raise ValueError(
+                f"model.edm.p_std and model.edm.sigma_data (or null) must be positive, found {self.p_std} and {self.sigma_data}"
+            )
 
 
 class Denoiser(nn.Module):
@@ -68,7 +70,9 @@ class Denoiser(nn.Module):
             found, less = (
                 (f"{resolution} px in patches of {patch}", "a smaller model.patch or ") if patch > 1 else (f"{resolution} px", "")
             )
-            raise ValueError(f"{len(unet.channel_mult)} levels halve {found} below 2; use {less}fewer model.unet.channel_mult")
+            raise ValueError(
+                f"{len(unet.channel_mult)} levels halve {found} below 2; use {less}fewer channel_mult (model.preset custom)"
+            )
         self.unet = UNet(unet, channels=self.patches.bands, num_classes=num_classes)
         measured = edm.sigma_data is None
         # Of a patch's frequencies; saved with the model where they are not what the configuration says.
