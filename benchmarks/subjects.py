@@ -102,8 +102,8 @@ def _opacus(layout: torch.memory_format, ghost: bool) -> Subject:
             )
         else:
             wrapped = GradSampleModule(model, loss_reduction="mean")
-        if hasattr(model, "edm"):
-            wrapped.edm = model.edm  # the loss reads it, and the wrapper passes on nothing but modules
+        if hasattr(model, "overall_std"):
+            wrapped.overall_std = model.overall_std  # the loss asks for it, and the wrapper passes on nothing but modules
         kind = DPOptimizerFastGradientClipping if ghost else DPOptimizer
         optimizer = kind(
             adam, noise_multiplier=NOISE_MULTIPLIER, max_grad_norm=MAX_GRAD_NORM, expected_batch_size=case.rows,

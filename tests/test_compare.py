@@ -119,7 +119,17 @@ def test_the_grid_of_shares_has_each_chosen_and_blindly_drawn(path: Path) -> Non
     assert not any(c.config.warms_up for c in load_comparison(path).cells)
 
 
-@pytest.mark.parametrize("path", [p for p in GRIDS if p.stem != "ratio-cpu"], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [p for p in GRIDS if p.stem.endswith("-28-cpu")], ids=lambda p: p.stem)
+def test_the_grids_of_full_size_are_of_one_model_at_both_budgets(path: Path) -> None:
+    cells = load_comparison(path).cells
+    assert [(c.config.privacy.epsilon, c.config.finetune.steps) for c in cells] == [(10, 300), (1, 100)]
+    for c in (cell.config for cell in cells):
+        assert c.data.resolution == 28 and c.model.patch == 2 and c.model.edm.sigma_data is None and c.warms_up
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in GRIDS if p.stem != "ratio-cpu" and not p.stem.endswith("-28-cpu")], ids=lambda p: p.stem
+)
 def test_the_committed_grids_have_the_baselines_and_three_seeds_where_the_claim_is(path: Path) -> None:
     comparison = load_comparison(path)
     baselines = ("privimage", "random", "pdp-diffusion", "dpdm")
