@@ -1,4 +1,4 @@
-"""What patches and measured preconditioning are worth, on public images alone: ordinary training for the same time, in turns.
+"""What patches and measured preconditioning are worth, on public images alone: ordinary training for the same time.
 
     python benchmarks/preconditioning.py --images letters.npz [--minutes 3] [--seeds 2] [--out preconditioning.json]
 

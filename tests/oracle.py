@@ -58,3 +58,9 @@ def assert_matches_loop(
     error = torch.sqrt(sum((found.grads[n].double() - e).square().sum() for n, e in expected.items()))
     largest = min(max_grad_norm, float(norms.max())) if len(norms) else 0.0
     assert float(error) <= tolerance * max(float(total), largest) + 1e-12, f"clipped sum off by {float(error / total):.1e}"
+
+
+def row_loss(module: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    """The mean squared difference of each row to its target (R,): one loss a row."""
+    out = module(x)
+    return (out - target[(...,) + (None,) * (out.dim() - target.dim())].to(out.dtype)).square().flatten(1).mean(1)

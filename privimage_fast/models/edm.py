@@ -67,11 +67,10 @@ class Denoiser(nn.Module):
         self.edm, self.resolution, self.channels, self.num_classes = edm, resolution, channels, num_classes
         self.patches = Patches(patch, resolution=resolution, channels=channels)
         if self.patches.side < 2 ** (len(unet.channel_mult) - 1) * 2:
-            found, less = (
-                (f"{resolution} px in patches of {patch}", "a smaller model.patch or ") if patch > 1 else (f"{resolution} px", "")
-            )
+            patches, advice = (f" in patches of {patch}", "a smaller model.patch or ") if patch > 1 else ("", "")
             raise ValueError(
-                f"{len(unet.channel_mult)} levels halve {found} below 2; use {less}fewer channel_mult (model.preset custom)"
+                f"{len(unet.channel_mult)} levels halve {resolution} px{patches} below 2; use {advice}fewer channel_mult "
+                "(model.preset custom)"
             )
         self.unet = UNet(unet, channels=self.patches.bands, num_classes=num_classes)
         measured = edm.sigma_data is None
