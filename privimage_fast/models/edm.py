@@ -5,7 +5,7 @@ Images are float in [−1, 1]. Equation numbers are those of "Elucidating the De
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from privimage_fast.models.patches import Patches
-from privimage_fast.models.replay import replayed
+from privimage_fast.models.replay import replayed, replayed_gradients
 from privimage_fast.models.training import AveragedAdam, ClassMeans
 from privimage_fast.models.unet import UNet, UNetConfig
 
@@ -180,8 +180,9 @@ class PublicDenoising:
     """Ordinary training of the denoiser; see ``models.training.PublicTraining``."""
 
     def __init__(self, model: Denoiser, *, lr: float, ema_decay: float, label_dropout: float) -> None:
-        self.model, self.label_dropout, self.loss = model, label_dropout, DenoisingLoss()
+        self.model, self.label_dropout = model, label_dropout
         self.optimizer = AveragedAdam(model, lr=lr, ema_decay=ema_decay)
+        self.gradients = replayed_gradients(model, _weighted_loss)
         self.state_dict, self.load_state_dict = self.optimizer.state_dict, self.optimizer.load_state_dict
         self.finish = self.optimizer.use_average
 
@@ -190,9 +191,17 @@ class PublicDenoising:
             images, labels, edm=self.model.edm, num_classes=self.model.num_classes, multiplicity=1,
             label_dropout=self.label_dropout, generator=random,
         )  # fmt: skip
-        loss = self.loss(self.model, *batch.args()).mean()
-        self.optimizer.step(loss, lr)
-        return loss.detach()
+        return self.descend(torch.ones_like(batch.sigma), batch.args(), lr)
+
+    def descend(self, weight: Tensor, rows: Sequence[Tensor], lr: float) -> Tensor:
+        """A step on rows of a :class:`DenoisingBatch`, each of its weight (R,); the loss."""
+        loss, gradients = self.gradients(weight, *rows)
+        self.optimizer.apply(gradients, lr)
+        return loss
+
+
+def _weighted_loss(model: nn.Module, weight: Tensor, *rows: Tensor) -> Tensor:
+    return (weight * DenoisingLoss()(model, *rows)).mean()
 
 
 class MeanDenoising(PublicDenoising):
@@ -227,9 +236,7 @@ class MeanDenoising(PublicDenoising):
             torch.cat([sigma, low.sigma.clamp(max=self.lowest)]), torch.cat([high.labels, low.labels]),
         )  # fmt: skip
         weight = torch.cat([self.means.trust[of], torch.ones(len(images), device=device)])
-        loss = (weight * self.loss(self.model, *rows)).mean()
-        self.optimizer.step(loss, lr)
-        return loss.detach()
+        return self.descend(weight, rows, lr)
 
 
 class PrivateDenoising:

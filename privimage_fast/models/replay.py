@@ -1,8 +1,11 @@
-"""A network's forward pass replayed from a CUDA graph: for sampling, which calls it dozens of times with one shape."""
+"""What a network does with tensors of one shape, replayed from a CUDA graph: its forward pass, for sampling, which makes dozens
+alike, and its gradients, for public training, which makes thousands. Small networks take longer to launch than to compute.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -16,20 +19,25 @@ logger = logging.getLogger(__name__)
 _PATIENCE = 64  # calls: more than the smaller last batch of a set makes
 
 
-class Replayed:
-    """``module(*tensors)`` without gradients, recorded for the first shape it is called with, and anew for another that stays.
+# What is recorded: (module, *tensors) → a tensor or several.
+Compute = Callable[..., Any]
 
-    A recording holds as much memory as a forward pass takes, until the module is gone or :func:`forget` is called.
+
+class Replayed:
+    """``compute(module, *tensors)``, recorded for the first shape it is called with, and anew for another that stays.
+
+    A recording holds as much memory as the computation takes, until the module is gone or :func:`forget` is called. Of several
+    results the next call overwrites all; one alone is the caller's.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = ref(module)
+    def __init__(self, module: nn.Module, compute: Compute | None = None, what: str = "the network is sampled from") -> None:
+        self._module, self._compute, self._what = ref(module), compute or _forward, what
         self._key: Any = None
         self._other, self._others = None, 0  # another shape, and how often it came in a row
         self._inputs: list[Tensor] = []
         self._run: Any = None
 
-    def __call__(self, *tensors: Tensor) -> Tensor:
+    def __call__(self, *tensors: Tensor) -> Any:
         module, device = self._module(), tensors[0].device
         assert module is not None
         # What a graph has frozen: shapes, whether autocast was on, and where the weights lie.
@@ -49,25 +57,46 @@ class Replayed:
                 t.clone(memory_format=torch.channels_last if t.dim() == 4 else torch.preserve_format) for t in tensors
             ]
             try:
-                self._run = record(self._forward, device, warm_up=self._warm_up)
+                self._run = record(self._again, device, warm_up=self._warm_up)
             except RuntimeError as error:
-                logger.warning("the network is sampled from without a CUDA graph, which is slower: %s", error)
+                logger.warning("%s without a CUDA graph, which is slower: %s", self._what, error)
         if self._run is None or key != self._key:
-            return module(*tensors)
+            return self._compute(module, *tensors)
         for to, given in zip(self._inputs, tensors, strict=True):
             to.copy_(given)
-        return self._run().clone()  # the next replay overwrites it
+        result = self._run()
+        return result.clone() if isinstance(result, Tensor) else result  # the next replay overwrites it
 
     def _warm_up(self) -> None:
         for _ in range(3):  # libraries choose algorithms and workspaces
-            self._forward()
+            self._again()
 
-    def _forward(self) -> Tensor:
+    def _again(self) -> Any:
         module, kind = self._module(), self._inputs[0].device.type
         assert module is not None
         # No cache of cast weights: it is emptied where autocast ends, and the graph would go on reading it.
         with torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False):
-            return module(*self._inputs)
+            return self._compute(module, *self._inputs)
+
+
+def _forward(module: nn.Module, *tensors: Tensor) -> Tensor:
+    return module(*tensors)
+
+
+def replayed_gradients(module: nn.Module, loss: Compute) -> Callable[..., tuple[Tensor, list[Tensor]]]:
+    """``loss(module, *tensors)``, a scalar that draws nothing at random, with its gradients in the parameters, in their order.
+
+    On a GPU replayed; valid until the next call. The recording goes with what is returned here.
+    """
+    parameters = list(module.parameters())
+
+    def compute(module: nn.Module, *tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
+        value = loss(module, *tensors)
+        return value.detach(), list(torch.autograd.grad(value, parameters))
+
+    if not parameters or not _on_gpu(parameters[0].device):
+        return lambda *tensors: compute(module, *tensors)
+    return Replayed(module, compute, "the network is trained on public images")
 
 
 _recordings: WeakKeyDictionary[nn.Module, Replayed] = WeakKeyDictionary()

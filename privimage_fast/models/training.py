@@ -6,6 +6,7 @@ sensitive images, on which rows, with which loss. Charging, drawing batches, cli
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Protocol
@@ -175,10 +176,14 @@ class AveragedAdam:
 
     def step(self, loss: Tensor, lr: float | None = None) -> None:
         """Moves the module's parameters only, whatever else the loss depends on."""
+        self.apply(torch.autograd.grad(loss, list(self.parameters.values())), lr)
+
+    def apply(self, gradients: Sequence[Tensor], lr: float | None = None) -> None:
+        """A step along gradients of the parameters, in their order."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["lr"] if lr is None else lr
         parameters = list(self.parameters.values())
-        for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        for p, gradient in zip(parameters, gradients, strict=True):
             # Convolutions of images with channels innermost leave gradients laid out alike, which fused Adam refuses.
             p.grad = gradient if gradient.stride() == p.stride() else torch.empty_like(p).copy_(gradient)
         self.optimizer.step()

@@ -14,6 +14,7 @@ from privimage_fast.dp.graphs import CapturedStep
 from privimage_fast.dp.noise import NoiseKey
 from privimage_fast.dp.optimizer import PrivateOptimizer, UpdateRule
 from privimage_fast.dp.sampling import OSRandom
+from privimage_fast.models import replay
 from privimage_fast.models.edm import Denoiser, DenoisingLoss, EDMConfig, SamplerConfig, denoising_batch
 from privimage_fast.models.replay import replayed
 from privimage_fast.models.training import AveragedAdam
@@ -145,6 +146,21 @@ def test_public_steps_are_the_cpus(autocast: torch.dtype | None) -> None:
             found.append(float(loss))
         losses_of.append(found)
     assert losses_of[0][-1] < losses_of[0][0]
+    torch.testing.assert_close(losses_of[1], losses_of[0], rtol=1e-3 if autocast is None else 0.05, atol=0)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_replayed_public_training_is_the_eager_one(autocast: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels = torch.rand(16, 3, 8, 8, device="cuda") * 2 - 1, torch.arange(16, device="cuda") % 4
+    losses_of = []
+    for recorded in (False, True):
+        monkeypatch.setattr(replay, "_on_gpu", lambda device: recorded)  # noqa: B023
+        training, found = denoiser().public_training(lr=1e-3, ema_decay=0.9, label_dropout=0.1), []
+        for i in range(6):
+            with torch.autocast("cuda", autocast, enabled=autocast is not None):
+                found.append(training.step(images, labels, torch.Generator("cuda").manual_seed(i), 1e-3).item())
+        assert (getattr(training.gradients, "_run", None) is not None) == recorded
+        losses_of.append(found)
     torch.testing.assert_close(losses_of[1], losses_of[0], rtol=1e-3 if autocast is None else 0.05, atol=0)
 
 

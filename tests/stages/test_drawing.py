@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from privimage_fast.models import replay
 from privimage_fast.models.edm import Denoiser, EDMConfig, SamplerConfig
 from privimage_fast.models.gan import PRESETS, Generator
+from privimage_fast.models.training import ClassMeans
 from privimage_fast.models.unet import UNetConfig
 from privimage_fast.stages.sample import draw, latents
 
@@ -74,13 +76,13 @@ class Graph:
     def __init__(self) -> None:
         self.replays = 0
 
-    def record(self, run: Callable[[], Tensor], device: torch.device, *, warm_up: Callable[[], None]) -> Callable[[], Tensor]:
+    def record(self, run: Callable[[], Any], device: torch.device, *, warm_up: Callable[[], None]) -> Callable[[], Any]:
         warm_up()
-        result = run().clone()
+        result = tree_map(torch.clone, run())
 
-        def replay() -> Tensor:
+        def replay() -> Any:
             self.replays += 1
-            return result.copy_(run())
+            return tree_map(Tensor.copy_, result, run())
 
         return replay
 
@@ -159,3 +161,29 @@ def test_a_recording_that_fails_is_told_and_done_without(
     assert [r.getMessage() for r in caplog.records] == [
         "the network is sampled from without a CUDA graph, which is slower: out of memory"
     ]
+
+
+def test_public_training_replays_its_gradients(graph: Graph) -> None:
+    """Also beside the means, whose rows are weighted; the recording ends with the training, whose memory the next stage needs."""
+    images, labels = torch.rand(6, 1, 8, 8) * 2 - 1, torch.arange(6) % 3
+    weights = {}
+    for recorded in (False, True):
+        model = denoiser()
+        model.means = ClassMeans.one_each(images[:3], torch.tensor([1.0, 0.5, 0.0]))
+        with pytest.MonkeyPatch.context() as patched:
+            if not recorded:
+                patched.setattr(replay, "_on_gpu", lambda device: False)
+            for training in (
+                model.public_training(lr=1e-2, ema_decay=0.9, label_dropout=0.1),
+                model.mean_training(lr=1e-2, ema_decay=0.9, label_dropout=0.1, rows=4, noise_levels=(1.0, 80.0)),
+            ):
+                losses = [training.step(images, labels, torch.Generator().manual_seed(i), 1e-2).item() for i in range(3)]
+                training.finish()
+        weights[recorded] = [*(p.detach().clone() for p in model.parameters()), torch.tensor(losses)]
+    assert graph.replays == 6
+    for found, expected in zip(weights[True], weights[False], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    seen = weakref.ref(training.gradients)
+    del training
+    gc.collect()
+    assert seen() is None
