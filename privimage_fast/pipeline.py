@@ -459,7 +459,7 @@ class Run:
         c = self._resolved(None)
         check_public_numbers(c, images=len(self.private))
         model, n_labels = self.model().to(self.device), c.query.n_labels(self.public)
-        return make_plan(c, model, n_labels=n_labels, n_classes=self.private.n_classes)
+        return make_plan(c, model, n_labels=n_labels, n_classes=self.private.n_classes, autocast=self.autocast)
 
     def write_plan(self, plan: Plan) -> None:
         """budget.json as planned; fine-tuning replaces it by what it uses."""

@@ -84,10 +84,12 @@ class Plan:
         return "\n".join(f"{name:<12} {value}" for name, value in rows)
 
 
-def make_plan(c: RunConfig, model: ImageModel, *, n_labels: int, n_classes: int) -> Plan:
+def make_plan(
+    c: RunConfig, model: ImageModel, *, n_labels: int, n_classes: int, autocast: torch.dtype | None = None
+) -> Plan:  # fmt: skip
     """The plan of a resolved configuration. ``model``: on the device that will train it; its weights are changed.
 
-    n_labels: labels that the query would ask for; n_classes: of the sensitive set.
+    n_labels: labels that the query would ask for; n_classes: of the sensitive set; autocast: dtype the networks may compute in.
     """
     assert c.privacy.population and c.privacy.delta and c.select.labels_per_class
     rate = c.finetune.sample_rate(c.privacy.population) if c.privacy.train else 0.0
@@ -104,7 +106,9 @@ def make_plan(c: RunConfig, model: ImageModel, *, n_labels: int, n_classes: int)
     parameters, private_parameters = (sum(p.numel() for p in network.parameters()) for network in networks)
     images_a_step = expected_padded(step.physical_batch_size, c.finetune.batch_size, c.privacy.population)[1]
     device = str(next(model.parameters()).device)
-    seconds = _step_seconds(model, c, device)
+    autocast = autocast if model.low_precision else None
+    with torch.autocast(torch.device(device).type, autocast, enabled=autocast is not None):
+        seconds = _step_seconds(model, c, device, step.physical_batch_size)
     images = c.sample.per_class * n_classes
     return Plan(
         epsilon=c.privacy.epsilon, delta=c.privacy.delta, population=c.privacy.population, sample_rate=rate,
@@ -137,14 +141,22 @@ class _Seconds:
     after_step: float
 
 
-def _step_seconds(model: ImageModel, config: RunConfig, device: str, rows: int = 64) -> _Seconds:
-    """Times each part on random images (fastest of several). Changes the model's weights."""
+# Rows that are timed together. On a CPU a few tell; on a GPU so few would take as long as thousands, which is what runs there.
+_TIMED_ROWS = {"cpu": 64, "cuda": 4096}
+
+
+def _step_seconds(model: ImageModel, config: RunConfig, device: str, micro_batch: int) -> _Seconds:
+    """Times each part on random images (fastest of several). Changes the model's weights.
+
+    micro_batch: images of a private step that fit in its memory.
+    """
+    rows = _TIMED_ROWS.get(torch.device(device).type, _TIMED_ROWS["cpu"])
     private = config.finetune.training(model)
     public = model.public_training(
         lr=1e-6, ema_decay=config.pretrain.ema_decay, label_dropout=config.pretrain.label_dropout
     )  # fmt: skip
     # Each part with as many rows as it has at a time: of eight images alone the calls, not the images, would be timed.
-    count, many = max(1, rows // private.rows), min(rows, config.pretrain.batch_size)
+    count, many = max(1, min(rows // private.rows, micro_batch)), min(rows, config.pretrain.batch_size)
     drawn = min(rows, config.sample.batch_size)
     random = torch.Generator().manual_seed(0)
     images = torch.rand((max(count, many), model.channels, model.resolution, model.resolution), generator=random) * 2 - 1

@@ -16,6 +16,7 @@ import torch
 from tiny import PRIVATE, PUBLIC, SECTIONS, STEPS, TEST, dpsgd, run_all, tiny_config
 
 import privimage_fast as pf
+from privimage_fast import planning
 from privimage_fast.config import ConfigError, build_config, load_yaml
 from privimage_fast.dp.accounting import DPSGDEvent, GaussianEvent, cross_check, solve_noise_multiplier
 from privimage_fast.dp.ledger import Ledger
@@ -386,17 +387,22 @@ def test_query_share_costs_about_its_share(epsilon: float, delta: float) -> None
     assert whole == pytest.approx(epsilon, rel=0.02)  # the share taken away, the query alone is the budget
 
 
+@pytest.mark.parametrize("rows", [64, 4096])
 @pytest.mark.parametrize("multiplicity", [1, 16])
 def test_the_plan_times_each_part_with_rows_of_its_own(
-    multiplicity: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    multiplicity: int, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A second for whatever is timed: K rows an image are DP-SGD's, and neither pre-training's nor the sampler's."""
+    """A second for whatever is timed: K rows an image are DP-SGD's, and neither pre-training's nor the sampler's.
+
+    On a GPU as many as really run together: of a few, the launches would be timed, and a job of minutes be said to take hours.
+    """
     monkeypatch.setattr("privimage_fast.planning._best", lambda work, enough=1.0: 1.0)
+    monkeypatch.setitem(planning._TIMED_ROWS, "cpu", rows)
     sections = {**SECTIONS["pretrain"], "steps": 50, "batch_size": 32}
     config = tiny_config(tmp_path / "a", pretrain=sections, finetune={"multiplicity": multiplicity}, sample={"batch_size": 20})
     plan = Run(config, public=PUBLIC, private=PRIVATE, test=TEST).plan()
     assert plan.pretrain_seconds == pytest.approx(50)  # 32 rows at a time
     assert plan.sample_seconds == pytest.approx(36 / 20 * 5 / 3)  # 36 images, 20 at a time; five evaluations for the three timed
-    images = 64 // multiplicity  # that the private step was timed with
+    images = min(rows // multiplicity, plan.step.physical_batch_size)  # that the private step was timed with
     step = expected_padded(plan.step.physical_batch_size, 30, 120)[1] / images
     assert plan.finetune_seconds == pytest.approx(plan.steps * (step + 1))  # and what follows it
