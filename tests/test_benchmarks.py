@@ -10,12 +10,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from privimage_fast.data import ImageSet, save_npz
+from privimage_fast.models.edm import EDMConfig
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -80,20 +83,51 @@ def test_tables_are_written_between_the_markers_of_the_readme(results: Path) -> 
     assert "no '<!-- table: ops -->'" in done.stderr
 
 
-def test_preconditioning_is_compared_on_public_images(tmp_path: Path) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 1), dtype=np.uint8)
-    save_npz(ImageSet(images, np.arange(60) % 3, ("a", "b", "c"), name="public"), tmp_path / "public.npz")
-    command = [
-        sys.executable,
-        str(BENCHMARKS / "preconditioning.py"),
-        "--images",
-        str(tmp_path / "public.npz"),
-        "--resolution",
-        "8",
-    ]
-    command += ["--minutes", "0.001", "--seeds", "1", "--out", str(tmp_path / "out.json")]
+def on_public_images(script: str, sets: dict[str, int], folder: Path, *options: str) -> dict[str, Any]:
+    """What a script writes that takes public sets by the options named here, each with images of its own seed."""
+    command = [sys.executable, str(BENCHMARKS / script), "--resolution", "8", "--out", str(folder / "out.json"), *options]
+    for option, seed in sets.items():
+        images = np.random.default_rng(seed).integers(0, 256, (60, 8, 8, 1), dtype=np.uint8)
+        path = folder / f"set-{seed}.npz"
+        save_npz(ImageSet(images, np.arange(60) % 3, ("a", "b", "c"), name="public"), path)
+        command += [option, str(path)]
     subprocess.run(command, capture_output=True, text=True, check=True)
-    runs = json.loads((tmp_path / "out.json").read_text())["runs"]
+    found: dict[str, Any] = json.loads((folder / "out.json").read_text())
+    return found
+
+
+def test_what_is_signal_in_a_step_is_measured_on_public_images(tmp_path: Path) -> None:
+    options = ["--patch", "1", "--training", "2", "--rows", "256", "--population", "600", "--epsilon", "10"]
+    found = on_public_images("multiplicity.py", {"--public": 0, "--stand-in": 1}, tmp_path, *options)
+    assert [(r["step"], r["multiplicity"]) for r in found["signal"]] == [
+        (when, k) for when in ("first", "last") for k in (1, 2, 4, 8, 16)
+    ]
+    for row in found["signal"]:
+        assert 0 <= row["signal"] <= 1 + 1e-6 and row["median norm"] > 0
+    assert {(n["steps"], n["batch"]) for n in found["noise"]["10"]} == {(s, 512) for s in (150, 300, 600, 1200)}
+    assert all(n["noise"] == n["sigma"] * found["parameters"] ** 0.5 / n["batch"] for n in found["noise"]["10"])
+
+
+def test_the_signal_is_that_of_the_mean_and_not_of_its_scatter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients that point anywhere have means of some length, and no signal; gradients that all point one way are all signal."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    multiplicity = importlib.import_module("multiplicity")
+    images, labels, draws = torch.zeros(64, 1, 8, 8), torch.zeros(64, dtype=torch.int64), torch.Generator().manual_seed(0)
+    model = SimpleNamespace(edm=EDMConfig(), num_classes=1)
+    for scattered in (True, False):
+
+        def clipped(module: Any, loss: Any, args: Any, *, max_grad_norm: float, multiplicity: int) -> Any:
+            each = torch.randn(8, 400, generator=draws) if scattered else torch.ones(8, 400)  # noqa: B023
+            each = each / each.norm(dim=1, keepdim=True) * max_grad_norm
+            return SimpleNamespace(grads={"w": each.sum(0)}, norms=torch.ones(8))
+
+        monkeypatch.setattr(multiplicity, "clipped_grad", clipped)
+        found = multiplicity.signal(model, images, labels, 1, 64)
+        assert found["signal"] < 0.12 if scattered else found["signal"] == pytest.approx(1, rel=1e-4)
+
+
+def test_preconditioning_is_compared_on_public_images(tmp_path: Path) -> None:
+    runs = on_public_images("preconditioning.py", {"--images": 0}, tmp_path, "--minutes", "0.001", "--seeds", "1")["runs"]
     assert [run["variant"] for run in runs][:1] == ["published"] and len({run["variant"] for run in runs}) == len(runs) == 6
     for run in runs:
         assert run["steps"] >= 1 and math.isfinite(run["energy distance"])
