@@ -3,9 +3,10 @@
     python benchmarks/multiplicity.py --public letters.npz --stand-in clipart.npz [--epsilon 10] [--population 60000]
 
 A network of the preset `small` learns ``--public``; ``--stand-in``, public images too, plays the sensitive set, so that nothing
-measured here costs privacy. Signal is the norm of the mean clipped gradient ÷ C, before the first step on the stand-in and after
-ordinary training on half of it. Noise is what the accountant asks for on that mean, σ·√parameters ÷ batch. A mean of few
-gradients is mostly their scatter: what counts is the inner product of means of images that have none in common.
+measured here costs privacy. Signal is the norm of the mean clipped gradient ÷ C, before any training on the stand-in and after
+``--training`` ordinary steps on half of it. Noise is what the accountant asks for on that mean, σ·√parameters ÷ batch. A mean of
+few gradients is mostly their scatter: what counts is the inner product of means of images that have none in common, whose error
+is a jackknife's over these groups. The same images are looked at whatever K is.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from privimage_fast.models.edm import Denoiser, DenoisingLoss, EDMConfig, denois
 from privimage_fast.models.unet import PRESETS
 
 MULTIPLICITIES, BATCHES, STEPS = (1, 2, 4, 8, 16), (512, 1024, 2048, 4096, 8192), (150, 300, 600, 1200)
-GROUPS, SMALL = 8, 1e-6  # of images that have none in common; a C that every gradient reaches
+GROUPS, ROWS, SMALL = 8, 1024, 1e-6  # groups of images that have none in common; rows at a time; a C that every gradient reaches
 
 
 def taught(model: Denoiser, images: Tensor, labels: Tensor, steps: int, batch: int) -> None:
@@ -39,26 +40,34 @@ def taught(model: Denoiser, images: Tensor, labels: Tensor, steps: int, batch: i
     training.finish()
 
 
-def signal(model: Denoiser, images: Tensor, labels: Tensor, multiplicity: int, rows: int) -> dict[str, float]:
+def signal(model: Denoiser, images: Tensor, labels: Tensor, multiplicity: int) -> dict[str, float]:
     """Of the mean clipped gradient, in units of C: its norm, and the standard error of the norm's square."""
-    samples, random, means, norms = max(1, rows // GROUPS // multiplicity), torch.Generator().manual_seed(1), [], []
-    order = torch.randperm(len(images), generator=random)
-    for group in order[: GROUPS * samples].chunk(GROUPS):
-        batch = denoising_batch(
-            images[group], labels[group], edm=model.edm, num_classes=model.num_classes, multiplicity=multiplicity,
-            label_dropout=0.1, generator=random,
-        )  # fmt: skip
-        found = clipped_grad(
-            model, DenoisingLoss(multiplicity), batch.args(), max_grad_norm=SMALL, multiplicity=multiplicity
-        )  # fmt: skip
-        means.append(torch.cat([g.flatten() for g in found.grads.values()]).double() / SMALL / len(group))
-        norms.append(found.norms)
+    random, means, norms = torch.Generator().manual_seed(1), [], []
+    for group in torch.arange(len(images)).chunk(GROUPS):
+        total = torch.zeros(())
+        for part in group.split(max(1, ROWS // multiplicity)):
+            batch = denoising_batch(
+                images[part], labels[part], edm=model.edm, num_classes=model.num_classes, multiplicity=multiplicity,
+                label_dropout=0.1, generator=random,
+            )  # fmt: skip
+            found = clipped_grad(
+                model, DenoisingLoss(multiplicity), batch.args(), max_grad_norm=SMALL, multiplicity=multiplicity
+            )  # fmt: skip
+            total = total + torch.cat([g.flatten() for g in found.grads.values()]).double() / SMALL
+            norms.append(found.norms)
+        means.append(total / len(group))
     products = torch.stack(means) @ torch.stack(means).T
-    pairs = products[torch.triu_indices(GROUPS, GROUPS, 1).unbind()]
-    error = float(pairs.std()) / math.sqrt(len(pairs))
+
+    def square(kept: Tensor) -> Tensor:
+        n = len(kept)
+        return (products[kept][:, kept].sum() - products[kept, kept].sum()) / (n * (n - 1))
+
+    every = torch.arange(len(means))
+    without = torch.stack([square(every[every != left]) for left in every])
+    error = ((len(means) - 1) * without.var(correction=0)).sqrt()
     return {
-        "signal": math.sqrt(max(0.0, float(pairs.mean()))), "error of its square": error,
-        "median norm": float(torch.cat(norms).median()), "images": GROUPS * samples,
+        "signal": math.sqrt(max(0.0, float(square(every)))), "error of its square": float(error),
+        "median norm": float(torch.cat(norms).median()), "images": len(images),
     }  # fmt: skip
 
 
@@ -81,7 +90,7 @@ def main() -> None:
     parser.add_argument("--epsilon", type=float, nargs="+", default=[10.0, 1.0])
     parser.add_argument("--population", type=int, default=60_000, help="of the sensitive set that is planned for")
     parser.add_argument("--training", type=int, default=300, help="steps on each set")
-    parser.add_argument("--rows", type=int, default=8192, help="that each figure is taken from")
+    parser.add_argument("--images", type=int, default=2048, help="of the stand-in that each figure is taken from")
     parser.add_argument("--out", type=Path, default=Path("multiplicity.json"))
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -97,12 +106,15 @@ def main() -> None:
     )
     model.measure(public[:4096])
     half, rows, batch = len(images) // 2, [], min(128, len(public))
+    looked_at = slice(half, half + args.images)
+    if len(images[looked_at]) < 3 * GROUPS:
+        parser.error(f"--stand-in has {len(images)} images; half of them, or --images, must be at least {3 * GROUPS}")
     taught(model, public, public_labels, args.training, batch)
-    for when in ("first", "last"):
-        if when == "last":
+    for when in ("before", "after"):
+        if when == "after":
             taught(model, images[:half], labels[:half], args.training, batch)
         for k in MULTIPLICITIES:
-            rows.append({"step": when, "multiplicity": k, **signal(model, images[half:], labels[half:], k, args.rows)})
+            rows.append({"training": when, "multiplicity": k, **signal(model, images[looked_at], labels[looked_at], k)})
             print(json.dumps(rows[-1]), flush=True)
     parameters = sum(p.numel() for p in model.parameters())
     noise = {f"{epsilon:g}": noises(epsilon, args.population, parameters) for epsilon in args.epsilon}

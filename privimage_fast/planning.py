@@ -16,6 +16,7 @@ from privimage_fast.dp.accounting import DPSGDEvent, GaussianEvent, epsilon, sol
 from privimage_fast.dp.engine import accumulate_clipped
 from privimage_fast.dp.planner import Plan as StepPlan
 from privimage_fast.dp.sampling import expected_padded
+from privimage_fast.models.replay import forget
 from privimage_fast.models.training import ImageModel
 from privimage_fast.stages.finetune import plan_finetune
 from privimage_fast.stages.query import QueryConfig
@@ -101,14 +102,13 @@ def make_plan(
             target_epsilon=c.privacy.epsilon, delta=c.privacy.delta, sample_rate=rate, steps=steps,
             prior_events=prior,
         )  # fmt: skip
-    step = plan_finetune(model, c.finetune, c.privacy.population)
+    device = str(next(model.parameters()).device)
+    with _casting(device, autocast if model.low_precision else None):
+        step = plan_finetune(model, c.finetune, c.privacy.population)
     networks = (model, c.finetune.training(model).module)
     parameters, private_parameters = (sum(p.numel() for p in network.parameters()) for network in networks)
     images_a_step = expected_padded(step.physical_batch_size, c.finetune.batch_size, c.privacy.population)[1]
-    device = str(next(model.parameters()).device)
-    autocast = autocast if model.low_precision else None
-    with torch.autocast(torch.device(device).type, autocast, enabled=autocast is not None):
-        seconds = _step_seconds(model, c, device, step.physical_batch_size)
+    seconds = _step_seconds(model, c, device, step.physical_batch_size, autocast)
     images = c.sample.per_class * n_classes
     return Plan(
         epsilon=c.privacy.epsilon, delta=c.privacy.delta, population=c.privacy.population, sample_rate=rate,
@@ -145,9 +145,17 @@ class _Seconds:
 _TIMED_ROWS = {"cpu": 64, "cuda": 4096}
 
 
-def _step_seconds(model: ImageModel, config: RunConfig, device: str, micro_batch: int) -> _Seconds:
+def _casting(device: str, dtype: torch.dtype | None) -> torch.autocast:
+    """As the stages compute; without a cache, which would keep casts of weights that have moved since."""
+    return torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None, cache_enabled=False)
+
+
+def _step_seconds(
+    model: ImageModel, config: RunConfig, device: str, micro_batch: int, autocast: torch.dtype | None
+) -> _Seconds:  # fmt: skip
     """Times each part on random images (fastest of several). Changes the model's weights.
 
+    The private step is timed as it is without CUDA graphs, so for a GPU somewhat too long.
     micro_batch: images of a private step that fit in its memory.
     """
     rows = _TIMED_ROWS.get(torch.device(device).type, _TIMED_ROWS["cpu"])
@@ -176,16 +184,23 @@ def _step_seconds(model: ImageModel, config: RunConfig, device: str, micro_batch
 
     def private_step() -> None:
         args = [t.to(device) for t in private.batch(images[:count], labels[:count], random)]
-        accumulate_clipped(private.module, private.loss, args, sums, max_grad_norm=1.0, multiplicity=private.rows)[0].sum().item()
+        accumulate_clipped(
+            private.module, private.loss, args, sums, max_grad_norm=1.0, multiplicity=private.rows, memory_budget=budget
+        )[0].sum().item()  # fmt: skip
 
     def after_steps() -> None:
         for step in range(private.round):
             private.after_step(step, 0)
 
-    return _Seconds(
-        _best(draw) / drawn * passes[0] / passes[1], _best(public_step) / many,
-        _best(private_step) / count, _best(after_steps) / private.round,
-    )  # fmt: skip
+    with _casting(device, autocast):
+        drawing = _best(draw) / drawn * passes[0] / passes[1]
+    forget(model.drawable)
+    with _casting(device, autocast if model.low_precision else None):
+        training = _best(public_step) / many
+        public.finish()
+        # In the memory that fine-tuning will have, and not the fastest way whatever it takes.
+        budget = config.finetune.memory_budget(torch.device(device))
+        return _Seconds(drawing, training, _best(private_step) / count, _best(after_steps) / private.round)
 
 
 def _best(work: Callable[[], None], enough: float = 1.0) -> float:

@@ -262,3 +262,12 @@ def test_adam_is_given_gradients_laid_out_as_their_parameters() -> None:
         assert strides == [True] * 6
         found.append([p.detach().clone() for p in module])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_public_step_has_the_learning_rate_it_is_given() -> None:
+    """Stages let it rise: Adam's first step moves every weight by the rate, whatever the gradient."""
+    module = nn.Linear(3, 2, bias=False)
+    training = AveragedAdam(module, lr=0.5, ema_decay=0.9)
+    before = module.weight.detach().clone()
+    training.step(module.weight.sum(), 0.01)
+    torch.testing.assert_close(before - module.weight, torch.full((2, 3), 0.01))

@@ -6,6 +6,7 @@ import base64
 import json
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -406,3 +407,30 @@ def test_the_plan_times_each_part_with_rows_of_its_own(
     images = min(rows // multiplicity, plan.step.physical_batch_size)  # that the private step was timed with
     step = expected_padded(plan.step.physical_batch_size, 30, 120)[1] / images
     assert plan.finetune_seconds == pytest.approx(plan.steps * (step + 1))  # and what follows it
+
+
+@pytest.mark.parametrize("family", ["diffusion", "gan"])
+def test_the_plan_times_what_the_run_will_do(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its precision, of which a GAN bears the low one for drawing only, and within the memory that fine-tuning will have."""
+    seen: list[tuple[str, bool]] = []
+    budgets: list[int | None] = []
+
+    def best(work: Callable[[], None], enough: float = 1.0) -> float:
+        seen.append((work.__name__, torch.is_autocast_enabled("cpu")))
+        assert not torch.is_autocast_cache_enabled() or not seen[-1][1]
+        work()
+        return 1.0
+
+    def clipped(*args: Any, memory_budget: int | None = None, **options: Any) -> Any:
+        budgets.append(memory_budget)
+        return torch.zeros(1), torch.zeros(1)
+
+    monkeypatch.setattr(planning, "_best", best)
+    monkeypatch.setattr(planning, "accumulate_clipped", clipped)
+    gan = {"family": "gan", "preset": "custom", "gan": {"generator_channels": 8, "discriminator_channels": 8, "latent": 8}}
+    options: dict[str, Any] = {"model": gan} if family == "gan" else {}
+    config = tiny_config(tmp_path / "a", precision="bfloat16", finetune={"memory_budget_mib": 700}, **options)
+    Run(config, public=PUBLIC, private=PRIVATE, test=TEST).plan()
+    low = family == "diffusion"
+    assert seen == [("draw", True), ("public_step", low), ("private_step", low), ("after_steps", low)]
+    assert budgets == [700 * 2**20]

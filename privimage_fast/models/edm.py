@@ -184,7 +184,6 @@ class PublicDenoising:
         self.optimizer = AveragedAdam(model, lr=lr, ema_decay=ema_decay)
         self.gradients = replayed_gradients(model, _weighted_loss)
         self.state_dict, self.load_state_dict = self.optimizer.state_dict, self.optimizer.load_state_dict
-        self.finish = self.optimizer.use_average
 
     def step(self, images: Tensor, labels: Tensor, random: torch.Generator, lr: float) -> Tensor:
         batch = denoising_batch(
@@ -197,7 +196,11 @@ class PublicDenoising:
         """A step on rows of a :class:`DenoisingBatch`, each of its weight (R,); the loss."""
         loss, gradients = self.gradients(weight, *rows)
         self.optimizer.apply(gradients, lr)
-        return loss
+        return loss.clone()  # the next step overwrites it
+
+    def finish(self) -> None:
+        self.optimizer.use_average()
+        self.gradients.drop()  # the next stage needs the memory, and torch may hold on to the first optimizer of a process
 
 
 def _weighted_loss(model: nn.Module, weight: Tensor, *rows: Tensor) -> Tensor:

@@ -26,8 +26,8 @@ Compute = Callable[..., Any]
 class Replayed:
     """``compute(module, *tensors)``, recorded for the first shape it is called with, and anew for another that stays.
 
-    A recording holds as much memory as the computation takes, until the module is gone or :func:`forget` is called. Of several
-    results the next call overwrites all; one alone is the caller's.
+    A recording holds as much memory as the computation takes, until :meth:`drop` or the end of the module. Of several results
+    the next call overwrites all; one alone is the caller's. On a CPU nothing is recorded.
     """
 
     def __init__(self, module: nn.Module, compute: Compute | None = None, what: str = "the network is sampled from") -> None:
@@ -37,9 +37,15 @@ class Replayed:
         self._inputs: list[Tensor] = []
         self._run: Any = None
 
+    def drop(self) -> None:
+        """Frees the recording's memory, whoever else still holds this object."""
+        self._key, self._run, self._inputs = None, None, []
+
     def __call__(self, *tensors: Tensor) -> Any:
         module, device = self._module(), tensors[0].device
         assert module is not None
+        if not _on_gpu(device):
+            return self._compute(module, *tensors)
         # What a graph has frozen: shapes, whether autocast was on, and where the weights lie.
         key = (
             [(t.shape, t.dtype) for t in tensors], torch.is_autocast_enabled(device.type),
@@ -60,6 +66,7 @@ class Replayed:
                 self._run = record(self._again, device, warm_up=self._warm_up)
             except RuntimeError as error:
                 logger.warning("%s without a CUDA graph, which is slower: %s", self._what, error)
+                self._inputs = []
         if self._run is None or key != self._key:
             return self._compute(module, *tensors)
         for to, given in zip(self._inputs, tensors, strict=True):
@@ -83,10 +90,10 @@ def _forward(module: nn.Module, *tensors: Tensor) -> Tensor:
     return module(*tensors)
 
 
-def replayed_gradients(module: nn.Module, loss: Compute) -> Callable[..., tuple[Tensor, list[Tensor]]]:
-    """``loss(module, *tensors)``, a scalar that draws nothing at random, with its gradients in the parameters, in their order.
+def replayed_gradients(module: nn.Module, loss: Compute) -> Replayed:
+    """(module's parameters as they are) → ``loss(module, *tensors)``, a scalar that draws nothing at random, and its gradients.
 
-    On a GPU replayed; valid until the next call. The recording goes with what is returned here.
+    These are in the order of the parameters, and valid until the next call.
     """
     parameters = list(module.parameters())
 
@@ -94,8 +101,6 @@ def replayed_gradients(module: nn.Module, loss: Compute) -> Callable[..., tuple[
         value = loss(module, *tensors)
         return value.detach(), list(torch.autograd.grad(value, parameters))
 
-    if not parameters or not _on_gpu(parameters[0].device):
-        return lambda *tensors: compute(module, *tensors)
     return Replayed(module, compute, "the network is trained on public images")
 
 
@@ -114,7 +119,9 @@ def replayed(module: nn.Module) -> Any:
 
 def forget(module: nn.Module) -> None:
     """Drops the module's recording and frees its memory, before the weights move or something else needs it."""
-    _recordings.pop(module, None)
+    recording = _recordings.pop(module, None)
+    if recording is not None:
+        recording.drop()
 
 
 def _on_gpu(device: torch.device) -> bool:

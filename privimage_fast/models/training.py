@@ -50,7 +50,7 @@ class PublicTraining(Protocol):
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
 
     def finish(self) -> None:
-        """Leaves in the model the weights that fine-tuning starts from."""
+        """Leaves in the model the weights that fine-tuning starts from, and frees what only training needed."""
 
 
 @dataclass(frozen=True)
