@@ -67,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         again = "the same command" if argv[0] == "compare" else "the same command with --resume"
         print(
-            f"\nprivimage: interrupted; {again} goes on from what was saved last. DP-SGD steps after that are charged already, "
-            "and are charged again when they are repeated",
+            f"\nprivimage: interrupted; if it had begun (its folder is there), {again} goes on from what was saved last. DP-SGD "
+            "steps after that are charged already, and are charged again when they are repeated",
             file=sys.stderr,
         )
         return 130
@@ -159,12 +159,17 @@ def _run(argv: list[str], *, command: str = "run", base: str | None = None) -> N
     run = Run(config)
     if not flags.dry_run:
         run.check_new(resume=flags.resume)
-    plan = run.plan() if flags.dry_run or not flags.resume else None
+        if flags.resume and not run.folder.begun:
+            print(f"{run.folder.path} holds no run to go on with: a new one begins there", file=sys.stderr)
+    plan = None
+    if flags.dry_run or not flags.resume:
+        print("planning: steps are tried on made-up images", file=sys.stderr)
+        plan = run.plan()
     if plan is not None:
         print(plan.table())
     if flags.dry_run:
         assert plan is not None
-        print(f"\n{plan.step.table()}")
+        print(f"\n{plan.step.table()}\n\nnothing was spent, and nothing written")
         return
     with run.opened(resume=flags.resume):
         if plan is not None:

@@ -17,7 +17,7 @@ import torch
 
 from privimage_fast import report
 from privimage_fast.config import ConfigError, DataConfig, RunConfig, differing_keys, load_config
-from privimage_fast.data import ImageSet, Limits, holdout_split, join, open_image_set
+from privimage_fast.data import DataError, ImageSet, Limits, holdout_split, join, open_image_set
 from privimage_fast.data.atomic import atomic_write_text
 from privimage_fast.dp.accounting import ADJACENCY, UNIT
 from privimage_fast.dp.ledger import Ledger
@@ -90,12 +90,15 @@ class Run:
             raise ConfigError(f"data.{name} is not set; give a folder, a file or embedded:NAME")
         # Clusters need no labels, and sets in a list may have one each.
         limits = Limits(min_classes=1) if name == "public" else None
-        sets = [
-            open_image_set(
-                s, resolution=data.resolution, channels=data.channels, format=data.format, skip_bad=data.skip_bad, limits=limits
-            )
-            for s in ([source] if isinstance(source, str) else source)
-        ]
+        try:
+            sets = [
+                open_image_set(
+                    s, resolution=data.resolution, channels=data.channels, format=data.format, skip_bad=data.skip_bad,
+                    limits=limits,
+                ) for s in ([source] if isinstance(source, str) else source)
+            ]  # fmt: skip
+        except DataError as error:
+            raise DataError(f"data.{name}: {error}") from error
         images = join(sets) if len(sets) > 1 else sets[0]
         for skipped in images.skipped:
             logger.warning("skipped %s: %s", skipped.path, skipped.reason)

@@ -246,7 +246,7 @@ def query_noise_multiplier(target_epsilon: float, delta: float, share: float) ->
         left, right = norm.logcdf(-target_epsilon / mu + mu / 2), target_epsilon + norm.logcdf(-target_epsilon / mu - mu / 2)
         return math.exp(left) - math.exp(right) - delta
 
-    mu = brentq(excess, 1e-4, 10 + 2 * math.sqrt(2 * target_epsilon) + target_epsilon)
+    mu = brentq(excess, min(1e-4, delta), 10 + 2 * math.sqrt(2 * target_epsilon) + target_epsilon)
     return 1 / (mu * math.sqrt(share))
 
 

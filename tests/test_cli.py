@@ -99,7 +99,14 @@ def test_dry_run_prints_the_plan_and_writes_nothing(config: Path, capsys: pytest
         assert "ε = 3" in out and "σ = " in out and "MiB" in out and "rough time" in out
         # The DP step, layer by layer.
         assert "unet.image_in.weight" in out and "GFLOP" in out and "micro-batch 16 samples × 2 rows" in out
+        assert out.endswith("nothing was spent, and nothing written\n") or command != "run"
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["public", "private", "test"])
+def test_a_set_that_is_not_there_is_named_by_its_key(name: str, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--config", str(config), f"--data.{name}", "/no/such/folder"]) == 2
+    assert f"data.{name}: /no/such/folder: no such file or folder" in capsys.readouterr().err
 
 
 def test_dry_run_says_when_selection_selects_nothing(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,6 +176,11 @@ def test_stage_by_stage_is_the_whole_run(config: Path, capsys: pytest.CaptureFix
     error = capsys.readouterr().err
     assert "--resume" in error and "resume=True" in error
     assert main(["run", "--config", str(config), "--resume"]) == 0
+    assert "holds no run" not in capsys.readouterr().err
+    # A slip in --out would otherwise begin a second paid run unseen.
+    elsewhere = config.parent / "slip"
+    main(["run", "--config", str(config), "--resume", "--out", str(elsewhere), "--data.private", "nowhere"])
+    assert f"{elsewhere} holds no run to go on with: a new one begins there" in capsys.readouterr().err
     assert main(["finetune", "--out", str(tmp_path / "out"), "--finetune.lr", "0.3"]) == 2
     assert "finetune.lr" in capsys.readouterr().err
 

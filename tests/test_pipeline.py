@@ -381,6 +381,11 @@ def test_plan_agrees_with_the_run_and_spends_nothing(finished: Run, tmp_path: Pa
     assert "little but noise" in replace(plan, query_noise=15.0).table().splitlines()[1]
 
 
+def test_a_share_of_hardly_any_budget_is_a_lot_of_noise() -> None:
+    found = [query_noise_multiplier(epsilon, 1e-6, 0.02) for epsilon in (1e-9, 1e-6, 1e-3, 0.1)]
+    assert found == sorted(found, reverse=True) and 1e6 < found[0] < math.inf
+
+
 @pytest.mark.parametrize(("epsilon", "delta"), [(0.1, 1e-6), (1.0, 1e-5), (10.0, 3e-5), (100.0, 1e-5)])
 def test_query_share_costs_about_its_share(epsilon: float, delta: float) -> None:
     sigma = query_noise_multiplier(epsilon, delta, 0.02)

@@ -78,6 +78,8 @@ def label_fault(label: object, limits: Limits, names: tuple[str, ...] | None) ->
 
 def _from_folders(tree: Tree, faults: Faults) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
     members: dict[str, list[str]] = {folder: [] for folder in tree.folders}
+    if not members and tree.names:
+        raise DataError(f"{tree.path}: holds files and no class folders; put the images of each class into a folder of its own")
     for name in tree.names:
         parts = name.split("/")
         if len(parts) == 1:

@@ -60,6 +60,15 @@ def test_class_folders_with_one_bad_file(tmp_path, kind, culprit, data, reason):
     assert made.images[:, 0, 0, 0].tolist() == [10, 20, 30]
 
 
+def test_files_without_class_folders_are_told_what_is_missing(tmp_path):
+    """And not that they may be skipped."""
+    path = write_folder(tmp_path / "set", {"1.png": grey(1), "2.png": grey(2)})
+    for skip_bad in (False, True):
+        with pytest.raises(DataError, match="no class folders; put the images of each class into a folder") as caught:
+            load(path, skip_bad=skip_bad)
+        assert "skip" not in str(caught.value)
+
+
 def test_an_empty_class_folder(tmp_path):
     path = write_folder(tmp_path / "set", GOOD)
     (path / "bird").mkdir()
