@@ -127,14 +127,15 @@ def test_the_grids_of_full_size_are_of_one_model_at_both_budgets(path: Path) -> 
         assert c.data.resolution == 28 and c.model.patch == 2 and c.model.edm.sigma_data is None and c.warms_up
 
 
-def test_the_grid_of_a_small_budget_has_three_seeds() -> None:
-    cells = load_comparison(GRIDS[0].with_name("epsilon-1-cpu.yaml")).cells
-    variants = ("privimage", "privimage-means", "random-means", "pdp-means", "dpdm-means")
+@pytest.mark.parametrize(("name", "more"), [("epsilon-1-cpu", ["privimage"]), ("fashion-epsilon-1-cpu", [])])
+def test_the_grids_of_a_small_budget_have_three_seeds(name: str, more: list[str]) -> None:
+    cells = load_comparison(GRIDS[0].with_name(f"{name}.yaml")).cells
+    variants = [*more, "privimage-means", "random-means", "pdp-means", "dpdm-means"]
     assert {(c.variant, c.seed) for c in cells} == {(variant, seed) for variant in variants for seed in range(3)}
     assert {c.config.privacy.epsilon for c in cells} == {1}
 
 
-PARTS = ("ratio-cpu", "epsilon-1-cpu", "mnist-28-cpu", "fashion-28-cpu")  # show one thing each
+PARTS = ("ratio-cpu", "epsilon-1-cpu", "fashion-epsilon-1-cpu", "mnist-28-cpu", "fashion-28-cpu")  # show one thing each
 
 
 @pytest.mark.parametrize("path", [p for p in GRIDS if p.stem not in PARTS], ids=lambda p: p.stem)
