@@ -107,11 +107,8 @@ def replayed_gradients(module: nn.Module, loss: Compute) -> Replayed:
 _recordings: WeakKeyDictionary[nn.Module, Replayed] = WeakKeyDictionary()
 
 
-def replayed(module: nn.Module) -> Any:
-    """``module``, or on a GPU its recording, kept as long as the module."""
-    first = next(module.parameters(), None)
-    if first is None or not _on_gpu(first.device):
-        return module
+def replayed(module: nn.Module) -> Replayed:
+    """The forward pass of ``module``, whose recording is kept as long as the module."""
     if module not in _recordings:
         _recordings[module] = Replayed(module)
     return _recordings[module]

@@ -147,13 +147,18 @@ def test_a_recording_goes_with_its_module(graph: Graph) -> None:
     assert seen() is None and not list(replay._recordings.keys())
 
 
-def test_a_recording_that_fails_is_told_and_done_without(
-    graph: Graph, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.fixture
+def no_graph(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU on which nothing can be recorded."""
+
     def fail(*a: Any, **k: Any) -> Any:
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(replay, "record", fail)
+
+
+@pytest.mark.usefixtures("no_graph")
+def test_a_recording_that_fails_is_told_and_done_without(caplog: pytest.LogCaptureFixture) -> None:
     module, x = nn.Linear(3, 2), torch.randn(4, 3)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
@@ -194,13 +199,8 @@ def test_losses_of_replayed_steps_may_be_kept(graph: Graph) -> None:
     assert len({loss.item() for loss in losses}) == 3
 
 
-def test_public_training_goes_on_where_nothing_can_be_recorded(
-    graph: Graph, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fail(*a: Any, **k: Any) -> Any:
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(replay, "record", fail)
+@pytest.mark.usefixtures("no_graph")
+def test_public_training_goes_on_where_nothing_can_be_recorded(caplog: pytest.LogCaptureFixture) -> None:
     model = denoiser()
     before = model.unet.image_in.weight.detach().clone()
     training = model.public_training(lr=1e-2, ema_decay=0.9, label_dropout=0.1)
