@@ -12,7 +12,7 @@ from typing import Any
 
 # torch, jsonargparse and the pipeline are imported by the commands that need them: `privimage budget` answers at once.
 
-STAGES = ("query", "select", "pretrain", "warmup", "finetune", "sample", "evaluate", "report")
+STAGES = ("query", "select", "pretrain", "warmup", "finetune", "label", "sample", "evaluate", "report")
 
 USAGE = """\
 usage: privimage COMMAND [options]
@@ -22,7 +22,7 @@ usage: privimage COMMAND [options]
   compare   a grid of variants × settings × seeds:  privimage compare --config FILE [--dry-run]
   budget    what σ, how many steps, what does the query cost?  Needs no data
   data      look at an image set, or convert one; `data prepare NAME` makes one of a well-known set
-  query select pretrain warmup finetune sample evaluate report
+  query select pretrain warmup finetune label sample evaluate report
             one stage of a run:  privimage STAGE --config FILE   (or --out DIR, for a run that was begun)
   keys      every configuration key with its default
   doctor    what was built, and what runs
@@ -294,6 +294,8 @@ def _budget(argv: list[str]) -> None:
     parser.add_argument("--query-noise-multiplier", type=float, help="σ₁ of one semantic query")
     parser.add_argument("--means-noise-multiplier", type=float, help="σ₂ of the class means")
     parser.add_argument("--means-rounds", type=int, default=1, help="how often they are asked for (1)")
+    parser.add_argument("--label-noise-multiplier", type=float, help="σ₃ of a step of the layer that labels images")
+    parser.add_argument("--label-steps", type=int, default=100, help="how many (100)")
     a = parser.parse_args(argv)
     from privimage_fast.dp import accounting as acc
     from privimage_fast.report import epsilon_text
@@ -305,11 +307,15 @@ def _budget(argv: list[str]) -> None:
     rate = a.batch_size / a.population
     steps = a.steps if a.steps is not None else max(1, round(a.epochs / rate))
     delta = a.delta if a.delta is not None else acc.default_delta(a.population)
-    asked = {"σ₁": a.query_noise_multiplier, "σ₂": a.means_noise_multiplier}
+    asked = {"σ₁": a.query_noise_multiplier, "σ₂": a.means_noise_multiplier, "σ₃": a.label_noise_multiplier}
     if a.means_rounds < 1 or (a.means_rounds > 1 and a.means_noise_multiplier is None):
         raise acc.BudgetError(f"--means-rounds must be ≥ 1, and needs --means-noise-multiplier; found {a.means_rounds}")
-    queries = [acc.GaussianEvent(sigma) for sigma in (a.query_noise_multiplier, *[a.means_noise_multiplier] * a.means_rounds)
-               if sigma is not None]  # fmt: skip
+    queries: list[acc.Event] = [
+        acc.GaussianEvent(sigma)
+        for sigma in (a.query_noise_multiplier, *[a.means_noise_multiplier] * a.means_rounds) if sigma is not None
+    ]  # fmt: skip
+    if a.label_noise_multiplier is not None:
+        queries.append(acc.DPSGDEvent(a.label_noise_multiplier, 1.0, a.label_steps))
     sigma = a.noise_multiplier
     if sigma is None:
         sigma = acc.solve_noise_multiplier(
@@ -323,8 +329,9 @@ def _budget(argv: list[str]) -> None:
         shown = "n/a" if checks[name] is None else epsilon_text(checks[name])
         print(f"  {shown}  ({name.upper()} of Opacus, a cross-check)")
     if queries:
-        words = {"σ₁": "the query", "σ₂": "the class means"}
-        times = {"σ₁": "", "σ₂": f", {a.means_rounds} rounds" if a.means_rounds > 1 else ""}
+        words = {"σ₁": "the query", "σ₂": "the class means", "σ₃": "the labels"}
+        rounds = f", {a.means_rounds} rounds" if a.means_rounds > 1 else ""
+        times = {"σ₁": "", "σ₂": rounds, "σ₃": f", {a.label_steps} steps"}
         named = " and ".join(
             f"{words[name]} ({name} {sigma:g}{times[name]})" for name, sigma in asked.items() if sigma is not None
         )

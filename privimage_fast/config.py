@@ -21,6 +21,7 @@ from privimage_fast.models.training import ImageModel
 from privimage_fast.models.unet import UNetConfig
 from privimage_fast.stages.evaluate import EvaluateConfig
 from privimage_fast.stages.finetune import FinetuneConfig
+from privimage_fast.stages.label import LabelConfig
 from privimage_fast.stages.pretrain import PretrainConfig
 from privimage_fast.stages.query import QueryConfig
 from privimage_fast.stages.sample import SampleConfig
@@ -71,7 +72,8 @@ class PrivacyConfig:
         population: N, the stated public size of the sensitive set; null takes its size, and states it.
         secure: true takes all privacy randomness from the operating system; false derives it from `seed`, for tests only,
             and marks the run as not private.
-        train: false skips warm-up and fine-tuning: what is sampled has seen public images only, and the query alone is charged.
+        train: false skips warm-up, fine-tuning and labels: what is sampled has seen public images only, and the query alone is
+            charged.
     """
 
     epsilon: float = 10.0
@@ -169,6 +171,7 @@ class RunConfig:
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    label: LabelConfig = field(default_factory=LabelConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
@@ -184,6 +187,11 @@ class RunConfig:
         """Whether noisy class means are asked for, and charged."""
         unused = self.model.family == "gan" and not self.model.adversarial.moments
         return self.warmup.steps > 0 and self.privacy.train and not unused
+
+    @property
+    def relabels(self) -> bool:
+        """Whether synthetic images get their labels from a privately trained layer, which is charged."""
+        return self.label.steps > 0 and self.privacy.train
 
     def to_yaml(self) -> str:
         """YAML that :func:`load_yaml` reads back to an equal configuration."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from privimage_fast.config import RunConfig, build_config
 from privimage_fast.data import ImageSet
+from privimage_fast.models.labeller import Labeller
 from privimage_fast.models.training import Drawable
 from privimage_fast.pipeline import Run, autocast_of, device_of
 from privimage_fast.planning import Plan
@@ -39,6 +40,7 @@ class PrivImage:
         self.config = build_config(sections, config)
         self._run: Run | None = None
         self._model: Drawable | None = None
+        self._labeller: Labeller | None = None
         self._class_names: tuple[str, ...] = ()
         self._pretrained: dict[str, Any] = {}
         self._companions: dict[str, Any] = {}  # what a saved model came with, to be saved with it again
@@ -51,7 +53,7 @@ class PrivImage:
         self, public: ImageSet | str, private: ImageSet | str, *, out: str | Path | None = None, resume: bool = False,
         semantic_function: SemanticFunction | None = None,
     ) -> PrivImage:  # fmt: skip
-        """query → select → pretrain → warmup → finetune. ``resume`` goes on with an interrupted run in the same folder."""
+        """query → select → pretrain → warmup → finetune → label. ``resume`` goes on with an interrupted run in its folder."""
         run = self._bind(public, private, out, semantic_function)
         with run.opened(resume=resume):
             run.query()
@@ -59,13 +61,17 @@ class PrivImage:
             run.pretrain()
             run.warmup()
             self._model = run.finetune().drawable.eval()
+            self._labeller = run.label()
             run.report()
         # Not the run's configuration: N, δ and steps of this set would be taken for those of the next.
         self._run, self._class_names = run, run.private.label_names
         return self
 
     def sample(self, n: int, labels: np.ndarray | None = None, *, seed: int | None = None) -> ImageSet:
-        """n synthetic images, as many of each class as n allows, or of the given labels (n,)."""
+        """n synthetic images, drawn for as many of each class as n allows, or for the given labels (n,).
+
+        With `label.steps` the labels that come with them are the labeller's.
+        """
         model = self._fitted()
         if n < 1:
             raise ValueError(f"n must be at least 1, found {n}")
@@ -81,7 +87,9 @@ class PrivImage:
             draw(model, labels[start : start + size], sampler, seed=seed, first=start, device=device, autocast=autocast)
             for start in range(0, n, size)
         ]
-        return ImageSet(np.concatenate(parts), labels.astype(np.int64), self._class_names, name="synthetic")
+        images = np.concatenate(parts)
+        found = labels.astype(np.int64) if self._labeller is None else self._labeller.labels(images, device)
+        return ImageSet(images, found, self._class_names, name="synthetic")
 
     def evaluate(self, test: ImageSet | str) -> dict[str, Any]:
         """Metrics against real test images; not private."""
@@ -104,17 +112,17 @@ class PrivImage:
     def save_pretrained(self, path: str | Path) -> None:
         """Weights as safetensors, configuration, ledger, and the card without figures that are not private."""
         if self._run is None:
-            save_pretrained(self._fitted(), path, class_names=self._class_names, **self._companions)
+            save_pretrained(self._fitted(), path, class_names=self._class_names, labeller=self._labeller, **self._companions)
         else:
             self._run.save(self._fitted(), path)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> PrivImage:
         """A model that can be sampled from. Reads safetensors and JSON only."""
-        model, names, _ = load_pretrained(path)
+        saved = load_pretrained(path)
         described = json.loads((Path(path) / "config.json").read_text())
         self = cls(sample={"sampler": described["sampler"]} if "sampler" in described else {})
-        self._model, self._class_names = model, names
+        self._model, self._class_names, self._labeller = saved.model, saved.class_names, saved.labeller
         self._pretrained = described.get("privacy", {})
         folder = RunFolder(path)
         texts = {name: file.read_text() for name, file in (("ledger", folder.ledger), ("card", folder.card)) if file.exists()}

@@ -15,7 +15,7 @@ from privimage_fast.config import ConfigError, RunConfig
 from privimage_fast.data import ImageSet, images_in_both
 from privimage_fast.dp.accounting import DPSGDEvent, GaussianEvent, default_delta, epsilon
 from privimage_fast.dp.ledger import Ledger
-from privimage_fast.planning import fill_clusters, fill_warmup, query_noise_multiplier, questions
+from privimage_fast.planning import fill_clusters, fill_warmup, query_noise_multiplier, questions, reserved
 from privimage_fast.stages.clusters import check_clusters
 from privimage_fast.stages.folder import RunError, RunFolder
 from privimage_fast.stages.select import labels_per_class
@@ -54,6 +54,9 @@ def resolve(c: RunConfig, saved: RunConfig | None, *, images: int, n_classes: in
     warmup = replace(c.warmup, **{name: getattr(filled.warmup, name) for name in nulls})
     if c.warms_up:
         warmup = fill_warmup(replace(c, warmup=warmup), delta, population=population, n_classes=n_classes)
+    label_noise = filled.label.noise_multiplier if c.label.noise_multiplier is None else c.label.noise_multiplier
+    if label_noise is None and c.relabels:
+        label_noise = query_noise_multiplier(c.privacy.epsilon, delta, c.label.share) * math.sqrt(c.label.steps)
     steps = c.finetune.steps or filled.finetune.steps
     if steps is None and c.privacy.train:
         steps = c.finetune.total_steps(population)
@@ -69,6 +72,7 @@ def resolve(c: RunConfig, saved: RunConfig | None, *, images: int, n_classes: in
         select=replace(c.select, labels_per_class=each),
         warmup=warmup,
         finetune=replace(c.finetune, steps=steps, multiplicity=multiplicity),
+        label=replace(c.label, noise_multiplier=label_noise),
     )
 
 
@@ -159,15 +163,17 @@ def check_public_numbers(c: RunConfig, *, images: int) -> None:
             "for in vain; leave warmup.modes out, or take model.family diffusion"
         )
     c.finetune.sample_rate(population)
-    asked = questions(c)
+    asked = [*questions(c), *reserved(c)]
     if not asked or math.isinf(c.privacy.epsilon):
         return
     spent = epsilon(asked, delta)
     if spent >= c.privacy.epsilon:
-        names = "query and class means" if len(asked) > 1 else "the query" if c.select.mode == "semantic" else "the class means"
+        parts = {"the query": c.select.mode == "semantic", "the class means": c.warms_up, "the labels": c.relabels}
+        names = " and ".join(name for name, is_asked in parts.items() if is_asked)
         raise ConfigError(
             f"{names} alone cost ε = {spent:.4g} of {c.privacy.epsilon:g}, and nothing is left to fine-tune with: lower "
-            "query.share or warmup.share (or raise their noise_multiplier), or leave the means out with warmup.steps 0"
+            "query.share, warmup.share or label.share (or raise their noise_multiplier); warmup.steps 0 leaves the means out, "
+            "label.steps 0 the labels"
         )
 
 
@@ -189,11 +195,11 @@ def check_ledger(folder: RunFolder) -> None:
         if sum(r.stage == stage and r.event == GaussianEvent(sigma) for r in records) < rounds:
             what = "an answer" if rounds == 1 else f"{rounds} answers"
             raise RunError(f"{path} holds {what} with σ = {sigma:g} that the ledger does not charge. {advice}")
-    charged = sum(r.event.steps for r in records if r.stage == "finetune" and isinstance(r.event, DPSGDEvent))
-    for name in ("finetune", "finetune-progress"):
-        path = folder.checkpoint(name)
+    for name in ("finetune", "finetune-progress", "label", "label-progress"):
+        stage, path = name.partition("-")[0], folder.checkpoint(name)
+        charged = sum(r.event.steps for r in records if r.stage == stage and isinstance(r.event, DPSGDEvent))
         if path.exists():
-            tensors, metadata = folder.load_tensors(path, "finetune")
+            tensors, metadata = folder.load_tensors(path, stage)
             taken = int(tensors["steps"]) if name == "finetune-progress" else int(metadata["steps"])
             if taken > charged:
                 raise RunError(f"{path} has taken {taken} steps, the ledger charges {charged}. {advice}")

@@ -24,15 +24,17 @@ from privimage_fast.dp.ledger import Ledger
 from privimage_fast.dp.noise import NoiseKey
 from privimage_fast.dp.sampling import OSRandom, SeededRandom
 from privimage_fast.models.classifier import Classifier
+from privimage_fast.models.labeller import Labeller
 from privimage_fast.models.replay import forget
 from privimage_fast.models.training import Drawable, ImageModel
 from privimage_fast.opening import check_apart, check_inputs, check_ledger, check_public_numbers, resolve
-from privimage_fast.planning import Plan, make_plan, query_noise_multiplier
+from privimage_fast.planning import Plan, make_plan, query_noise_multiplier, reserved
 from privimage_fast.stages.agreement import check_text, question, stand_in_tables
 from privimage_fast.stages.clusters import public_clusters
 from privimage_fast.stages.evaluate import check_evaluation, run_evaluate
 from privimage_fast.stages.finetune import budget_record, run_finetune
-from privimage_fast.stages.folder import RunError, RunFolder, fingerprint, timed
+from privimage_fast.stages.folder import RunError, RunFolder, file_fingerprint, fingerprint, timed
+from privimage_fast.stages.label import load_labeller, run_label
 from privimage_fast.stages.means import load_means, pictures, run_means
 from privimage_fast.stages.pretrain import run_pretrain
 from privimage_fast.stages.query import SemanticFunction, public_classifier, run_query, semantic_function_of
@@ -386,10 +388,27 @@ class Run:
             self.folder, c.finetune, model=model, private=self.private, population=c.privacy.population,
             target_epsilon=c.privacy.epsilon, delta=c.privacy.delta, ledger=self.ledger, noise_key=self.noise_key,
             randomness=OSRandom() if c.privacy.secure else SeededRandom(c.seed), seed=c.seed, device=self.device,
-            autocast=self.autocast,
+            autocast=self.autocast, reserved=reserved(c, self.ledger.steps_charged("label")),
         )  # fmt: skip
         self.save(model.drawable, self.folder.model)
         return model
+
+    def label(self) -> Labeller | None:
+        """What gives synthetic images their labels; None where they keep those that they are drawn for."""
+        c = self.config
+        if not c.relabels:
+            return None
+        if not self.folder.model.exists():
+            raise RunError(f"{self.folder.model} is missing; run `privimage finetune` first")
+        assert c.privacy.population is not None and c.privacy.delta is not None
+        model, weights = load_pretrained(self.folder.model).model, file_fingerprint(self.folder.model / "model.safetensors")
+        labeller = run_label(
+            self.folder, c.label, model=model, weights=weights, sample=c.sample, private=self.private,
+            population=c.privacy.population, target_epsilon=c.privacy.epsilon, delta=c.privacy.delta, ledger=self.ledger,
+            noise_key=self.noise_key, seed=c.seed, device=self.device, autocast=self.autocast,
+        )  # fmt: skip
+        self.save(model, self.folder.model)
+        return labeller
 
     def _keep_public(self, model: ImageModel) -> None:
         """In place of fine-tuning, for the baseline that never trains on sensitive images: no step, no charge."""
@@ -401,19 +420,22 @@ class Run:
         self.save(model.drawable, self.folder.model)
 
     def save(self, model: Drawable, path: str | Path) -> None:
-        """The model with what the run has spent and how it samples."""
+        """The model, and the labeller where it is trained, with what the run has spent and how it samples."""
         save_pretrained(
             model, path, class_names=self.private.label_names, privacy=self.spent(), sampler=self.config.sample.sampler,
             ledger=self.folder.ledger.read_text(), card=report.published_card(self.folder.path),
+            labeller=load_labeller(self.folder, self.config.label, self.private) if self.config.relabels else None,
         )  # fmt: skip
 
     def sample(self) -> ImageSet:
         if not self.folder.model.exists():
             raise RunError(f"{self.folder.model} is missing; run `privimage finetune` first")
-        model, names, weights = load_pretrained(self.folder.model)
+        if self.config.relabels and not self.folder.recorded("label"):
+            raise RunError("label.steps is set, and the labels are not learned yet; run `privimage label` first")
+        saved = load_pretrained(self.folder.model)
         return run_sample(
-            self.folder, self.config.sample, model=model, class_names=names, weights=weights, seed=self.config.seed,
-            device=self.device, autocast=self.autocast,
+            self.folder, self.config.sample, model=saved.model, class_names=saved.class_names, weights=saved.weights,
+            seed=self.config.seed, device=self.device, autocast=self.autocast, labeller=saved.labeller,
         )  # fmt: skip
 
     def evaluate(self) -> dict[str, Any] | None:
@@ -424,7 +446,7 @@ class Run:
         c, ledger = self.config, Ledger.read(self.folder.ledger)
         return run_evaluate(
             self.folder, c.evaluate, synthetic=self.sample(), test=self.test, feature_network=self.feature_network(),
-            weights=load_pretrained(self.folder.model)[2], seed=c.seed, device=self.device,
+            weights=load_pretrained(self.folder.model).weights, seed=c.seed, device=self.device,
             private=self.private if c.evaluate.neighbours or c.evaluate.memorisation else None,
             protected=math.isfinite(ledger.epsilon()) and not ledger.seeded,
         )  # fmt: skip
@@ -442,7 +464,7 @@ class Run:
 
     def all(self) -> Path:
         """Every stage in order; those that are done already return at once."""
-        for stage in (self.query, self.select, self.pretrain, self.warmup, self.finetune, self.sample):
+        for stage in (self.query, self.select, self.pretrain, self.warmup, self.finetune, self.label, self.sample):
             logger.info("%s", stage.__name__)
             stage()
         logger.info("evaluate")
@@ -470,7 +492,7 @@ class Run:
         record = budget_record(
             c.finetune, plan.population, plan.epsilon, plan.delta, plan.noise_multiplier, plan.steps,
             query_noise_multiplier=plan.query_noise_multiplier, means_noise_multiplier=plan.means_noise_multiplier,
-            means_rounds=plan.means_rounds if plan.means_noise_multiplier is not None else None,
+            means_rounds=plan.means_rounds if plan.means_noise_multiplier is not None else None, later=reserved(c),
         )  # fmt: skip
         self.folder.write_json(self.folder.budget, record)
 

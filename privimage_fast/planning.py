@@ -40,7 +40,9 @@ class Plan:
     means_pixel_noise: float | None  # about, on a pixel of a class mean, of images in [−1, 1]
     means_modes: int  # means a class
     means_rounds: int
-    epsilon_without_query: float  # and without the means
+    epsilon_without_query: float  # and without the means and labels
+    label_noise_multiplier: float | None
+    label_steps: int
     labels_per_class: int
     selection: str  # what is chosen of the public set, in words
     parameters: int
@@ -49,6 +51,7 @@ class Plan:
     pretrain_seconds: float
     warmup_seconds: float
     finetune_seconds: float
+    label_seconds: float  # of drafts
     sample_seconds: float
 
     def table(self) -> str:
@@ -59,7 +62,7 @@ class Plan:
             query = f"σ₁ = {self.query_noise_multiplier:.4g}: noise of {noise:.3g} on a cell, of about {votes:.3g} votes a class"
             if 3 * noise > votes / self.labels_per_class:  # even if all were for the labels that are to be chosen
                 query += " (little but noise: more images, fewer classes, a larger ε or query.share)"
-        total = self.pretrain_seconds + self.warmup_seconds + self.finetune_seconds + self.sample_seconds
+        total = self.pretrain_seconds + self.warmup_seconds + self.finetune_seconds + self.label_seconds + self.sample_seconds
         if self.means_noise_multiplier is not None:
             each = f" in each of {self.means_rounds} rounds" if self.means_rounds > 1 else ""
             what = f" of each of {self.means_modes} a class" if self.means_modes > 1 else ""
@@ -67,6 +70,7 @@ class Plan:
             if (self.means_pixel_noise or 0.0) > _DROWNED:
                 means += " (little but noise: more images, fewer classes, a larger ε or warmup.share, or warmup.steps 0)"
         beside = "" if self.private_parameters == self.parameters else " the discriminator; the generator's beside"
+        drafts = f", drafts {_minutes(self.label_seconds)}" if self.label_seconds else ""
         warmed = f", warm up {_minutes(self.warmup_seconds)}" if self.warmup_seconds else ""
         rows = [
             ("budget", f"ε = {self.epsilon:g}, δ = {self.delta:.3g}, N = {self.population} (public)"),
@@ -75,12 +79,15 @@ class Plan:
             ("selection", self.selection),
             ("DP-SGD", f"σ = {self.noise_multiplier:.4f}, q = {self.sample_rate:.4g}, {self.steps} steps; alone they cost ε = "
                        f"{self.epsilon_without_query:.3f}" if self.steps else "none: trained on public images only"),
+            ("labels", "as they are drawn for" if self.label_noise_multiplier is None else
+                       f"σ₃ = {self.label_noise_multiplier:.4g} in each of {self.label_steps} steps of a linear layer"),
             ("network", f"{self.parameters:,} parameters" + ("" if self.private_parameters == self.parameters else
                         f", {self.private_parameters:,} of them (the discriminator) trained by DP-SGD")),
             ("micro-batch", f"{self.step.physical_batch_size} images, up to {self.step.peak_bytes / 2**20:.0f} MiB to fine-tune"
                             + beside),
             ("rough time", f"{_minutes(total)}: pre-train {_minutes(self.pretrain_seconds)}{warmed}, fine-tune "
-                           f"{_minutes(self.finetune_seconds)}, sample {_minutes(self.sample_seconds)} (classifiers apart)"),
+                           f"{_minutes(self.finetune_seconds)}{drafts}, sample {_minutes(self.sample_seconds)} "
+                           "(classifiers apart)"),
         ]  # fmt: skip
         return "\n".join(f"{name:<12} {value}" for name, value in rows)
 
@@ -100,7 +107,7 @@ def make_plan(
     if math.isfinite(c.privacy.epsilon) and steps:
         sigma = solve_noise_multiplier(
             target_epsilon=c.privacy.epsilon, delta=c.privacy.delta, sample_rate=rate, steps=steps,
-            prior_events=prior,
+            prior_events=[*prior, *reserved(c)],
         )  # fmt: skip
     device = str(next(model.parameters()).device)
     with _casting(device, autocast if model.low_precision else None):
@@ -121,12 +128,14 @@ def make_plan(
         if c.warms_up and c.warmup.noise_multiplier is not None else None,
         means_modes=modes, means_rounds=c.warmup.rounds or 1,
         epsilon_without_query=epsilon([DPSGDEvent(sigma, rate, steps)] if steps else [], c.privacy.delta),
+        label_noise_multiplier=c.label.noise_multiplier if c.relabels else None, label_steps=c.label.steps,
         labels_per_class=c.select.labels_per_class,
         selection=_selection_text(c, n_labels=n_labels, n_classes=n_classes),
         parameters=parameters, private_parameters=private_parameters, step=step,
         pretrain_seconds=0.0 if c.select.mode == "none" else seconds.public * c.pretrain.batch_size * c.pretrain.steps,
         warmup_seconds=seconds.public * c.warmup.batch_size * c.warmup.steps if c.warms_up else 0.0,
         finetune_seconds=(seconds.private * images_a_step + seconds.after_step) * steps,
+        label_seconds=seconds.draw * c.label.drafts * n_classes if c.relabels else 0.0,
         sample_seconds=seconds.draw * images,
     )  # fmt: skip
 
@@ -320,6 +329,12 @@ def questions(c: RunConfig) -> list[GaussianEvent]:
     asked = [c.query.noise_multiplier] if c.select.mode == "semantic" else []
     asked += [c.warmup.noise_multiplier] * (c.warmup.rounds or 1) if c.warms_up else []
     return [GaussianEvent(noise) for noise in asked if noise is not None]
+
+
+def reserved(c: RunConfig, taken: int = 0) -> list[DPSGDEvent]:
+    """What a resolved configuration keeps of the budget for labels, after fine-tuning; ``taken``: steps charged already."""
+    sigma, steps = c.label.noise_multiplier, c.label.steps - taken
+    return [DPSGDEvent(sigma, 1.0, steps)] if c.relabels and sigma is not None and steps > 0 else []
 
 
 def _minutes(seconds: float) -> str:

@@ -23,7 +23,7 @@ from privimage_fast.compare.plots import plot_figures, series
 from privimage_fast.compare.runner import is_finished
 from privimage_fast.compare.shared import SharedTraining
 from privimage_fast.compare.tables import Row, accuracy, distance, summarise
-from privimage_fast.config import build_config
+from privimage_fast.config import build_config, differing_keys
 from privimage_fast.data import DataError, save_npz
 from privimage_fast.dp.accounting import DPSGDEvent, GaussianEvent, epsilon
 from privimage_fast.dp.ledger import Ledger
@@ -106,7 +106,8 @@ def test_data_that_is_not_there_is_named_before_the_first_run(tmp_path: Path, ca
 def test_built_in_variants_are_configuration(name: str) -> None:
     changes = built_in_variants()[name]
     assert build_config(changes) != build_config({}) or name == "privimage-means"
-    assert build_config(changes).warms_up is name.endswith("-means")
+    assert build_config(changes).warms_up is ("-means" in name)
+    assert build_config(changes).relabels is name.endswith("-labels")
 
 
 GRIDS = sorted((Path(__file__).parents[1] / "benchmarks" / "grids").glob("*.yaml"))
@@ -117,6 +118,16 @@ def test_the_grid_of_shares_has_each_chosen_and_blindly_drawn(path: Path) -> Non
     cells = {(c.config.select.mode, c.config.select.ratio, c.seed) for c in load_comparison(path).cells}
     assert cells == {(mode, r, seed) for mode in ("semantic", "random") for r in (0.01, 0.05, 0.1, 0.2) for seed in (0, 1)}
     assert not any(c.config.warms_up for c in load_comparison(path).cells)
+
+
+@pytest.mark.parametrize("path", [p for p in GRIDS if p.stem.endswith("labels-cpu")], ids=lambda p: p.stem)
+def test_the_grids_of_labels_are_of_equal_runs_but_for_these(path: Path) -> None:
+    cells = load_comparison(path).cells
+    assert {(c.config.privacy.epsilon, c.seed, c.config.relabels) for c in cells} == {
+        (e, seed, on) for e in (1, 10) for seed in range(3) for on in (False, True)
+    }
+    changed = {key for c in cells for key in differing_keys(c.config, cells[0].config)}
+    assert changed == {"out", "seed", "privacy.epsilon", "label.steps"}
 
 
 @pytest.mark.parametrize("path", [p for p in GRIDS if p.stem.endswith("-28-cpu")], ids=lambda p: p.stem)
@@ -135,7 +146,9 @@ def test_the_grids_of_a_small_budget_have_three_seeds(name: str, more: list[str]
     assert {c.config.privacy.epsilon for c in cells} == {1}
 
 
-PARTS = ("ratio-cpu", "epsilon-1-cpu", "fashion-epsilon-1-cpu", "mnist-28-cpu", "fashion-28-cpu")  # show one thing each
+PARTS = (  # show one thing each
+    "ratio-cpu", "epsilon-1-cpu", "fashion-epsilon-1-cpu", "mnist-28-cpu", "fashion-28-cpu", "labels-cpu", "fashion-labels-cpu",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("path", [p for p in GRIDS if p.stem not in PARTS], ids=lambda p: p.stem)

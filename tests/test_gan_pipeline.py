@@ -97,7 +97,8 @@ def test_the_ledger_holds_the_discriminator_steps_and_no_other(finished: Run) ->
 
 
 def test_the_exported_model_is_the_generator_alone(finished: Run) -> None:
-    model, names, _ = load_pretrained(finished.folder.model)
+    saved = load_pretrained(finished.folder.model)
+    model, names = saved.model, saved.class_names
     assert isinstance(model, Generator) and names == PRIVATE.label_names
     described = json.loads((finished.folder.model / "config.json").read_text())
     assert described["family"] == "gan" and described["gan"] == SIZES
@@ -269,7 +270,7 @@ def test_steps_that_end_the_budget_reach_the_generator(tmp_path: Path, monkeypat
     rounds, make_step = [], adversarial.generator_loss
     with cut_in_step(5, SystemExit):  # of the four before, the fourth came after a round
         fine_tuned(tmp_path / "a", **options)
-    monkeypatch.setattr(finetune_module, "_affordable", lambda *a: 0)
+    monkeypatch.setattr(finetune_module, "affordable", lambda *a: 0)
     monkeypatch.setattr(adversarial, "generator_loss", lambda *a, **k: rounds.append(1) or make_step(*a, **k))
     monkeypatch.setattr(finetune_module.PrivateOptimizer, "step", lambda self: pytest.fail("no step is affordable"))
     fine_tuned(tmp_path / "a", resume=True, **options)

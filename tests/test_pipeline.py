@@ -101,7 +101,7 @@ def test_nothing_private_is_written_unmarked(finished: Run) -> None:
         "query-check.json": "labels_per_class rows uniform_share stand_in_share chosen_share verdict",
         "selection.json": "mode public_images labels_per_class seed assignment classes selected_images ratio",
         "budget.json": "target_epsilon delta population sample_rate steps noise_multiplier max_grad_norm multiplicity "
-        "expected_batch_size query_noise_multiplier means_noise_multiplier means_rounds",
+        "expected_batch_size query_noise_multiplier means_noise_multiplier means_rounds label_noise_multiplier label_steps",
         "stages.json": "query select pretrain warmup finetune sample evaluate",
         "metrics.json": "metrics synthetic",
         "model/config.json": "format family unet patch edm resolution channels class_names privacy sampler",

@@ -27,10 +27,20 @@ def slow(value: Any) -> Any:
 
 @pytest.mark.parametrize(
     "stage",
-    ["query", slow("select"), slow("pretrain"), slow("warmup"), "finetune", slow("sample"), slow("evaluate"), slow("report")],
+    [
+        "query",
+        slow("select"),
+        slow("pretrain"),
+        slow("warmup"),
+        "finetune",
+        slow("label"),
+        slow("sample"),
+        slow("evaluate"),
+        slow("report"),
+    ],
 )
 def test_an_error_after_any_stage_loses_nothing(tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    stages = ["query", "select", "pretrain", "warmup", "finetune", "sample", "evaluate", "report"]
+    stages = ["query", "select", "pretrain", "warmup", "finetune", "label", "sample", "evaluate", "report"]
     following = dict(pairwise(stages)).get(stage)
     if following is not None:
         with monkeypatch.context() as patch:

@@ -35,7 +35,7 @@ def describe(comparison: Comparison, wanted: Callable[[Cell], bool] = lambda cel
                 lines.append(f"{cell.name:<{width}}  would fail: {error}")
                 continue
         plan, subset = plans[key], cell.training_key
-        seconds = plan.warmup_seconds + plan.finetune_seconds + plan.sample_seconds
+        seconds = plan.warmup_seconds + plan.finetune_seconds + plan.label_seconds + plan.sample_seconds
         seconds += 0.0 if subset in pretrained else plan.pretrain_seconds
         pretrained.add(subset)
         total += seconds

@@ -162,7 +162,7 @@ def run_cell(run: Run, shared: SharedTraining) -> None:
             if found:
                 logger.info("pre-training: shared with an earlier run")
             run.pretrain()
-        for stage in (run.warmup, run.finetune, run.sample, run.evaluate, run.report):
+        for stage in (run.warmup, run.finetune, run.label, run.sample, run.evaluate, run.report):
             stage()
 
 

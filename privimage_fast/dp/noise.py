@@ -27,6 +27,7 @@ class Stream(IntEnum):
     EVALUATION = 2  # a noised measurement on sensitive data
     AUXILIARY = 3
     MEANS = 4  # the class means
+    LABELS = 5  # gradients of the layer that labels synthetic images
 
 
 class NoiseReuseError(RuntimeError):

@@ -83,6 +83,16 @@ class Classifier(nn.Module):
         """(R, 4·width): what the last layer sees."""
         return self.body(x).mean((2, 3))
 
+    def stages(self, x: Tensor) -> list[Tensor]:
+        """What each stage leaves, (R, channels, height, width): before an image gets smaller, and at the end."""
+        left = []
+        for layer in self.body:
+            y = layer(x)
+            if y.shape[2] < x.shape[2]:
+                left.append(x)
+            x = y
+        return [*left, x]
+
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))
 

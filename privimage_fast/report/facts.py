@@ -24,8 +24,8 @@ from privimage_fast.report.privacy import Privacy, read_privacy, without_folder
 
 T = TypeVar("T")
 
-STAGES = ("query", "select", "pretrain", "warmup", "finetune", "sample", "evaluate")
-READ_REAL_IMAGES = ("query", "warmup", "finetune", "evaluate")  # their running times say something of those images
+STAGES = ("query", "select", "pretrain", "warmup", "finetune", "label", "sample", "evaluate")
+READ_REAL_IMAGES = ("query", "warmup", "finetune", "label", "evaluate")  # their running times say something of those images
 CLASSIFIER, FINETUNED = "checkpoints/classifier.safetensors", "checkpoints/finetune.safetensors"
 MEANS = "means.safetensors"
 # What decoders and the checks below raise on a file that is not what a stage writes.
@@ -82,6 +82,7 @@ class Facts:
     config: dict[str, Any]
     privacy: Privacy
     query: dict[str, Any] | None
+    kept: tuple[float, float] | None  # of the labels that images were drawn for, in all and in the class that keeps fewest
     means: dict[str, Any] | None  # of the class means: noise_multiplier, noise_std, max_norm, modes, rounds, trust of each class
     heat: HeatMap | None
     selection: dict[str, Any] | None
@@ -126,7 +127,7 @@ class Facts:
     @property
     def open_stages(self) -> list[str]:
         tested = self.setting("data", "test") or self.setting("data", "holdout")
-        left_out = {"warmup": not self.warms_up, "evaluate": not tested}
+        left_out = {"warmup": not self.warms_up, "label": not self.relabels, "evaluate": not tested}
         return [stage for stage in STAGES if stage not in self.finished and not left_out.get(stage)]
 
     @property
@@ -134,6 +135,11 @@ class Facts:
         """Whether the configuration asks for class means; one of an earlier version does not know them."""
         unused = self.setting("model", "family") == "gan" and self.setting("model", "adversarial", "moments") == 0
         return bool(self.setting("warmup", "steps")) and self.setting("privacy", "train") is not False and not unused
+
+    @property
+    def relabels(self) -> bool:
+        """Whether the configuration asks for labels from a privately trained layer."""
+        return bool(self.setting("label", "steps")) and self.setting("privacy", "train") is not False
 
     def setting(self, *keys: str) -> Any:
         """A value of the resolved configuration, None where it is not there."""
@@ -151,14 +157,20 @@ class Facts:
             learns = "the discriminator and from noisy class means" if self.means else "the discriminator alone"
             return (
                 "a GAN is pre-trained on those public images, its discriminator fine-tuned on the sensitive ones with DP-SGD, "
-                f"and its generator, which learns from {learns}, draws the synthetic set."
+                f"and its generator, which learns from {learns}, draws the synthetic set{self._labelled}."
             )
         if self.setting("privacy", "train") is False:
             return "and a diffusion model that is trained on those public images draws the synthetic set."
         warmed = "warmed up on noisy class means, " if self.means else ""
         return (
             f"a diffusion model is pre-trained on those public images, {warmed}then fine-tuned on the sensitive ones with "
-            "DP-SGD, and draws the synthetic set."
+            f"DP-SGD, and draws the synthetic set{self._labelled}."
+        )
+
+    @property
+    def _labelled(self) -> str:
+        return (
+            ", which a classifier labels whose last layer is trained on the sensitive ones under noise" if self.relabels else ""
         )
 
     def source(self, which: str) -> str:
@@ -190,7 +202,7 @@ def read_facts(run_dir: Path) -> Facts:
     sheets = {name: run_dir / "samples" / f"{name}.png" for name in ("before", "after", "public", "means")}
     means = reader.shaped(MEANS, lambda: _means(run_dir / MEANS))
     found = {name: reader.shaped(f"samples/{path.name}", partial(_picture, path)) for name, path in sheets.items()}
-    privacy = read_privacy(run_dir, budget or {}, query, means, config, "finetune" in seconds)
+    privacy = read_privacy(run_dir, budget or {}, query, means, config, set(seconds))
     if not privacy.holds:  # "computed from synthetic images alone" is worth nothing then
         metrics = [replace(metric, private=False) for metric in metrics]
     secret_times = any(seconds.get(stage) is not None for stage in READ_REAL_IMAGES)
@@ -200,6 +212,7 @@ def read_facts(run_dir: Path) -> Facts:
         config=config,
         privacy=privacy,
         query=query,
+        kept=reader.shaped("labels.json", lambda: _kept(reader.json("labels.json"))),
         means=means,
         heat=heat_map(query, selection) if query else None,
         selection=selection,
@@ -319,6 +332,10 @@ def _fraction(value: Any) -> float:
     return float(value)
 
 
+def _kept(value: Any) -> tuple[float, float] | None:
+    return None if value is None else (_fraction(value["kept"]), min(_fraction(part) for part in value["kept_of_class"]))
+
+
 def _seconds(value: Any) -> dict[str, float | None] | None:
     if value is None:
         return None
@@ -432,8 +449,8 @@ def _picture(path: Path) -> Picture | None:
 
 def _releases(run_dir: Path, metrics: list[Metric], secret_times: bool, asked: set[str]) -> list[Release]:
     """``asked``: the stages that the ledger charges."""
-    learned = {"warmup": "noisy class means", "finetune": "noised gradient sums"}
-    seen = " and ".join(text for stage, text in learned.items() if stage in asked)
+    learned = {"warmup": "noisy class means", "finetune": "noised gradient sums", "label": "noised gradient sums"}
+    seen = " and ".join(dict.fromkeys(text for stage, text in learned.items() if stage in asked))
     training = f"trained on {seen} only; all intermediate weights are covered" if seen else "trained on public images only"
     rows = [
         Release("Synthetic images", "synthetic.npz", True, "drawn from the private model; drawing more costs nothing"),
@@ -444,6 +461,7 @@ def _releases(run_dir: Path, metrics: list[Metric], secret_times: bool, asked: s
         Release("Chosen public labels", "selection.json", True, "computed from the noisy histogram alone"),
         Release("Noisy class means and counts", MEANS, True, "Gaussian noise was added before they were written"),
         Release("Sheet of class means", "samples/means.png", True, "computed from the noisy class means"),
+        Release("Labels that changed", "labels.json", True, "computed from the private model and its labels"),
         Release("Sheet before fine-tuning", "samples/before.png", True, "drawn from the model that saw public images only"),
         Release("Sheet of synthetic images", "samples/after.png", True, "drawn from the private model"),
         Release(

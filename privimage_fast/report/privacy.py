@@ -122,9 +122,9 @@ def _difference(value: float | None, reported: float) -> str:
 
 def read_privacy(
     run_dir: Path, budget: dict[str, Any], query: dict[str, Any] | None, means: dict[str, Any] | None,
-    config: dict[str, Any], trained: bool,
+    config: dict[str, Any], finished: set[str],
 ) -> Privacy:  # fmt: skip
-    """The ledger of `run_dir` and how the plan compares. `trained`: fine-tuning has ended, so its steps must all be there."""
+    """The ledger of `run_dir` and how the plan compares. `finished`: stages that have ended: their steps must be there."""
     path = run_dir / "ledger.jsonl"
     if not path.is_file():
         results = ("query.json", "means.safetensors", "synthetic.npz", "model", "checkpoints/finetune.safetensors")
@@ -155,7 +155,7 @@ def read_privacy(
         what = "ε cannot be computed" if isinstance(error, BudgetError) else "the ledger is damaged"
         text = f"The ledger cannot be used, so nothing can be said about ε. {without_folder(str(error), run_dir)}"
         return Privacy(banners=[Banner(f"NO STATEMENT: {what}", text)])
-    _compare(privacy, ledger, budget, {"query": query, "warmup": means}, trained)
+    _compare(privacy, ledger, budget, {"query": query, "warmup": means}, finished)
     privacy.banners = _banners(privacy)
     return privacy
 
@@ -190,7 +190,7 @@ def _charges(ledger: Ledger) -> list[Charges]:
 
 
 def _compare(
-    privacy: Privacy, ledger: Ledger, budget: dict[str, Any], asked: dict[str, dict[str, Any] | None], trained: bool
+    privacy: Privacy, ledger: Ledger, budget: dict[str, Any], asked: dict[str, dict[str, Any] | None], finished: set[str]
 ) -> None:  # fmt: skip
     """`asked`: what the answers to each question have left, None where there is none.
 
@@ -219,12 +219,13 @@ def _compare(
             for stage, left in asked.items()
         ),
         ("finetune", budget.get("steps"), budget.get("noise_multiplier"), budget.get("sample_rate")),
+        ("label", budget.get("label_steps"), budget.get("label_noise_multiplier"), 1.0),
     ):
         charged = [c for c in privacy.charges if c.stage == stage]
         steps = ledger.steps_charged(stage)
-        if not charged and not asked.get(stage) and not (stage == "finetune" and trained):
+        if not charged and not asked.get(stage) and stage not in finished:
             continue
-        label = {"query": "query", "warmup": "class means", "finetune": "fine-tuning"}[stage]
+        label = {"query": "query", "warmup": "class means", "finetune": "fine-tuning", "label": "labels"}[stage]
         if charged:
             same(f"{label}: noise multiplier σ", planned_sigma, charged[-1].noise_multiplier)
             same(f"{label}: sample rate q", planned_rate, charged[-1].sample_rate)
@@ -239,7 +240,7 @@ def _compare(
         elif extra == 0:
             verdict = "equal"
         else:
-            complete = stage in asked or trained
+            complete = stage in asked or stage in finished
             verdict = "FEWER CHARGED THAN TAKEN" if complete else f"{-extra:,} still to do"
             rows.append(Compared(f"{label}: {what}s", f"{planned:,}", f"{steps:,}", verdict, not complete))
             continue

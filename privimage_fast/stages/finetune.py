@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from privimage_fast.data import ImageSet
-from privimage_fast.dp.accounting import DPSGDEvent, affordable_steps, solve_noise_multiplier
+from privimage_fast.dp.accounting import DPSGDEvent, Event, affordable_steps, solve_noise_multiplier
 from privimage_fast.dp.engine import check_per_sample
 from privimage_fast.dp.graphs import CapturedStep
 from privimage_fast.dp.ledger import Ledger
@@ -105,12 +105,12 @@ class FinetuneConfig:
 def run_finetune(
     folder: RunFolder, config: FinetuneConfig, *, model: ImageModel, private: ImageSet, population: int, target_epsilon: float,
     delta: float, ledger: Ledger, noise_key: NoiseKey, randomness: SecretRandom, seed: int, device: str = "cpu",
-    autocast: torch.dtype | None = None,
+    autocast: torch.dtype | None = None, reserved: Sequence[Event] = (),
 ) -> None:  # fmt: skip
     """Fine-tunes ``model`` in place; leaves its released weights in it and in checkpoints/finetune.safetensors.
 
-    σ is solved from what the ledger holds already, so query and means are in it; an infinite ``target_epsilon`` trains without
-    noise.
+    σ is solved from what the ledger holds already, so query and means are in it, and from what is ``reserved`` of the budget for
+    later stages; an infinite ``target_epsilon`` trains without noise.
     ``autocast``: dtype the network may compute in, if its family bears it; norms, sums and noise stay in float32 or better.
 
     Raises:
@@ -134,7 +134,7 @@ def run_finetune(
         interrupts_held("the step at hand is finished and saved: it is charged") as interrupted,
         timed(folder, STAGE, stamp),
     ):
-        noise_multiplier = _noise_multiplier(charged, ledger, target_epsilon, delta, sample_rate, steps)
+        noise_multiplier = _noise_multiplier(charged, [*ledger.events(), *reserved], target_epsilon, delta, sample_rate, steps)
         training = config.training(model)
         optimizer = PrivateOptimizer(
             training.module, max_grad_norm=config.max_grad_norm, noise_multiplier=noise_multiplier,
@@ -147,10 +147,10 @@ def run_finetune(
         if progress_path.exists():
             _restore(folder, optimizer, training, stamp)
         event = DPSGDEvent(noise_multiplier, sample_rate, 1)
-        steps = min(steps, optimizer.steps + _affordable(event, ledger, target_epsilon, delta, steps - optimizer.steps))
-        folder.write_json(
-            folder.budget, budget_record(config, population, target_epsilon, delta, noise_multiplier, steps, ledger)
-        )
+        prior = [*ledger.events(), *reserved]
+        steps = min(steps, optimizer.steps + affordable(event, prior, target_epsilon, delta, steps - optimizer.steps))
+        record = budget_record(config, population, target_epsilon, delta, noise_multiplier, steps, ledger, later=reserved)
+        folder.write_json(folder.budget, record)
         check_rows(model, training)
         autocast = autocast if model.low_precision else None
         with torch.autocast(torch.device(device).type, autocast, enabled=autocast is not None):
@@ -166,9 +166,13 @@ def run_finetune(
 def budget_record(
     config: FinetuneConfig, population: int, target_epsilon: float, delta: float, noise_multiplier: float, steps: int,
     ledger: Ledger | None = None, query_noise_multiplier: float | None = None, means_noise_multiplier: float | None = None,
-    means_rounds: int | None = None,
+    means_rounds: int | None = None, later: Sequence[Event] = (),
 ) -> dict[str, Any]:  # fmt: skip
-    """The content of budget.json: the public parameters of the run, as planned and as used."""
+    """The content of budget.json: the public parameters of the run, as planned and as used.
+
+    later: steps that are reserved for labels.
+    """
+    labels = [event for event in later if isinstance(event, DPSGDEvent)]
     if ledger is not None:
         query_noise_multiplier, means_noise_multiplier = (
             next((r.event.noise_multiplier for r in reversed(ledger.records()) if r.stage == stage), None)
@@ -181,6 +185,8 @@ def budget_record(
         "max_grad_norm": config.max_grad_norm, "multiplicity": config.multiplicity,
         "expected_batch_size": config.batch_size, "query_noise_multiplier": query_noise_multiplier,
         "means_noise_multiplier": means_noise_multiplier, "means_rounds": means_rounds,
+        "label_noise_multiplier": labels[0].noise_multiplier if labels else None,
+        "label_steps": sum(event.steps for event in labels) or None,
     }  # fmt: skip
 
 
@@ -189,7 +195,7 @@ def _charged(ledger: Ledger) -> list[DPSGDEvent]:
 
 
 def _noise_multiplier(
-    charged: list[DPSGDEvent], ledger: Ledger, target_epsilon: float, delta: float, sample_rate: float, steps: int
+    charged: list[DPSGDEvent], prior: list[Event], target_epsilon: float, delta: float, sample_rate: float, steps: int
 ) -> float:
     if np.isinf(target_epsilon):
         return 0.0
@@ -201,16 +207,15 @@ def _noise_multiplier(
             )
         return charged[-1].noise_multiplier
     return solve_noise_multiplier(
-        target_epsilon=target_epsilon, delta=delta, sample_rate=sample_rate, steps=steps, prior_events=ledger.events()
+        target_epsilon=target_epsilon, delta=delta, sample_rate=sample_rate, steps=steps, prior_events=prior
     )
 
 
-def _affordable(event: DPSGDEvent, ledger: Ledger, target_epsilon: float, delta: float, wanted: int) -> int:
+def affordable(event: DPSGDEvent, prior: Sequence[Event], target_epsilon: float, delta: float, wanted: int) -> int:
+    """How many of the ``wanted`` steps the budget allows after ``prior`` events; says so where it is fewer."""
     if np.isinf(target_epsilon) or wanted < 1:
         return wanted
-    allowed = affordable_steps(
-        target_epsilon=target_epsilon, delta=delta, event=event, prior_events=ledger.events(), at_most=wanted
-    )
+    allowed = affordable_steps(target_epsilon=target_epsilon, delta=delta, event=event, prior_events=prior, at_most=wanted)
     if allowed < wanted:
         logger.warning(
             "%d of the %d remaining steps fit in the budget: steps repeated after an interruption are charged again",

@@ -22,7 +22,7 @@ from privimage_fast.dp.ledger import Ledger
 
 logger = logging.getLogger(__name__)
 
-SENSITIVE_STAGES = ("query", "warmup", "finetune", "evaluate")
+SENSITIVE_STAGES = ("query", "warmup", "finetune", "label", "evaluate")
 CHARGED_STAGES = SENSITIVE_STAGES[:-1]
 
 
@@ -46,6 +46,7 @@ class RunFolder:
     metrics = property(lambda self: self.path / "metrics.json")
     synthetic = property(lambda self: self.path / "synthetic.npz")
     samples = property(lambda self: self.path / "samples")
+    labels = property(lambda self: self.path / "labels.json")
     model = property(lambda self: self.path / "model")
     card = property(lambda self: self.path / "README.md")
     stages = property(lambda self: self.path / "stages.json")

@@ -8,6 +8,7 @@ import shutil
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from privimage_fast.data import ImageSet, atomic_path, class_sheet, save_folder, save_npz, save_zip
 from privimage_fast.models.edm import SamplerConfig, to_uint8
+from privimage_fast.models.labeller import Labeller
 from privimage_fast.models.training import Drawable
 from privimage_fast.stages.folder import RunFolder, fingerprint, timed
 
@@ -28,7 +30,8 @@ class SampleConfig:
     """What is sampled and how it is written.
 
     Args:
-        per_class: images of each class; equal counts, so that the images do not tell the sizes of the sensitive classes.
+        per_class: images drawn for each class; equal counts, so that the images do not tell the sizes of the sensitive classes.
+            With `label.steps` some get another class's label.
         batch_size: images sampled at a time.
         formats: any of npz, zip (EDM layout) and folder (class per sub-folder); npz is always written.
         sampler: method, steps, noise levels, guidance.
@@ -50,13 +53,14 @@ class SampleConfig:
 
 def run_sample(
     folder: RunFolder, config: SampleConfig, *, model: Drawable, class_names: Sequence[str], weights: str, seed: int,
-    device: str = "cpu", autocast: torch.dtype | None = None,
+    device: str = "cpu", autocast: torch.dtype | None = None, labeller: Labeller | None = None,
 ) -> ImageSet:  # fmt: skip
     """Samples synthetic.npz (and the other formats) batch by batch; an interrupted run goes on with the next batch.
 
     Image i follows from (seed, i), up to rounding, whatever the batch size. ``autocast``: dtype the network may compute in.
 
-    ``weights`` names the state of the model (its fingerprint), so that samples of other weights are not taken for its own.
+    ``labeller``: gives the images their labels, in place of those they are drawn for; classes then differ in size.
+    ``weights`` names the state of both (its fingerprint), so that samples of other weights are not taken for its own.
     """
     # Latents are of the second kind: of (seed, number), no longer of a batch.
     stamp = fingerprint(config, tuple(class_names), weights, seed, str(autocast), "latents 2")
@@ -67,20 +71,13 @@ def run_sample(
     with timed(folder, "sample", stamp):
         labels = np.repeat(np.arange(len(class_names)), config.per_class)
         parts = folder.path / "checkpoints" / f"sample-{stamp}"
-        parts.mkdir(exist_ok=True)
-        starts = range(0, len(labels), config.batch_size)
-        images = []
-        for i, start in enumerate(tqdm(starts, desc="sample", unit="batch", leave=False)):
-            path = parts / f"{i}.npy"
-            if not path.exists():
-                part = draw(
-                    model, labels[start : start + config.batch_size], config.sampler, seed=seed, first=start, device=device,
-                    autocast=autocast,
-                )  # fmt: skip
-                with atomic_path(path) as temporary, open(temporary, "wb") as handle:
-                    np.save(handle, part)
-            images.append(np.load(path))
-        synthetic = ImageSet(np.concatenate(images), labels, tuple(class_names), name="synthetic")
+        images = draw_resumably(parts, config, model=model, labels=labels, seed=seed, device=device, autocast=autocast)
+        folder.labels.unlink(missing_ok=True)
+        if labeller is not None:
+            found = labeller.labels(images, device)
+            _tell_labels(folder, labels, found, class_names)
+            labels = found
+        synthetic = ImageSet(images, labels, tuple(class_names), name="synthetic")
         save_npz(synthetic, folder.synthetic)
         if "zip" in config.formats:
             save_zip(synthetic, folder.path / "synthetic.zip")
@@ -90,6 +87,29 @@ def run_sample(
         shutil.rmtree(parts)
         save_sheet(folder, "after", synthetic)
     return synthetic
+
+
+def draw_resumably(
+    parts: Path, config: SampleConfig, *, model: Drawable, labels: np.ndarray, seed: int, device: str = "cpu",
+    autocast: torch.dtype | None = None, description: str = "sample",
+) -> np.ndarray:  # fmt: skip
+    """uint8 NHWC images for labels (n,), batch by batch; those that the folder ``parts`` holds already are not drawn again.
+
+    The caller removes the folder when it has made of them what it wants.
+    """
+    parts.mkdir(exist_ok=True)
+    images = []
+    for i, start in enumerate(tqdm(range(0, len(labels), config.batch_size), desc=description, unit="batch", leave=False)):
+        path = parts / f"{i}.npy"
+        if not path.exists():
+            part = draw(
+                model, labels[start : start + config.batch_size], config.sampler, seed=seed, first=start, device=device,
+                autocast=autocast,
+            )  # fmt: skip
+            with atomic_path(path) as temporary, open(temporary, "wb") as handle:
+                np.save(handle, part)
+        images.append(np.load(path))
+    return np.concatenate(images)
 
 
 def draw(
@@ -134,6 +154,19 @@ def _tell_earlier(folder: RunFolder, config: SampleConfig, n_classes: int) -> No
     wanted = config.per_class * n_classes
     fewer = "; sample.per_class brings the larger set back" if wanted < earlier else ""
     logger.info("the %d synthetic images in %s are replaced by %d%s", earlier, folder.path, wanted, fewer)
+
+
+def _tell_labels(folder: RunFolder, drawn: np.ndarray, found: np.ndarray, class_names: Sequence[str]) -> None:
+    """Writes labels.json: which part of the images drawn for each class kept its label. Warns of a class that lost most."""
+    count = len(class_names)
+    kept = np.bincount(drawn[drawn == found], minlength=count) / np.bincount(drawn, minlength=count)
+    folder.write_json(folder.labels, {"kept": float(np.mean(drawn == found)), "kept_of_class": kept.tolist()})
+    for name, images in zip(class_names, np.bincount(found, minlength=count), strict=True):
+        if images < 0.25 * len(found) / count:
+            logger.warning(
+                "class %s: only %d of %d synthetic images got its label. Look at samples/after.png: the model may not know this "
+                "class; label.steps 0, in a new run, leaves images the labels that they were drawn for", name, images, len(found),
+            )  # fmt: skip
 
 
 def _remove_copies(folder: RunFolder, config: SampleConfig) -> None:

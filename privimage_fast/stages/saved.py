@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from privimage_fast.data.atomic import atomic_write_text
+from privimage_fast.models.classifier import ClassifierConfig
 from privimage_fast.models.edm import Denoiser, EDMConfig, SamplerConfig
 from privimage_fast.models.gan import GANConfig, Generator
-from privimage_fast.models.training import Drawable
+from privimage_fast.models.labeller import Labeller
+from privimage_fast.models.training import Drawable, prefixed
 from privimage_fast.models.unet import UNetConfig
 from privimage_fast.stages.folder import RunError, RunFolder, fingerprint
+
+_LABELLER = "labeller.safetensors"
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What a saved model's folder holds. ``weights``: fingerprint of all of them; ``labeller``: of its images, if any."""
+
+    model: Drawable
+    class_names: tuple[str, ...]
+    weights: str
+    labeller: Labeller | None
 
 
 def save_pretrained(
     model: Drawable, path: str | Path, *, class_names: tuple[str, ...], privacy: dict[str, Any] | None = None,
-    sampler: SamplerConfig | None = None, ledger: str | None = None, card: str | None = None,
+    sampler: SamplerConfig | None = None, ledger: str | None = None, card: str | None = None, labeller: Labeller | None = None,
 ) -> None:  # fmt: skip
-    """Writes model.safetensors and config.json to a folder; of a run also what it spent, how to sample, the text of its ledger
-    and of its card. A published model without these would be one of which nobody knows ε.
+    """Writes model.safetensors and config.json to a folder, and labeller.safetensors where there is one; of a run also what it
+    spent, how to sample, the text of its ledger and of its card. A published model without these would be one of which nobody
+    knows ε.
     """
     folder = RunFolder(path)
     folder.path.mkdir(parents=True, exist_ok=True)
@@ -28,6 +43,9 @@ def save_pretrained(
         "format": 1, **model.describe(), "resolution": model.resolution, "channels": model.channels,
         "class_names": list(class_names),
     }  # fmt: skip
+    if labeller is not None:
+        described["labeller"] = labeller.describe()
+        folder.save_tensors(folder.path / _LABELLER, labeller.state_dict(), {})
     if privacy is not None:
         described["privacy"] = privacy
     if sampler is not None:
@@ -38,8 +56,8 @@ def save_pretrained(
     folder.write_json(folder.path / "config.json", described)
 
 
-def load_pretrained(path: str | Path) -> tuple[Drawable, tuple[str, ...], str]:
-    """(model, class names, fingerprint of the weights) of a folder written by :func:`save_pretrained`."""
+def load_pretrained(path: str | Path) -> Pretrained:
+    """What :func:`save_pretrained` wrote to a folder."""
     folder = RunFolder(path)
     if not (folder.path / "config.json").exists() and (folder.model / "config.json").exists():
         raise RunError(f"{folder.path} is a run; its model is in {folder.model}")
@@ -61,6 +79,15 @@ def load_pretrained(path: str | Path) -> tuple[Drawable, tuple[str, ...], str]:
             raise ValueError(f"family {family!r}, expected diffusion or gan")
         tensors, _ = folder.load_tensors(folder.path / "model.safetensors", "finetune")
         model.load_state_dict(tensors)
+        labeller = None
+        if described.get("labeller") is not None:
+            config = ClassifierConfig(**described["labeller"])
+            labeller = Labeller(config, channels=shape["channels"], num_classes=len(names))
+            labels, _ = folder.load_tensors(folder.path / _LABELLER, "label")
+            labeller.load_state_dict(labels)
+            labeller.eval()
+            tensors |= prefixed("labeller/", labels)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise RunError(f"{folder.path} does not hold a model of this version: {error}") from error
-    return model.eval(), names, fingerprint([(n, t.numpy().tobytes()) for n, t in sorted(tensors.items())])
+    weights = fingerprint([(n, t.numpy().tobytes()) for n, t in sorted(tensors.items())])
+    return Pretrained(model.eval(), names, weights, labeller)

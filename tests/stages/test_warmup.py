@@ -395,7 +395,7 @@ def test_questions_that_leave_nothing_are_refused_before_anything_is_spent(tmp_p
     for sections in ({"query": {"share": 0.9}, "warmup": {"share": 0.5}}, {"warmup": {"noise_multiplier": 0.2}}):
         run = Run(tiny_config(tmp_path / "run", **sections), public=PUBLIC, private=PRIVATE)
         with (
-            pytest.raises(ConfigError, match=r"query and class means alone cost ε = \d.* of 5, and nothing is left"),
+            pytest.raises(ConfigError, match=r"the query and the class means alone cost ε = \d.* of 5, and nothing is left"),
             run.opened(resume=False),
         ):
             pass

@@ -1,0 +1,240 @@
+"""Labels of the synthetic images from a classifier whose last layer is trained privately, in place of those they were drawn for.
+
+A conditional model draws some images that look like another class than the one asked for. Whoever learns from them learns that.
+What tells the classes of *synthetic* images apart is learned from drafts, which cost nothing; what tells those of *sensitive*
+images apart by the same features is a linear layer, which bears far more noise than a network.
+
+Formal guarantee: an image's row has a length of at most 1 and follows from that image alone (``models.labeller``). A step adds up
+its outer products with the error of the softmax, each scaled down to an L2 norm of at most C = 1, over *all* images, so one image
+more or less changes the sum by at most C; Gaussian noise of σC covers every entry. That is one Gaussian mechanism, charged before
+an image is read. Sums are of whole multiples of 2⁻³⁰ and exact, so that what an image adds is the same whoever else is there.
+Normalisation is by the public N. The labels are post-processing.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from privimage_fast.data import ImageSet
+from privimage_fast.data.split import train_test_split
+from privimage_fast.dp.accounting import DPSGDEvent
+from privimage_fast.dp.ledger import Ledger
+from privimage_fast.dp.noise import NoiseKey, Stream
+from privimage_fast.dp.precision import full_precision
+from privimage_fast.models.classifier import ClassifierConfig, batched, train_classifier
+from privimage_fast.models.labeller import HEAD_BITS, MAX_WIDTH, ROWS, Labeller
+from privimage_fast.models.training import Drawable
+from privimage_fast.stages.finetune import affordable
+from privimage_fast.stages.folder import RunError, RunFolder, fingerprint, timed
+from privimage_fast.stages.interrupt import interrupts_held
+from privimage_fast.stages.sample import SampleConfig, draw_resumably
+
+STAGE = "label"
+
+CLIP = 1.0  # C
+MOST_IMAGES = 2**23  # so many errors of multiples of 2⁻³⁰, each at most 1, add up exactly in float64's 53 bits
+_ERROR_BITS = 16
+# Momentum; learning rate at most; learning rate at which noise of 1 on the normalised gradient would have been too much.
+_MOMENTUM, _MOST_LR, _LR_IN_NOISE = 0.9, 16.0, 0.012
+_BEFORE = 60  # steps on drafts, without noise, that the layer begins with
+
+
+@dataclass(frozen=True)
+class LabelConfig:
+    """Labels from a privately trained last layer, in place of those that images were drawn for.
+
+    Args:
+        steps: noised steps of that layer, each on all sensitive images; 100 does. 0 leaves the labels as they were drawn, and
+            charges nothing.
+        share: of the budget, as `query.share`, when `noise_multiplier` is null.
+        noise_multiplier: σ₃ of a step, standard deviation of its noise ÷ what one image can change; null derives it from `share`;
+            0, no noise, is for runs that are not private only.
+        lr: learning rate; null takes what the noise bears: 16, or 0.012 ÷ (σ₃ ÷ N) where that is less.
+        drafts: images of each class that are drawn to learn features from; they are not part of the synthetic set.
+        classifier: whose features they are; its width is at most 64.
+    """
+
+    steps: int = 0
+    share: float = 0.1
+    noise_multiplier: float | None = None
+    lr: float | None = None
+    drafts: int = 500
+    classifier: ClassifierConfig = field(default_factory=lambda: ClassifierConfig(width=16, epochs=8))
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError(f"label.steps must be ≥ 0, found {self.steps}")
+        if self.drafts < 6:
+            raise ValueError(f"label.drafts must be ≥ 6, found {self.drafts}")
+        if not 0 < self.share < 1:
+            raise ValueError(f"label.share must be in (0, 1), found {self.share}")
+        if self.noise_multiplier is not None and not 0 <= self.noise_multiplier < math.inf:
+            raise ValueError(f"label.noise_multiplier must be ≥ 0 and finite, or null, found {self.noise_multiplier}")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise ValueError(f"label.lr must be positive and finite, or null, found {self.lr}")
+        if self.classifier.width > MAX_WIDTH:
+            raise ValueError(f"label.classifier.width must be at most {MAX_WIDTH}, found {self.classifier.width}")
+
+    def learning_rate(self, population: int) -> float:
+        """From public numbers: of little noise the most that converges, of more what keeps the layer from drifting."""
+        assert self.noise_multiplier is not None
+        noise = self.noise_multiplier * CLIP / population
+        return self.lr or min(_MOST_LR, _LR_IN_NOISE / max(noise, 1e-12))
+
+
+def run_label(
+    folder: RunFolder, config: LabelConfig, *, model: Drawable, weights: str, sample: SampleConfig, private: ImageSet,
+    population: int, target_epsilon: float, delta: float, ledger: Ledger, noise_key: NoiseKey, seed: int, device: str = "cpu",
+    autocast: torch.dtype | None = None,
+) -> Labeller:  # fmt: skip
+    """The labeller of a model's images; trained once a folder, and kept in checkpoints/label.safetensors.
+
+    weights: fingerprint of the model; sample: how drafts are drawn. An interrupted run goes on with the step it was at.
+
+    Raises:
+        RunError: more sensitive images than sums are exact for, or a labeller of another model.
+    """
+    if len(private) > MOST_IMAGES:
+        raise RunError(f"label.steps takes at most {MOST_IMAGES:,} sensitive images, found {len(private):,}; set it to 0")
+    assert config.noise_multiplier is not None
+    stamp = fingerprint(config, population, target_epsilon, delta, seed, weights, private.label_names)
+    path, features_path, progress_path = (folder.checkpoint(STAGE + part) for part in ("", "-features", "-progress"))
+    if path.exists() and folder.finished(STAGE, stamp):
+        for left in (features_path, progress_path):  # of an interruption in the last step
+            left.unlink(missing_ok=True)
+        found = load_labeller(folder, config, private)
+        assert found is not None
+        return found.to(device)
+    labeller, event = _fresh(config, private), DPSGDEvent(config.noise_multiplier, 1.0, 1)
+    if not features_path.exists():
+        _learn_features(folder, config, labeller, model, sample, private, stamp, seed, device, autocast)
+        folder.save_tensors(features_path, labeller.state_dict(), {"fingerprint": stamp})
+    # To the very end: a last step that is charged, but of no file, would be repeated.
+    with (
+        interrupts_held("the step at hand is finished and saved: it is charged") as interrupted,
+        timed(folder, STAGE, stamp),
+    ):
+        labeller.load_state_dict(_restored(folder, features_path, stamp)[0])
+        labeller.to(device).eval()
+        velocity, taken = torch.zeros(labeller.head.shape, dtype=torch.float64), 0
+        if progress_path.exists():
+            tensors, described = _restored(folder, progress_path, stamp)
+            velocity, taken = tensors["velocity"], int(described["steps"])
+            labeller.head.copy_(tensors["head"])
+        steps = taken + affordable(event, ledger.events(), target_epsilon, delta, config.steps - taken)
+        for step in tqdm(range(taken, steps), desc=STAGE, unit="step", initial=taken, total=steps, leave=False):
+            if interrupted():
+                raise KeyboardInterrupt
+            ledger.charge(event, stage=STAGE)  # before the data is touched
+            if step == taken:
+                rows = embedded(labeller, private, device)
+                labels = torch.from_numpy(private.labels).to(device)
+            gradient = clipped_sums(rows, labels, labeller.head).cpu()
+            noise = noise_key.gaussian(tuple(gradient.shape), step=step, stream=Stream.LABELS)
+            gradient += event.noise_multiplier * CLIP * torch.from_numpy(noise)
+            lr = config.learning_rate(population) * min(1.0, 2 * (1 - step / config.steps))
+            velocity = _MOMENTUM * velocity + gradient / population
+            labeller.head.copy_(_on_grid(labeller.head.cpu() - lr * velocity))
+            # Every one: what is charged and lost would have to be paid for again.
+            tensors = {"head": labeller.head, "velocity": velocity}
+            folder.save_tensors(progress_path, tensors, {"fingerprint": stamp, "steps": step + 1})
+        folder.save_tensors(path, labeller.state_dict(), {"fingerprint": stamp, "steps": steps})
+    progress_path.unlink(missing_ok=True)
+    features_path.unlink(missing_ok=True)
+    return labeller
+
+
+def load_labeller(folder: RunFolder, config: LabelConfig, private: ImageSet) -> Labeller | None:
+    """The one that the folder keeps; None where there is none. Of ``private`` channels and classes only are looked at."""
+    if not folder.checkpoint(STAGE).exists():
+        return None
+    labeller = _fresh(config, private)
+    labeller.load_state_dict(folder.load_tensors(folder.checkpoint(STAGE), STAGE)[0])
+    return labeller.eval()
+
+
+def _fresh(config: LabelConfig, private: ImageSet) -> Labeller:
+    return Labeller(config.classifier, channels=private.channels, num_classes=private.n_classes)
+
+
+def embedded(labeller: Labeller, images: ImageSet, device: str = "cpu") -> Tensor:
+    """Rows (n, d) float32 of images, each of length at most 1. Calls of one shape, the last filled up with blank images."""
+    out = []
+    for start in tqdm(range(0, len(images), ROWS), desc=f"{STAGE}: features", unit="batch", leave=False):
+        part = images.images[start : start + ROWS]
+        filled = np.zeros((ROWS, *part.shape[1:]), part.dtype)
+        filled[: len(part)] = part
+        with full_precision(torch.device(device)):
+            out.append(torch.from_numpy(batched(labeller.rows, filled, device=device, batch_size=ROWS)[: len(part)]))
+    return torch.cat(out).to(device)
+
+
+def clipped_sums(rows: Tensor, labels: Tensor, head: Tensor) -> Tensor:
+    """Σ over images of the gradient of the cross-entropy by the head, each scaled down to an L2 norm of at most C.
+
+    rows (n, d) float32, labels (n,) int64, head (d, classes) float64 → (d, classes) float64, exact.
+    """
+    sums = torch.zeros_like(head)
+    for start in range(0, len(rows), 8 * ROWS):
+        part = rows[start : start + 8 * ROWS].double()
+        error = (part @ head).softmax(1) - F.one_hot(labels[start : start + 8 * ROWS], head.shape[1])
+        norms = error.norm(dim=1, keepdim=True) * part.norm(dim=1, keepdim=True)
+        error = error * (CLIP * (1 - 1e-9) / norms.clamp_min(CLIP))
+        sums += part.T @ ((error * 2**_ERROR_BITS).trunc() / 2**_ERROR_BITS)  # towards zero: no longer than before
+    return sums
+
+
+def _learn_features(
+    folder: RunFolder, config: LabelConfig, labeller: Labeller, model: Drawable, sample: SampleConfig, private: ImageSet,
+    stamp: str, seed: int, device: str, autocast: torch.dtype | None,
+) -> None:  # fmt: skip
+    """From drafts of the model. A third of them teaches the classifier nothing: of images that it knows by heart its features
+    would tell the labels that they were drawn for.
+    """
+    parts = folder.path / "checkpoints" / f"{STAGE}-{stamp}"
+    wanted = np.repeat(np.arange(private.n_classes), config.drafts)
+    # Other images than the synthetic ones.
+    drafts_seed = int.from_bytes(sha256(f"{STAGE} {seed}".encode()).digest()[:8], "little")
+    images = draw_resumably(
+        parts, sample, model=model, labels=wanted, seed=drafts_seed, device=device, autocast=autocast, description="label: drafts"
+    )  # fmt: skip
+    seen, unseen = train_test_split(ImageSet(images, wanted, private.label_names, name="drafts"), 1 / 3, seed)
+    labeller.classifier, _ = train_classifier(
+        seen.images, seen.labels, num_classes=private.n_classes, config=config.classifier, seed=seed, device=device,
+        description="label: classifier",
+    )  # fmt: skip
+    labeller.to(device).eval()
+    with torch.no_grad():
+        labeller.fit_rows(torch.from_numpy(batched(labeller.features, unseen.images, device=device, batch_size=ROWS)).to(device))
+    rows, labels = embedded(labeller, unseen, device), torch.from_numpy(unseen.labels).to(device)
+    velocity = torch.zeros_like(labeller.head)
+    for _ in range(_BEFORE):
+        velocity = _MOMENTUM * velocity + clipped_sums(rows, labels, labeller.head) / len(rows)
+        labeller.head.copy_(_on_grid(labeller.head - _MOST_LR * velocity))
+    shutil.rmtree(parts)
+
+
+def _on_grid(head: Tensor) -> Tensor:
+    """In whole multiples of 2⁻¹⁶, so that logits are exact as well."""
+    return (head * 2**HEAD_BITS).round() / 2**HEAD_BITS
+
+
+def _restored(folder: RunFolder, path: Path, stamp: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, described = folder.load_tensors(path, STAGE)
+    if described.get("fingerprint") != stamp:
+        raise RunError(
+            f"{path} was made with other settings, or of another model; steps that were taken are spent. Restore them, or start "
+            "over with another --out"
+        )
+    return tensors, described
