@@ -228,6 +228,9 @@ def _stage(stage: str, argv: list[str]) -> None:
         print(f"{len(result)} images in {run.folder.synthetic}")
         if note := outdated_figures(run.folder.path):
             print(f"note: {note}")
+    if stage == "label" and result is None:
+        print("label.steps is 0 (or privacy.train false): images keep the labels that they are drawn for, and nothing is charged")
+        return
     print(f"{stage}: done in {run.folder.path}")
 
 

@@ -95,6 +95,19 @@ def test_rows_are_no_longer_than_one_and_of_their_image_alone() -> None:
     assert torch.equal(embedded(made, many.subset(np.arange(1, len(many)))), rows[1:])
 
 
+def test_every_call_has_as_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another shape could round otherwise, and an image more would move the rows of those in the last call."""
+    made, seen, original = labeller(), [], Labeller.rows
+
+    def rows(self: Labeller, x: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x))
+        return original(self, x)
+
+    monkeypatch.setattr(Labeller, "rows", rows)
+    assert len(embedded(made, bars(ROWS + 3, 3, 5, prefix="digit"))) == ROWS + 3
+    assert seen == [ROWS, ROWS]
+
+
 def test_an_image_of_no_finite_row_adds_a_bounded_gradient() -> None:
     made = labeller()
     made.mean[0] = float("nan")
@@ -157,6 +170,7 @@ def test_every_step_has_the_noise_that_is_charged_on_every_entry_and_the_public_
         lr = 0.012 / (3.0 / 200) * min(1.0, 2 * (1 - step / STEPS))
         expected = ((before - lr * velocity) * 2**16).round() / 2**16
         torch.testing.assert_close(after, expected, rtol=0, atol=2**-16)
+        assert torch.equal((after * 2**16).round(), after * 2**16)  # logits are exact for it
     charged = [(r.stage, r.event) for r in Ledger.read(tmp_path / "ledger.jsonl").records()]
     assert charged == [("label", DPSGDEvent(3.0, 1.0, 1))] * STEPS
 
