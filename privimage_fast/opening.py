@@ -18,6 +18,7 @@ from privimage_fast.dp.ledger import Ledger
 from privimage_fast.planning import fill_clusters, fill_warmup, query_noise_multiplier, questions, reserved
 from privimage_fast.stages.clusters import check_clusters
 from privimage_fast.stages.folder import RunError, RunFolder
+from privimage_fast.stages.label import MOST_IMAGES
 from privimage_fast.stages.select import labels_per_class
 
 logger = logging.getLogger(__name__)
@@ -162,6 +163,8 @@ def check_public_numbers(c: RunConfig, *, images: int) -> None:
             f"warmup.modes is {c.warmup.modes}, but a GAN's images are held to one mean a class, and the others would be paid "
             "for in vain; leave warmup.modes out, or take model.family diffusion"
         )
+    if c.relabels and images > MOST_IMAGES:
+        raise ConfigError(f"label.steps takes at most {MOST_IMAGES:,} sensitive images, found {images:,}; set it to 0")
     c.finetune.sample_rate(population)
     asked = [*questions(c), *reserved(c)]
     if not asked or math.isinf(c.privacy.epsilon):

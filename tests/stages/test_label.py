@@ -29,7 +29,7 @@ from privimage_fast.models.labeller import ROWS, Labeller
 from privimage_fast.pipeline import Run
 from privimage_fast.report import build_report
 from privimage_fast.stages.folder import RunError, RunFolder
-from privimage_fast.stages.label import CLIP, LabelConfig, clipped_sums, embedded, run_label
+from privimage_fast.stages.label import CLIP, MOST_IMAGES, LabelConfig, clipped_sums, embedded, run_label
 from privimage_fast.stages.sample import SampleConfig
 
 stage = importlib.import_module("privimage_fast.stages.label")
@@ -218,7 +218,14 @@ def test_too_many_images_for_exact_sums_are_refused(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(stage, "MOST_IMAGES", 100)
     with pytest.raises(RunError, match=r"label.steps takes at most 100 sensitive images, found 120; set it to 0"):
         ask(tmp_path, 3.0, key=NoiseKey.from_os())
-    assert stage.MOST_IMAGES * 2.0**30 < 2**53
+
+
+def test_so_many_images_add_up_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert MOST_IMAGES * 2**30 <= 2**53  # sums of multiples of 2⁻³⁰, each at most 1
+    monkeypatch.setattr("privimage_fast.opening.MOST_IMAGES", 100)
+    with pytest.raises(ConfigError, match=r"label.steps takes at most 100 sensitive images, found 120"):
+        run_all(tmp_path / "a", label=LABEL)  # and not only after fine-tuning
+    assert not (tmp_path / "a" / "ledger.jsonl").exists() or not Ledger.read(tmp_path / "a" / "ledger.jsonl").records()
 
 
 # --------------------------------------------------------------------------------------------------- what it is good for
