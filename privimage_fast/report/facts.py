@@ -170,7 +170,9 @@ class Facts:
     @property
     def _labelled(self) -> str:
         return (
-            ", which a classifier labels whose last layer is trained on the sensitive ones under noise" if self.relabels else ""
+            ", which a classifier labels whose last layer is trained on the sensitive ones under noise"
+            if "label" in self.finished
+            else ""
         )
 
     def source(self, which: str) -> str:
@@ -461,6 +463,12 @@ def _releases(run_dir: Path, metrics: list[Metric], secret_times: bool, asked: s
         Release("Chosen public labels", "selection.json", True, "computed from the noisy histogram alone"),
         Release("Noisy class means and counts", MEANS, True, "Gaussian noise was added before they were written"),
         Release("Sheet of class means", "samples/means.png", True, "computed from the noisy class means"),
+        Release(
+            "Labels of synthetic images",
+            "model/labeller.safetensors",
+            True,
+            "the layer that gives them is trained on noised gradient sums only; labels follow from it and the images",
+        ),
         Release("Labels that changed", "labels.json", True, "computed from the private model and its labels"),
         Release("Sheet before fine-tuning", "samples/before.png", True, "drawn from the model that saw public images only"),
         Release("Sheet of synthetic images", "samples/after.png", True, "drawn from the private model"),

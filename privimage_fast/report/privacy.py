@@ -178,7 +178,7 @@ def _charges(ledger: Ledger) -> list[Charges]:
     return [
         Charges(
             stage,
-            "Gaussian on the whole set" if rate is None else "DP-SGD step on a Poisson sample",
+            "Gaussian on the whole set" if rate in (None, 1.0) else "DP-SGD step on a Poisson sample",
             sigma,
             rate,
             len(events),
