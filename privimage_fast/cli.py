@@ -67,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         again = "the same command" if argv[0] == "compare" else "the same command with --resume"
         print(
-            f"\nprivimage: interrupted; if it had begun (its folder is there), {again} goes on from what was saved last. DP-SGD "
-            "steps after that are charged already, and are charged again when they are repeated",
+            f"\nprivimage: interrupted; if it had begun (its folder is there), {again} goes on from what was saved last. Steps "
+            "that are charged and of no file, if any, are charged again when they are repeated",
             file=sys.stderr,
         )
         return 130
@@ -298,7 +298,7 @@ def _budget(argv: list[str]) -> None:
     parser.add_argument("--means-noise-multiplier", type=float, help="σ₂ of the class means")
     parser.add_argument("--means-rounds", type=int, default=1, help="how often they are asked for (1)")
     parser.add_argument("--label-noise-multiplier", type=float, help="σ₃ of a step of the layer that labels images")
-    parser.add_argument("--label-steps", type=int, default=100, help="how many (100)")
+    parser.add_argument("--label-steps", type=int, help="how many (100)")
     a = parser.parse_args(argv)
     from privimage_fast.dp import accounting as acc
     from privimage_fast.report import epsilon_text
@@ -313,12 +313,15 @@ def _budget(argv: list[str]) -> None:
     asked = {"σ₁": a.query_noise_multiplier, "σ₂": a.means_noise_multiplier, "σ₃": a.label_noise_multiplier}
     if a.means_rounds < 1 or (a.means_rounds > 1 and a.means_noise_multiplier is None):
         raise acc.BudgetError(f"--means-rounds must be ≥ 1, and needs --means-noise-multiplier; found {a.means_rounds}")
+    steps_given, label_steps = a.label_steps is not None, 100 if a.label_steps is None else a.label_steps
+    if label_steps < 1 or (steps_given and a.label_noise_multiplier is None):
+        raise acc.BudgetError(f"--label-steps must be ≥ 1, and needs --label-noise-multiplier; found {a.label_steps}")
     queries: list[acc.Event] = [
         acc.GaussianEvent(sigma)
         for sigma in (a.query_noise_multiplier, *[a.means_noise_multiplier] * a.means_rounds) if sigma is not None
     ]  # fmt: skip
     if a.label_noise_multiplier is not None:
-        queries.append(acc.DPSGDEvent(a.label_noise_multiplier, 1.0, a.label_steps))
+        queries.append(acc.DPSGDEvent(a.label_noise_multiplier, 1.0, label_steps))
     sigma = a.noise_multiplier
     if sigma is None:
         sigma = acc.solve_noise_multiplier(
@@ -334,7 +337,7 @@ def _budget(argv: list[str]) -> None:
     if queries:
         words = {"σ₁": "the query", "σ₂": "the class means", "σ₃": "the labels"}
         rounds = f", {a.means_rounds} rounds" if a.means_rounds > 1 else ""
-        times = {"σ₁": "", "σ₂": rounds, "σ₃": f", {a.label_steps} steps"}
+        times = {"σ₁": "", "σ₂": rounds, "σ₃": f", {label_steps} steps"}
         named = " and ".join(
             f"{words[name]} ({name} {sigma:g}{times[name]})" for name, sigma in asked.items() if sigma is not None
         )

@@ -14,7 +14,8 @@ from privimage_fast.config import RunConfig, build_config
 from privimage_fast.data import ImageSet
 from privimage_fast.models.labeller import Labeller
 from privimage_fast.models.training import Drawable
-from privimage_fast.pipeline import Run, autocast_of, device_of
+from privimage_fast.opening import autocast_of, device_of
+from privimage_fast.pipeline import Run
 from privimage_fast.planning import Plan
 from privimage_fast.stages.folder import RunError, RunFolder
 from privimage_fast.stages.query import SemanticFunction
@@ -60,17 +61,20 @@ class PrivImage:
             run.select()
             run.pretrain()
             run.warmup()
-            self._model = run.finetune().drawable.eval()
-            self._labeller = run.label()
+            model, labeller = run.finetune().drawable.eval(), run.label()
             run.report()
+        # All at once: weights of a run that was cut off must not be saved with the ledger of the one before.
         # Not the run's configuration: N, δ and steps of this set would be taken for those of the next.
-        self._run, self._class_names = run, run.private.label_names
+        self._run, self._model, self._labeller, self._class_names = run, model, labeller, run.private.label_names
         return self
 
-    def sample(self, n: int, labels: np.ndarray | None = None, *, seed: int | None = None) -> ImageSet:
+    def sample(
+        self, n: int, labels: np.ndarray | None = None, *, seed: int | None = None, relabel: bool = True
+    ) -> ImageSet:  # fmt: skip
         """n synthetic images, drawn for as many of each class as n allows, or for the given labels (n,).
 
-        With `label.steps` the labels that come with them are the labeller's.
+        Where the model has a labeller, the labels that come with them are its own; ``relabel`` False leaves those that the images
+        are drawn for.
         """
         model = self._fitted()
         if n < 1:
@@ -88,8 +92,9 @@ class PrivImage:
             for start in range(0, n, size)
         ]
         images = np.concatenate(parts)
-        found = labels.astype(np.int64) if self._labeller is None else self._labeller.labels(images, device)
-        return ImageSet(images, found, self._class_names, name="synthetic")
+        if relabel and self._labeller is not None:
+            labels = self._labeller.labels(images, device)
+        return ImageSet(images, labels.astype(np.int64), self._class_names, name="synthetic")
 
     def evaluate(self, test: ImageSet | str) -> dict[str, Any]:
         """Metrics against real test images; not private."""

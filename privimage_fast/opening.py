@@ -1,5 +1,5 @@
-"""What a run is held to before a stage begins: nulls filled, sets apart and public numbers sound, the folder charged for what it
-holds.
+"""What a run is opened with, and held to before a stage begins: sets read and apart, a device, nulls filled, public numbers
+sound, the folder charged for what it holds.
 """
 
 from __future__ import annotations
@@ -11,17 +11,39 @@ from pathlib import Path
 
 import torch
 
-from privimage_fast.config import ConfigError, RunConfig
-from privimage_fast.data import ImageSet, images_in_both
+from privimage_fast.config import ConfigError, DataConfig, RunConfig
+from privimage_fast.data import DataError, ImageSet, Limits, images_in_both, join, open_image_set
 from privimage_fast.dp.accounting import DPSGDEvent, GaussianEvent, default_delta, epsilon
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.planning import fill_clusters, fill_warmup, query_noise_multiplier, questions, reserved
 from privimage_fast.stages.clusters import check_clusters
 from privimage_fast.stages.folder import RunError, RunFolder
-from privimage_fast.stages.label import MOST_IMAGES
+from privimage_fast.stages.label import LabelConfig, check_images
 from privimage_fast.stages.select import labels_per_class
 
 logger = logging.getLogger(__name__)
+
+
+def open_source(data: DataConfig, name: str, source: str | None = None) -> ImageSet:
+    """The set that ``data`` names "public", "private" or "test", or another source in its place, in the size it asks for."""
+    source = source or getattr(data, name)
+    if not source:
+        raise ConfigError(f"data.{name} is not set; give a folder, a file or embedded:NAME")
+    # Clusters need no labels, and sets in a list may have one each.
+    limits = Limits(min_classes=1) if name == "public" else None
+    try:
+        sets = [
+            open_image_set(
+                s, resolution=data.resolution, channels=data.channels, format=data.format, skip_bad=data.skip_bad,
+                limits=limits,
+            ) for s in ([source] if isinstance(source, str) else source)
+        ]  # fmt: skip
+    except DataError as error:
+        raise DataError(f"data.{name}: {error}") from error
+    images = join(sets) if len(sets) > 1 else sets[0]
+    for skipped in images.skipped:
+        logger.warning("skipped %s: %s", skipped.path, skipped.reason)
+    return images
 
 
 def resolve(c: RunConfig, saved: RunConfig | None, *, images: int, n_classes: int, public: ImageSet) -> RunConfig:
@@ -117,6 +139,10 @@ def check_inputs(c: RunConfig, folder: RunFolder, *, public: ImageSet, private: 
             c.model.build(resolution=c.data.resolution, channels=c.data.channels, num_classes=private.n_classes)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if c.label.steps and not c.privacy.train:
+        logger.warning("label.steps is not used: privacy.train is false, and labels are learned from sensitive images as well")
+    if not c.label.steps and c.label != LabelConfig():
+        logger.warning("what is set of label is not used: label.steps is 0; 100 does")
     if c.model.unused_sizes:
         logger.warning("%s", c.model.unused_sizes)
     if test is not None and test.label_names != private.label_names:
@@ -163,8 +189,8 @@ def check_public_numbers(c: RunConfig, *, images: int) -> None:
             f"warmup.modes is {c.warmup.modes}, but a GAN's images are held to one mean a class, and the others would be paid "
             "for in vain; leave warmup.modes out, or take model.family diffusion"
         )
-    if c.relabels and images > MOST_IMAGES:
-        raise ConfigError(f"label.steps takes at most {MOST_IMAGES:,} sensitive images, found {images:,}; set it to 0")
+    if c.relabels:
+        check_images(images)
     c.finetune.sample_rate(population)
     asked = [*questions(c), *reserved(c)]
     if not asked or math.isinf(c.privacy.epsilon):
@@ -206,3 +232,20 @@ def check_ledger(folder: RunFolder) -> None:
             taken = int(tensors["steps"]) if name == "finetune-progress" else int(metadata["steps"])
             if taken > charged:
                 raise RunError(f"{path} has taken {taken} steps, the ledger charges {charged}. {advice}")
+
+
+def device_of(name: str) -> str:
+    """The torch device of a configured name; "auto" is the GPU where there is one."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda") and not name.startswith("cuda:"):
+        raise ConfigError(f"device must be auto, cpu or cuda, found {name!r}")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError("device is cuda, but torch finds no CUDA device; use --device cpu, or see `privimage doctor`")
+    return name
+
+
+def autocast_of(precision: str, device: str) -> torch.dtype | None:
+    """What networks may compute in beside float32."""
+    low = precision == "bfloat16" or (precision == "auto" and torch.device(device).type == "cuda")
+    return torch.bfloat16 if low else None

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from privimage_fast import report
-from privimage_fast.config import ConfigError, DataConfig, RunConfig, differing_keys, load_config
-from privimage_fast.data import DataError, ImageSet, Limits, holdout_split, join, open_image_set
+from privimage_fast.config import ConfigError, RunConfig, differing_keys, load_config
+from privimage_fast.data import ImageSet, holdout_split
 from privimage_fast.data.atomic import atomic_write_text
 from privimage_fast.dp.accounting import ADJACENCY, UNIT
 from privimage_fast.dp.ledger import Ledger
@@ -27,19 +27,28 @@ from privimage_fast.models.classifier import Classifier
 from privimage_fast.models.labeller import Labeller
 from privimage_fast.models.replay import forget
 from privimage_fast.models.training import Drawable, ImageModel
-from privimage_fast.opening import check_apart, check_inputs, check_ledger, check_public_numbers, resolve
+from privimage_fast.opening import (
+    autocast_of,
+    check_apart,
+    check_inputs,
+    check_ledger,
+    check_public_numbers,
+    device_of,
+    open_source,
+    resolve,
+)  # fmt: skip
 from privimage_fast.planning import Plan, make_plan, query_noise_multiplier, reserved
 from privimage_fast.stages.agreement import check_text, question, stand_in_tables
 from privimage_fast.stages.clusters import public_clusters
 from privimage_fast.stages.evaluate import check_evaluation, run_evaluate
 from privimage_fast.stages.finetune import budget_record, run_finetune
-from privimage_fast.stages.folder import RunError, RunFolder, file_fingerprint, fingerprint, timed
-from privimage_fast.stages.label import load_labeller, run_label
+from privimage_fast.stages.folder import RunError, RunFolder, fingerprint, timed
+from privimage_fast.stages.label import has_labeller, load_labeller, run_label
 from privimage_fast.stages.means import load_means, pictures, run_means
 from privimage_fast.stages.pretrain import run_pretrain
 from privimage_fast.stages.query import SemanticFunction, public_classifier, run_query, semantic_function_of
 from privimage_fast.stages.sample import draw, run_sample, save_sheet
-from privimage_fast.stages.saved import load_pretrained, save_pretrained
+from privimage_fast.stages.saved import load_pretrained, save_pretrained, weights_fingerprint
 from privimage_fast.stages.select import labels_per_class, run_select, selected_subset
 from privimage_fast.stages.warmup import run_warmup
 
@@ -82,29 +91,7 @@ class Run:
             if (given.resolution, given.channels) != (data.resolution, data.channels):
                 return given.with_resolution(data.resolution, data.channels)
             return given
-        return self.open_source(data, name, source)
-
-    @staticmethod
-    def open_source(data: DataConfig, name: str, source: str | None = None) -> ImageSet:
-        """The set that ``data`` names "public", "private" or "test", or another source in its place, in the size it asks for."""
-        source = source or getattr(data, name)
-        if not source:
-            raise ConfigError(f"data.{name} is not set; give a folder, a file or embedded:NAME")
-        # Clusters need no labels, and sets in a list may have one each.
-        limits = Limits(min_classes=1) if name == "public" else None
-        try:
-            sets = [
-                open_image_set(
-                    s, resolution=data.resolution, channels=data.channels, format=data.format, skip_bad=data.skip_bad,
-                    limits=limits,
-                ) for s in ([source] if isinstance(source, str) else source)
-            ]  # fmt: skip
-        except DataError as error:
-            raise DataError(f"data.{name}: {error}") from error
-        images = join(sets) if len(sets) > 1 else sets[0]
-        for skipped in images.skipped:
-            logger.warning("skipped %s: %s", skipped.path, skipped.reason)
-        return images
+        return open_source(data, name, source)
 
     @cached_property
     def public(self) -> ImageSet:
@@ -388,7 +375,7 @@ class Run:
             self.folder, c.finetune, model=model, private=self.private, population=c.privacy.population,
             target_epsilon=c.privacy.epsilon, delta=c.privacy.delta, ledger=self.ledger, noise_key=self.noise_key,
             randomness=OSRandom() if c.privacy.secure else SeededRandom(c.seed), seed=c.seed, device=self.device,
-            autocast=self.autocast, reserved=reserved(c, self.ledger.steps_charged("label")),
+            autocast=self.autocast, reserved=reserved(c),
         )  # fmt: skip
         self.save(model.drawable, self.folder.model)
         return model
@@ -398,16 +385,17 @@ class Run:
         c = self.config
         if not c.relabels:
             return None
-        if not self.folder.model.exists():
-            raise RunError(f"{self.folder.model} is missing; run `privimage finetune` first")
+        if not (self.folder.model.exists() and self.folder.checkpoint("finetune").exists()):
+            raise RunError(f"{self.folder.path} holds no fine-tuned model; run `privimage finetune` first")
         assert c.privacy.population is not None and c.privacy.delta is not None
-        model, weights = load_pretrained(self.folder.model).model, file_fingerprint(self.folder.model / "model.safetensors")
+        model = load_pretrained(self.folder.model).model
         labeller = run_label(
-            self.folder, c.label, model=model, weights=weights, sample=c.sample, private=self.private,
-            population=c.privacy.population, target_epsilon=c.privacy.epsilon, delta=c.privacy.delta, ledger=self.ledger,
-            noise_key=self.noise_key, seed=c.seed, device=self.device, autocast=self.autocast,
+            self.folder, c.label, model=model, weights=weights_fingerprint(model.state_dict()), sample=c.sample,
+            private=self.private, population=c.privacy.population, target_epsilon=c.privacy.epsilon, delta=c.privacy.delta,
+            ledger=self.ledger, noise_key=self.noise_key, seed=c.seed, device=self.device, autocast=self.autocast,
         )  # fmt: skip
         self.save(model, self.folder.model)
+        atomic_write_text(self.folder.model / "README.md", report.published_card(self.folder.path))  # of labelled images now
         return labeller
 
     def _keep_public(self, model: ImageModel) -> None:
@@ -420,19 +408,23 @@ class Run:
         self.save(model.drawable, self.folder.model)
 
     def save(self, model: Drawable, path: str | Path) -> None:
-        """The model, and the labeller where it is trained, with what the run has spent and how it samples."""
+        """The model, and its labeller where that is trained, with what the run has spent and how it samples."""
+        labelled = self.config.relabels and has_labeller(self.folder, weights_fingerprint(model.state_dict()))
         save_pretrained(
             model, path, class_names=self.private.label_names, privacy=self.spent(), sampler=self.config.sample.sampler,
             ledger=self.folder.ledger.read_text(), card=report.published_card(self.folder.path),
-            labeller=load_labeller(self.folder, self.config.label, self.private) if self.config.relabels else None,
+            labeller=load_labeller(self.folder, self.config.label, self.private) if labelled else None,
         )  # fmt: skip
 
     def sample(self) -> ImageSet:
         if not self.folder.model.exists():
             raise RunError(f"{self.folder.model} is missing; run `privimage finetune` first")
-        if self.config.relabels and not self.folder.recorded("label"):
-            raise RunError("label.steps is set, and the labels are not learned yet; run `privimage label` first")
         saved = load_pretrained(self.folder.model)
+        if self.config.relabels and saved.labeller is None:
+            raise RunError(
+                f"label.steps is set, and {self.folder.model} has no labeller: its labels are not learned yet, or were not "
+                "published; run `privimage label` first"
+            )
         return run_sample(
             self.folder, self.config.sample, model=saved.model, class_names=saved.class_names, weights=saved.weights,
             seed=self.config.seed, device=self.device, autocast=self.autocast, labeller=saved.labeller,
@@ -495,23 +487,6 @@ class Run:
             means_rounds=plan.means_rounds if plan.means_noise_multiplier is not None else None, later=reserved(c),
         )  # fmt: skip
         self.folder.write_json(self.folder.budget, record)
-
-
-def device_of(name: str) -> str:
-    """The torch device of a configured name; "auto" is the GPU where there is one."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda") and not name.startswith("cuda:"):
-        raise ConfigError(f"device must be auto, cpu or cuda, found {name!r}")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError("device is cuda, but torch finds no CUDA device; use --device cpu, or see `privimage doctor`")
-    return name
-
-
-def autocast_of(precision: str, device: str) -> torch.dtype | None:
-    """What networks may compute in beside float32."""
-    low = precision == "bfloat16" or (precision == "auto" and torch.device(device).type == "cuda")
-    return torch.bfloat16 if low else None
 
 
 def _json_number(value: float) -> float | str:

@@ -16,6 +16,7 @@ from privimage_fast.dp.accounting import DPSGDEvent, GaussianEvent, epsilon, sol
 from privimage_fast.dp.engine import accumulate_clipped
 from privimage_fast.dp.planner import Plan as StepPlan
 from privimage_fast.dp.sampling import expected_padded
+from privimage_fast.models.labeller import row_entries
 from privimage_fast.models.replay import forget
 from privimage_fast.models.training import ImageModel
 from privimage_fast.stages.finetune import plan_finetune
@@ -43,6 +44,7 @@ class Plan:
     epsilon_without_query: float  # and without the means and labels
     label_noise_multiplier: float | None
     label_steps: int
+    label_bytes: int  # of the sensitive images' features
     labels_per_class: int
     selection: str  # what is chosen of the public set, in words
     parameters: int
@@ -80,7 +82,10 @@ class Plan:
             ("DP-SGD", f"σ = {self.noise_multiplier:.4f}, q = {self.sample_rate:.4g}, {self.steps} steps; alone they cost ε = "
                        f"{self.epsilon_without_query:.3f}" if self.steps else "none: trained on public images only"),
             ("labels", "as they are drawn for" if self.label_noise_multiplier is None else
-                       f"σ₃ = {self.label_noise_multiplier:.4g} in each of {self.label_steps} steps of a linear layer"),
+                       f"σ₃ = {self.label_noise_multiplier:.4g} in each of {self.label_steps} steps of a linear layer on "
+                       f"{self.label_bytes / 2**20:.0f} MiB of features" +
+                       (f" (with some {_FEW:,} images or fewer it gained nothing where it was tried, or cost points)"
+                        if self.population <= _FEW else "")),
             ("network", f"{self.parameters:,} parameters" + ("" if self.private_parameters == self.parameters else
                         f", {self.private_parameters:,} of them (the discriminator) trained by DP-SGD")),
             ("micro-batch", f"{self.step.physical_batch_size} images, up to {self.step.peak_bytes / 2**20:.0f} MiB to fine-tune"
@@ -129,6 +134,7 @@ def make_plan(
         means_modes=modes, means_rounds=c.warmup.rounds or 1,
         epsilon_without_query=epsilon([DPSGDEvent(sigma, rate, steps)] if steps else [], c.privacy.delta),
         label_noise_multiplier=c.label.noise_multiplier if c.relabels else None, label_steps=c.label.steps,
+        label_bytes=4 * c.privacy.population * row_entries(c.label.classifier),
         labels_per_class=c.select.labels_per_class,
         selection=_selection_text(c, n_labels=n_labels, n_classes=n_classes),
         parameters=parameters, private_parameters=private_parameters, step=step,
@@ -149,6 +155,9 @@ class _Seconds:
     private: float
     after_step: float
 
+
+# Sensitive images with which labels from a private layer were seen not to pay.
+_FEW = 5000
 
 # Rows that are timed together. On a CPU a few tell; on a GPU so few would take as long as thousands, which is what runs there.
 _TIMED_ROWS = {"cpu": 64, "cuda": 4096}
@@ -291,9 +300,10 @@ def fill_warmup(c: RunConfig, delta: float, *, population: int, n_classes: int) 
     """The warm-up's nulls from public numbers: how many means a class, rounds, σ₂ of a round, and from which noise level on."""
     w = c.warmup
     asked = c.query.share if c.select.mode == "semantic" and c.query.noise_multiplier is None else 0.0
+    asked += c.label.share if c.relabels and c.label.noise_multiplier is None else 0.0
 
     def noise(share: float, rounds: int) -> float:
-        share = share if w.share is not None else min(share, (1 - asked) / 2)  # the query's share is taken
+        share = share if w.share is not None else min(share, max((1 - asked) / 2, 1e-3))  # the query's and the labels' are taken
         return math.sqrt(rounds) * query_noise_multiplier(c.privacy.epsilon, delta, share)
 
     modes, rounds, sigma = w.modes, w.rounds or _ROUNDS, w.noise_multiplier
@@ -331,10 +341,10 @@ def questions(c: RunConfig) -> list[GaussianEvent]:
     return [GaussianEvent(noise) for noise in asked if noise is not None]
 
 
-def reserved(c: RunConfig, taken: int = 0) -> list[DPSGDEvent]:
-    """What a resolved configuration keeps of the budget for labels, after fine-tuning; ``taken``: steps charged already."""
-    sigma, steps = c.label.noise_multiplier, c.label.steps - taken
-    return [DPSGDEvent(sigma, 1.0, steps)] if c.relabels and sigma is not None and steps > 0 else []
+def reserved(c: RunConfig) -> list[DPSGDEvent]:
+    """What a resolved configuration keeps of the budget for labels, while it is fine-tuned."""
+    sigma = c.label.noise_multiplier
+    return [DPSGDEvent(sigma, 1.0, c.label.steps)] if c.relabels and sigma is not None else []
 
 
 def _minutes(seconds: float) -> str:

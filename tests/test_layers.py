@@ -26,8 +26,8 @@ ALLOWED = {
     "planning": {"config", "stages", "models", "dp"},
     "opening": {"planning", "config", "stages", "data", "dp"},
     "pipeline": {"opening", "planning", "config", "report", "stages", "models", "data", "dp", "ops"},
-    "method": {"pipeline", "planning", "config", "stages", "models", "data"},
-    "compare": {"pipeline", "planning", "config", "report", "stages", "data", "dp"},
+    "method": {"pipeline", "opening", "planning", "config", "stages", "models", "data"},
+    "compare": {"pipeline", "opening", "planning", "config", "report", "stages", "data", "dp"},
     "cli": {"compare", "pipeline", "config", "report", "stages", "data", "dp", "ops"},
     "__main__": {"cli"},
 }

@@ -49,6 +49,9 @@ SECTIONS: dict[str, Any] = {
 
 STEPS = SECTIONS["finetune"]["steps"]
 
+# A section for labels from a privately trained layer.
+LABEL: dict[str, Any] = {"steps": 4, "drafts": 9, "classifier": {"width": 4, "epochs": 1, "batch_size": 16}}
+
 
 def tiny_config(out: Path, **sections: Any) -> RunConfig:
     return build_config(sections, build_config({**SECTIONS, "out": str(out)}))

@@ -19,7 +19,8 @@ from privimage_fast.compare.workers import Workers
 from privimage_fast.config import DataConfig
 from privimage_fast.data import ImageSet
 from privimage_fast.data.atomic import atomic_write_text
-from privimage_fast.pipeline import Run, device_of
+from privimage_fast.opening import device_of, open_source
+from privimage_fast.pipeline import Run
 from privimage_fast.stages.folder import RunError, RunFolder, file_fingerprint, fingerprint
 
 logger = logging.getLogger(__name__)
@@ -171,7 +172,7 @@ def read_sets() -> Callable[[DataConfig], dict[str, ImageSet]]:
 
     @cache
     def read(data: DataConfig, name: str) -> ImageSet:
-        return Run.open_source(data, name)
+        return open_source(data, name)
 
     def of(data: DataConfig) -> dict[str, ImageSet]:
         # A list is no key of a cache.

@@ -50,9 +50,10 @@ def image_sheet(
 
 
 def class_sheet(images: ImageSet, *, columns: int = 12, max_rows: int = 20) -> Image.Image:
-    """The first images of each class, a class a row with its name beside it; small images are enlarged to about 48 px."""
-    rows = [(name, np.flatnonzero(images.labels == c)[:columns]) for c, name in enumerate(images.label_names)]
-    rows = [(name, picks) for name, picks in rows if len(picks)][:max_rows]
+    """The first images of each class, a class a row with its name beside it, empty if it has none; small images are enlarged to
+    about 48 px.
+    """
+    rows = [(name, np.flatnonzero(images.labels == c)[:columns]) for c, name in enumerate(images.label_names)][:max_rows]
     columns = max(len(picks) for _, picks in rows)
     blank = np.zeros((1, *images.images.shape[1:]), np.uint8)
     cells = [np.concatenate([images.images[picks], np.repeat(blank, columns - len(picks), 0)]) for _, picks in rows]

@@ -404,8 +404,8 @@ def _check_target(target_epsilon: float, delta: float, prior_events: Sequence[Ev
     spent = epsilon(prior_events, delta)
     if spent >= target_epsilon:
         raise BudgetError(
-            f"what came before already costs ε = {spent:.4f} of target_epsilon {target_epsilon} at delta {delta}: "
-            f"nothing is left for training. Give the query more noise or raise target_epsilon"
+            f"what is charged beside it already costs ε = {spent:.4f} of target_epsilon {target_epsilon} at delta {delta}: "
+            f"nothing is left for training. Give what is asked beside it more noise, or raise the target"
         )
 
 

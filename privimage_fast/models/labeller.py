@@ -18,12 +18,22 @@ from privimage_fast.models.classifier import Classifier, ClassifierConfig, batch
 
 # Rows of every call: another shape could round otherwise, and so one image more could move the rows of others.
 ROWS = 512
-MAX_WIDTH = 64  # of the classifier; the projection has (68·width)² entries
+_MAX_WIDTH = 64  # of the classifier; the projection has (68·width)² entries
 # Entries of a row are whole multiples of 2⁻¹⁴, those of the last layer of 2⁻¹⁶: sums of their products are then exact in float64,
 # in whatever order they are added up.
-_ROW_BITS, HEAD_BITS = 14, 16
+ROW_BITS, HEAD_BITS = 14, 16
 _CONSTANT = 0.3  # entry of a row that is the same for all: the bias; others have a length of about 1 before a row is scaled down
 _SHRINKAGE = 0.1  # of the features' covariance towards the identity: directions that hardly vary are not blown up
+
+
+def check_width(config: ClassifierConfig) -> None:
+    if config.width > _MAX_WIDTH:
+        raise ValueError(f"classifier.width must be at most {_MAX_WIDTH}, found {config.width}")
+
+
+def row_entries(config: ClassifierConfig) -> int:
+    """Entries of an image's row, the constant one included."""
+    return 68 * config.width + 1
 
 
 class Labeller(nn.Module):
@@ -38,11 +48,10 @@ class Labeller(nn.Module):
     head: Tensor
 
     def __init__(self, config: ClassifierConfig, *, channels: int, num_classes: int) -> None:
-        if config.width > MAX_WIDTH:
-            raise ValueError(f"label.classifier.width must be at most {MAX_WIDTH}, found {config.width}")
+        check_width(config)
         super().__init__()
         self.classifier = Classifier(config, channels=channels, num_classes=num_classes)
-        d = 68 * config.width
+        d = row_entries(config) - 1
         self.register_buffer("mean", torch.zeros(d))
         self.register_buffer("projection", torch.eye(d))
         self.register_buffer("head", torch.zeros(d + 1, num_classes, dtype=torch.float64))
@@ -70,7 +79,7 @@ class Labeller(nn.Module):
         entries = torch.cat([entries, torch.full_like(entries[:, :1], _CONSTANT)], 1).double()
         # Towards zero: no entry, and so no row, gets longer.
         shorter = (1 - 1e-9) / entries.norm(dim=1, keepdim=True).clamp_min(1.0)
-        entries = (entries * shorter * 2**_ROW_BITS).trunc() / 2**_ROW_BITS
+        entries = (entries * shorter * 2**ROW_BITS).trunc() / 2**ROW_BITS
         return torch.where(entries.isfinite().all(1, keepdim=True), entries, 0.0).float()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from privimage_fast.data import ImageSet
-from privimage_fast.dp.accounting import DPSGDEvent, Event, affordable_steps, solve_noise_multiplier
+from privimage_fast.dp.accounting import DPSGDEvent, Event, solve_noise_multiplier
 from privimage_fast.dp.engine import check_per_sample
 from privimage_fast.dp.graphs import CapturedStep
 from privimage_fast.dp.ledger import Ledger
@@ -31,6 +31,7 @@ from privimage_fast.dp.rules import UncoveredParameterError
 from privimage_fast.dp.sampling import MicroBatch, PoissonSampler, SecretRandom, even_micro_batch, mersenne_state, micro_batches
 from privimage_fast.models.edm import to_float
 from privimage_fast.models.training import ImageModel, PrivateTraining, averaging_decay, below, prefixed
+from privimage_fast.stages.budget import affordable
 from privimage_fast.stages.folder import RunError, RunFolder, fingerprint, timed
 from privimage_fast.stages.interrupt import interrupts_held
 from privimage_fast.stages.pretrain import check_averaging
@@ -105,7 +106,7 @@ class FinetuneConfig:
 def run_finetune(
     folder: RunFolder, config: FinetuneConfig, *, model: ImageModel, private: ImageSet, population: int, target_epsilon: float,
     delta: float, ledger: Ledger, noise_key: NoiseKey, randomness: SecretRandom, seed: int, device: str = "cpu",
-    autocast: torch.dtype | None = None, reserved: Sequence[Event] = (),
+    autocast: torch.dtype | None = None, reserved: Sequence[DPSGDEvent] = (),
 ) -> None:  # fmt: skip
     """Fine-tunes ``model`` in place; leaves its released weights in it and in checkpoints/finetune.safetensors.
 
@@ -166,13 +167,12 @@ def run_finetune(
 def budget_record(
     config: FinetuneConfig, population: int, target_epsilon: float, delta: float, noise_multiplier: float, steps: int,
     ledger: Ledger | None = None, query_noise_multiplier: float | None = None, means_noise_multiplier: float | None = None,
-    means_rounds: int | None = None, later: Sequence[Event] = (),
+    means_rounds: int | None = None, later: Sequence[DPSGDEvent] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """The content of budget.json: the public parameters of the run, as planned and as used.
 
     later: steps that are reserved for labels.
     """
-    labels = [event for event in later if isinstance(event, DPSGDEvent)]
     if ledger is not None:
         query_noise_multiplier, means_noise_multiplier = (
             next((r.event.noise_multiplier for r in reversed(ledger.records()) if r.stage == stage), None)
@@ -185,8 +185,8 @@ def budget_record(
         "max_grad_norm": config.max_grad_norm, "multiplicity": config.multiplicity,
         "expected_batch_size": config.batch_size, "query_noise_multiplier": query_noise_multiplier,
         "means_noise_multiplier": means_noise_multiplier, "means_rounds": means_rounds,
-        "label_noise_multiplier": labels[0].noise_multiplier if labels else None,
-        "label_steps": sum(event.steps for event in labels) or None,
+        "label_noise_multiplier": later[0].noise_multiplier if later else None,
+        "label_steps": sum(event.steps for event in later) or None,
     }  # fmt: skip
 
 
@@ -209,20 +209,6 @@ def _noise_multiplier(
     return solve_noise_multiplier(
         target_epsilon=target_epsilon, delta=delta, sample_rate=sample_rate, steps=steps, prior_events=prior
     )
-
-
-def affordable(event: DPSGDEvent, prior: Sequence[Event], target_epsilon: float, delta: float, wanted: int) -> int:
-    """How many of the ``wanted`` steps the budget allows after ``prior`` events; says so where it is fewer."""
-    if np.isinf(target_epsilon) or wanted < 1:
-        return wanted
-    allowed = affordable_steps(target_epsilon=target_epsilon, delta=delta, event=event, prior_events=prior, at_most=wanted)
-    if allowed < wanted:
-        logger.warning(
-            "%d of the %d remaining steps fit in the budget: steps repeated after an interruption are charged again",
-            allowed,
-            wanted,
-        )
-    return min(allowed, wanted)
 
 
 def check_rows(model: ImageModel, training: PrivateTraining) -> None:

@@ -5,7 +5,7 @@ What tells the classes of *synthetic* images apart is learned from drafts, which
 images apart by the same features is a linear layer, which bears far more noise than a network.
 
 Formal guarantee: an image's row has a length of at most 1 and follows from that image alone (``models.labeller``). A step adds up
-its outer products with the error of the softmax, each scaled down to an L2 norm of at most C = 1, over *all* images, so one image
+its outer product with the error of the softmax, each scaled down to an L2 norm of at most C = 1, over *all* images, so one image
 more or less changes the sum by at most C; Gaussian noise of σC covers every entry. That is one Gaussian mechanism, charged before
 an image is read. Sums are of whole multiples of 2⁻³⁰ and exact, so that what an image adds is the same whoever else is there.
 Normalisation is by the public N. The labels are post-processing.
@@ -13,12 +13,11 @@ Normalisation is by the public N. The labels are post-processing.
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 from dataclasses import dataclass, field
 from hashlib import sha256
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,18 +32,22 @@ from privimage_fast.dp.ledger import Ledger
 from privimage_fast.dp.noise import NoiseKey, Stream
 from privimage_fast.dp.precision import full_precision
 from privimage_fast.models.classifier import ClassifierConfig, batched, train_classifier
-from privimage_fast.models.labeller import HEAD_BITS, MAX_WIDTH, ROWS, Labeller
+from privimage_fast.models.labeller import HEAD_BITS, ROW_BITS, ROWS, Labeller, check_width
 from privimage_fast.models.training import Drawable
-from privimage_fast.stages.finetune import affordable
-from privimage_fast.stages.folder import RunError, RunFolder, fingerprint, timed
+from privimage_fast.stages.budget import affordable
+from privimage_fast.stages.folder import RunError, RunFolder, file_fingerprint, fingerprint, timed
 from privimage_fast.stages.interrupt import interrupts_held
 from privimage_fast.stages.sample import SampleConfig, draw_resumably
+
+logger = logging.getLogger(__name__)
 
 STAGE = "label"
 
 CLIP = 1.0  # C
-MOST_IMAGES = 2**23  # so many errors of multiples of 2⁻³⁰, each at most 1, add up exactly in float64's 53 bits
 _ERROR_BITS = 16
+MOST_IMAGES = 2 ** (53 - ROW_BITS - _ERROR_BITS)  # so many products, each at most 1, add up exactly in float64's 53 bits
+_MOST_WEIGHT = 2.0**16  # of the layer: the logit of a row of length 1 stays below 2²³, and 14 + 16 bits are left behind the point
+_ADDED = 4096  # rows of every call of a sum
 # Momentum; learning rate at most; learning rate at which noise of 1 on the normalised gradient would have been too much.
 _MOMENTUM, _MOST_LR, _LR_IN_NOISE = 0.9, 16.0, 0.012
 _BEFORE = 60  # steps on drafts, without noise, that the layer begins with
@@ -83,14 +86,22 @@ class LabelConfig:
             raise ValueError(f"label.noise_multiplier must be ≥ 0 and finite, or null, found {self.noise_multiplier}")
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise ValueError(f"label.lr must be positive and finite, or null, found {self.lr}")
-        if self.classifier.width > MAX_WIDTH:
-            raise ValueError(f"label.classifier.width must be at most {MAX_WIDTH}, found {self.classifier.width}")
+        try:
+            check_width(self.classifier)
+        except ValueError as error:
+            raise ValueError(f"label.{error}") from error
 
     def learning_rate(self, population: int) -> float:
         """From public numbers: of little noise the most that converges, of more what keeps the layer from drifting."""
         assert self.noise_multiplier is not None
         noise = self.noise_multiplier * CLIP / population
         return self.lr or min(_MOST_LR, _LR_IN_NOISE / max(noise, 1e-12))
+
+
+def check_images(count: int) -> None:
+    """RunError where there are more sensitive images than sums are exact for."""
+    if count > MOST_IMAGES:
+        raise RunError(f"label.steps takes at most {MOST_IMAGES:,} sensitive images, found {count:,}; set it to 0")
 
 
 def run_label(
@@ -100,65 +111,78 @@ def run_label(
 ) -> Labeller:  # fmt: skip
     """The labeller of a model's images; trained once a folder, and kept in checkpoints/label.safetensors.
 
-    weights: fingerprint of the model; sample: how drafts are drawn. An interrupted run goes on with the step it was at.
+    weights: fingerprint of the model; sample: how drafts are drawn. An interrupted run goes on with the step it was at. If the
+    layer is gone, or another model's, what was charged stays charged, and what the budget still allows is done anew.
 
     Raises:
-        RunError: more sensitive images than sums are exact for, or a labeller of another model.
+        RunError: more sensitive images than sums are exact for, or no step that the budget still allows.
     """
-    if len(private) > MOST_IMAGES:
-        raise RunError(f"label.steps takes at most {MOST_IMAGES:,} sensitive images, found {len(private):,}; set it to 0")
+    check_images(len(private))
     assert config.noise_multiplier is not None
     stamp = fingerprint(config, population, target_epsilon, delta, seed, weights, private.label_names)
     path, features_path, progress_path = (folder.checkpoint(STAGE + part) for part in ("", "-features", "-progress"))
-    if path.exists() and folder.finished(STAGE, stamp):
+    if folder.finished(STAGE, stamp) and has_labeller(folder, weights):
         for left in (features_path, progress_path):  # of an interruption in the last step
             left.unlink(missing_ok=True)
-        found = load_labeller(folder, config, private)
-        assert found is not None
-        return found.to(device)
+        return load_labeller(folder, config, private).to(device)
+    if not (features_path.exists() and folder.load_tensors(features_path, STAGE)[1].get("fingerprint") == stamp):
+        _learn_features(folder, config, model, sample, private, stamp, seed, device, autocast)
     labeller, event = _fresh(config, private), DPSGDEvent(config.noise_multiplier, 1.0, 1)
-    if not features_path.exists():
-        _learn_features(folder, config, labeller, model, sample, private, stamp, seed, device, autocast)
-        folder.save_tensors(features_path, labeller.state_dict(), {"fingerprint": stamp})
+    labeller.load_state_dict(folder.load_tensors(features_path, STAGE)[0])
+    labeller.to(device).eval()
+    rows = torch.empty(len(private), len(labeller.head), device=device)  # before a step is paid for that has no room
     # To the very end: a last step that is charged, but of no file, would be repeated.
     with (
         interrupts_held("the step at hand is finished and saved: it is charged") as interrupted,
         timed(folder, STAGE, stamp),
     ):
-        labeller.load_state_dict(_restored(folder, features_path, stamp)[0])
-        labeller.to(device).eval()
-        velocity, taken = torch.zeros(labeller.head.shape, dtype=torch.float64), 0
+        features, velocity, taken = file_fingerprint(features_path), torch.zeros_like(labeller.head, device="cpu"), 0
         if progress_path.exists():
-            tensors, described = _restored(folder, progress_path, stamp)
-            velocity, taken = tensors["velocity"], int(described["steps"])
-            labeller.head.copy_(tensors["head"])
+            tensors, described = folder.load_tensors(progress_path, STAGE)
+            if described.get("features") == features:
+                velocity, taken = tensors["velocity"], int(described["steps"])
+                labeller.head.copy_(tensors["head"])
+        lost = ledger.steps_charged(STAGE) - taken
+        if lost:
+            logger.warning("label: %d steps in the ledger are of no layer that is kept; they stay charged", lost)
         steps = taken + affordable(event, ledger.events(), target_epsilon, delta, config.steps - taken)
+        if not steps:
+            raise RunError(
+                f"the budget allows no step of the layer that labels images: {lost} are charged, but {path} is gone, or another "
+                "model's. Restore it, or start over with another --out; the model as it is in model/ draws images without it"
+            )
         for step in tqdm(range(taken, steps), desc=STAGE, unit="step", initial=taken, total=steps, leave=False):
             if interrupted():
                 raise KeyboardInterrupt
             ledger.charge(event, stage=STAGE)  # before the data is touched
             if step == taken:
-                rows = embedded(labeller, private, device)
+                embedded(labeller, private, device, out=rows)
                 labels = torch.from_numpy(private.labels).to(device)
             gradient = clipped_sums(rows, labels, labeller.head).cpu()
-            noise = noise_key.gaussian(tuple(gradient.shape), step=step, stream=Stream.LABELS)
+            # A place for each charge: a step that is tried again after an error has another, as its noise is another.
+            place = ledger.steps_charged(STAGE) - 1
+            noise = noise_key.gaussian(tuple(gradient.shape), step=place, stream=Stream.LABELS)
             gradient += event.noise_multiplier * CLIP * torch.from_numpy(noise)
             lr = config.learning_rate(population) * min(1.0, 2 * (1 - step / config.steps))
-            velocity = _MOMENTUM * velocity + gradient / population
-            labeller.head.copy_(_on_grid(labeller.head.cpu() - lr * velocity))
+            head, velocity = _descended(labeller.head.cpu(), velocity, gradient / population, lr)
+            labeller.head.copy_(head)
             # Every one: what is charged and lost would have to be paid for again.
-            tensors = {"head": labeller.head, "velocity": velocity}
-            folder.save_tensors(progress_path, tensors, {"fingerprint": stamp, "steps": step + 1})
-        folder.save_tensors(path, labeller.state_dict(), {"fingerprint": stamp, "steps": steps})
+            folder.save_tensors(progress_path, {"head": head, "velocity": velocity}, {"features": features, "steps": step + 1})
+        described = {"fingerprint": stamp, "weights": weights, "steps": steps}
+        folder.save_tensors(path, labeller.state_dict(), described)
     progress_path.unlink(missing_ok=True)
     features_path.unlink(missing_ok=True)
     return labeller
 
 
-def load_labeller(folder: RunFolder, config: LabelConfig, private: ImageSet) -> Labeller | None:
-    """The one that the folder keeps; None where there is none. Of ``private`` channels and classes only are looked at."""
-    if not folder.checkpoint(STAGE).exists():
-        return None
+def has_labeller(folder: RunFolder, weights: str) -> bool:
+    """Whether the folder keeps the labeller of the model with that fingerprint."""
+    path = folder.checkpoint(STAGE)
+    return path.exists() and folder.load_tensors(path, STAGE)[1].get("weights") == weights
+
+
+def load_labeller(folder: RunFolder, config: LabelConfig, private: ImageSet) -> Labeller:
+    """The one that the folder keeps. Of ``private`` channels and classes only are looked at."""
     labeller = _fresh(config, private)
     labeller.load_state_dict(folder.load_tensors(folder.checkpoint(STAGE), STAGE)[0])
     return labeller.eval()
@@ -168,16 +192,18 @@ def _fresh(config: LabelConfig, private: ImageSet) -> Labeller:
     return Labeller(config.classifier, channels=private.channels, num_classes=private.n_classes)
 
 
-def embedded(labeller: Labeller, images: ImageSet, device: str = "cpu") -> Tensor:
+def embedded(labeller: Labeller, images: ImageSet, device: str = "cpu", out: Tensor | None = None) -> Tensor:
     """Rows (n, d) float32 of images, each of length at most 1. Calls of one shape, the last filled up with blank images."""
-    out = []
+    if out is None:
+        out = torch.empty(len(images), len(labeller.head), device=device)
     for start in tqdm(range(0, len(images), ROWS), desc=f"{STAGE}: features", unit="batch", leave=False):
         part = images.images[start : start + ROWS]
         filled = np.zeros((ROWS, *part.shape[1:]), part.dtype)
         filled[: len(part)] = part
         with full_precision(torch.device(device)):
-            out.append(torch.from_numpy(batched(labeller.rows, filled, device=device, batch_size=ROWS)[: len(part)]))
-    return torch.cat(out).to(device)
+            found = batched(labeller.rows, filled, device=device, batch_size=ROWS)[: len(part)]
+        out[start : start + ROWS] = torch.from_numpy(found)
+    return out
 
 
 def clipped_sums(rows: Tensor, labels: Tensor, head: Tensor) -> Tensor:
@@ -186,9 +212,10 @@ def clipped_sums(rows: Tensor, labels: Tensor, head: Tensor) -> Tensor:
     rows (n, d) float32, labels (n,) int64, head (d, classes) float64 → (d, classes) float64, exact.
     """
     sums = torch.zeros_like(head)
-    for start in range(0, len(rows), 8 * ROWS):
-        part = rows[start : start + 8 * ROWS].double()
-        error = (part @ head).softmax(1) - F.one_hot(labels[start : start + 8 * ROWS], head.shape[1])
+    for part, named in zip(rows.split(_ADDED), labels.split(_ADDED), strict=True):
+        missing = _ADDED - len(part)  # calls of one shape; a row of zeros adds nothing
+        part, named = F.pad(part, (0, 0, 0, missing)).double(), F.pad(named, (0, missing))
+        error = (part @ head).softmax(1) - F.one_hot(named, head.shape[1])
         norms = error.norm(dim=1, keepdim=True) * part.norm(dim=1, keepdim=True)
         error = error * (CLIP * (1 - 1e-9) / norms.clamp_min(CLIP))
         sums += part.T @ ((error * 2**_ERROR_BITS).trunc() / 2**_ERROR_BITS)  # towards zero: no longer than before
@@ -196,13 +223,17 @@ def clipped_sums(rows: Tensor, labels: Tensor, head: Tensor) -> Tensor:
 
 
 def _learn_features(
-    folder: RunFolder, config: LabelConfig, labeller: Labeller, model: Drawable, sample: SampleConfig, private: ImageSet,
-    stamp: str, seed: int, device: str, autocast: torch.dtype | None,
+    folder: RunFolder, config: LabelConfig, model: Drawable, sample: SampleConfig, private: ImageSet, stamp: str, seed: int,
+    device: str, autocast: torch.dtype | None,
 ) -> None:  # fmt: skip
-    """From drafts of the model. A third of them teaches the classifier nothing: of images that it knows by heart its features
-    would tell the labels that they were drawn for.
+    """From drafts of the model; leaves them, and the layer that drafts teach, in checkpoints/label-features.safetensors.
+
+    A third of the drafts teaches the classifier nothing: of images that it knows by heart its features would tell the labels that
+    they were drawn for.
     """
-    parts = folder.path / "checkpoints" / f"{STAGE}-{stamp}"
+    labeller = _fresh(config, private)
+    place = folder.path / "checkpoints"
+    parts = place / f"{STAGE}-drafts-{fingerprint(stamp, sample.batch_size, sample.sampler, str(autocast))}"
     wanted = np.repeat(np.arange(private.n_classes), config.drafts)
     # Other images than the synthetic ones.
     drafts_seed = int.from_bytes(sha256(f"{STAGE} {seed}".encode()).digest()[:8], "little")
@@ -218,23 +249,17 @@ def _learn_features(
     with torch.no_grad():
         labeller.fit_rows(torch.from_numpy(batched(labeller.features, unseen.images, device=device, batch_size=ROWS)).to(device))
     rows, labels = embedded(labeller, unseen, device), torch.from_numpy(unseen.labels).to(device)
-    velocity = torch.zeros_like(labeller.head)
+    head, velocity = labeller.head, torch.zeros_like(labeller.head)
     for _ in range(_BEFORE):
-        velocity = _MOMENTUM * velocity + clipped_sums(rows, labels, labeller.head) / len(rows)
-        labeller.head.copy_(_on_grid(labeller.head - _MOST_LR * velocity))
-    shutil.rmtree(parts)
+        head, velocity = _descended(head, velocity, clipped_sums(rows, labels, head) / len(rows), _MOST_LR)
+    labeller.head.copy_(head)
+    folder.save_tensors(folder.checkpoint(f"{STAGE}-features"), labeller.state_dict(), {"fingerprint": stamp})
+    for left in place.glob(f"{STAGE}-drafts-*"):
+        shutil.rmtree(left)
 
 
-def _on_grid(head: Tensor) -> Tensor:
-    """In whole multiples of 2⁻¹⁶, so that logits are exact as well."""
-    return (head * 2**HEAD_BITS).round() / 2**HEAD_BITS
-
-
-def _restored(folder: RunFolder, path: Path, stamp: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors, described = folder.load_tensors(path, STAGE)
-    if described.get("fingerprint") != stamp:
-        raise RunError(
-            f"{path} was made with other settings, or of another model; steps that were taken are spent. Restore them, or start "
-            "over with another --out"
-        )
-    return tensors, described
+def _descended(head: Tensor, velocity: Tensor, gradient: Tensor, lr: float) -> tuple[Tensor, Tensor]:
+    """A step with momentum. The layer stays in whole multiples of 2⁻¹⁶ and so small that logits are exact as well."""
+    velocity = _MOMENTUM * velocity + gradient
+    head = (head - lr * velocity).clamp(-_MOST_WEIGHT, _MOST_WEIGHT)
+    return (head * 2**HEAD_BITS).round() / 2**HEAD_BITS, velocity

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from privimage_fast.data.atomic import atomic_write_text
 from privimage_fast.models.classifier import ClassifierConfig
 from privimage_fast.models.edm import Denoiser, EDMConfig, SamplerConfig
@@ -38,21 +40,27 @@ def save_pretrained(
     """
     folder = RunFolder(path)
     folder.path.mkdir(parents=True, exist_ok=True)
+    # Without it the folder holds no model: until all is there, nobody takes weights of one for what another's ledger says.
+    (folder.path / "config.json").unlink(missing_ok=True)
+    for file, text in ((folder.ledger, ledger), (folder.card, card)):
+        if text is None:
+            file.unlink(missing_ok=True)
+        else:
+            atomic_write_text(file, text)
     folder.save_tensors(folder.path / "model.safetensors", model.state_dict(), {})
     described: dict[str, Any] = {
         "format": 1, **model.describe(), "resolution": model.resolution, "channels": model.channels,
         "class_names": list(class_names),
     }  # fmt: skip
-    if labeller is not None:
+    if labeller is None:
+        (folder.path / _LABELLER).unlink(missing_ok=True)
+    else:
         described["labeller"] = labeller.describe()
         folder.save_tensors(folder.path / _LABELLER, labeller.state_dict(), {})
     if privacy is not None:
         described["privacy"] = privacy
     if sampler is not None:
         described["sampler"] = asdict(sampler)
-    for file, text in ((folder.ledger, ledger), (folder.card, card)):
-        if text is not None:
-            atomic_write_text(file, text)
     folder.write_json(folder.path / "config.json", described)
 
 
@@ -89,5 +97,9 @@ def load_pretrained(path: str | Path) -> Pretrained:
             tensors |= prefixed("labeller/", labels)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise RunError(f"{folder.path} does not hold a model of this version: {error}") from error
-    weights = fingerprint([(n, t.numpy().tobytes()) for n, t in sorted(tensors.items())])
-    return Pretrained(model.eval(), names, weights, labeller)
+    return Pretrained(model.eval(), names, weights_fingerprint(tensors), labeller)
+
+
+def weights_fingerprint(tensors: dict[str, Tensor]) -> str:
+    """Of a network's state, by which its samples, and its labeller, are known as its own."""
+    return fingerprint([(name, t.detach().cpu().numpy().tobytes()) for name, t in sorted(tensors.items())])

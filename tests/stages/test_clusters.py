@@ -371,7 +371,7 @@ def test_a_comparison_makes_clusters_once(tmp_path: Path, monkeypatch: pytest.Mo
         query={"clusters": 12},
     )  # fmt: skip
     sets = {"public": PUBLIC, "private": PRIVATE, "test": TEST}
-    monkeypatch.setattr(Run, "open_source", staticmethod(lambda data, name, source=None: sets[name]))
+    monkeypatch.setattr("privimage_fast.compare.runner.open_source", lambda data, name, source=None: sets[name])
     comparison = Comparison(
         out=tmp_path / "all", base=base, variants={"privimage": {}, "finer": {"query": {"clusters": 20}}}, seeds=(0, 1),
         grids=(Grid(("privimage",), {}, (0, 1)), Grid(("finer",), {}, (0,))),

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
-import shutil
-import signal
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +11,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import PRIVATE, PUBLIC, SECTIONS, TEST, bars, dpsgd, run_all, tiny_config
+from tiny import LABEL, PRIVATE, TEST, bars, run_all
 
-import privimage_fast as pf
 from privimage_fast.config import ConfigError, build_config
 from privimage_fast.data import ImageSet
-from privimage_fast.dp.accounting import DPSGDEvent, epsilon
+from privimage_fast.dp.accounting import DPSGDEvent
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.dp.noise import NoiseKey, Stream
-from privimage_fast.dp.optimizer import PrivateOptimizer
 from privimage_fast.models.classifier import ClassifierConfig, classifier_accuracy
 from privimage_fast.models.labeller import ROWS, Labeller
-from privimage_fast.pipeline import Run
-from privimage_fast.report import build_report
 from privimage_fast.stages.folder import RunError, RunFolder
 from privimage_fast.stages.label import CLIP, MOST_IMAGES, LabelConfig, clipped_sums, embedded, run_label
 from privimage_fast.stages.sample import SampleConfig
 
 stage = importlib.import_module("privimage_fast.stages.label")
 
-STEPS = 4
-LABEL: dict[str, Any] = {"steps": STEPS, "drafts": 9, "classifier": {"width": 4, "epochs": 1, "batch_size": 16}}
+STEPS = LABEL["steps"]
 
 
 def labeller(width: int = 4, classes: int = 3, seed: int = 0) -> Labeller:
@@ -188,10 +179,10 @@ def test_the_first_charge_is_written_before_a_sensitive_image_is_read(tmp_path: 
                 note()
             return super().__getattribute__(name)
 
-    def noted(found: Labeller, images: ImageSet, device: str = "cpu") -> torch.Tensor:
+    def noted(found: Labeller, images: ImageSet, device: str = "cpu", out: Any = None) -> torch.Tensor:
         if isinstance(images, Watched):
             note()
-        return embedded(found, images, device)
+        return embedded(found, images, device, out)
 
     watching = False
     private = Watched(PRIVATE.images, PRIVATE.labels, PRIVATE.label_names)
@@ -222,8 +213,8 @@ def test_too_many_images_for_exact_sums_are_refused(tmp_path: Path, monkeypatch:
 
 def test_so_many_images_add_up_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert MOST_IMAGES * 2**30 <= 2**53  # sums of multiples of 2⁻³⁰, each at most 1
-    monkeypatch.setattr("privimage_fast.opening.MOST_IMAGES", 100)
-    with pytest.raises(ConfigError, match=r"label.steps takes at most 100 sensitive images, found 120"):
+    monkeypatch.setattr(stage, "MOST_IMAGES", 100)
+    with pytest.raises(RunError, match=r"label.steps takes at most 100 sensitive images, found 120"):
         run_all(tmp_path / "a", label=LABEL)  # and not only after fine-tuning
     assert not (tmp_path / "a" / "ledger.jsonl").exists() or not Ledger.read(tmp_path / "a" / "ledger.jsonl").records()
 
@@ -255,9 +246,9 @@ def test_features_are_learned_from_other_images_than_rows_are_scaled_by(tmp_path
         seen["taught"] = images
         return train(images, labels, **options)
 
-    def made(found: Labeller, images: ImageSet, device: str = "cpu") -> torch.Tensor:
+    def made(found: Labeller, images: ImageSet, device: str = "cpu", out: Any = None) -> torch.Tensor:
         seen.setdefault("scaled", images.images)
-        return embed(found, images, device)
+        return embed(found, images, device, out)
 
     monkeypatch.setattr(stage, "train_classifier", trained)
     monkeypatch.setattr(stage, "embedded", made)
@@ -278,189 +269,6 @@ def test_features_of_every_architecture(arch: str) -> None:
     features = made.features(torch.zeros(2, 3, 14, 14))
     assert features.shape == (2, 68 * 8)
     assert classifier_accuracy(made.classifier, np.zeros((4, 14, 14, 3), np.uint8), np.zeros(4)) >= 0  # still a classifier
-
-
-# ------------------------------------------------------------------------------------------------------------- in a run
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return run_all(tmp_path_factory.mktemp("label") / "a", label=LABEL)
-
-
-def test_fine_tuning_leaves_what_the_labels_cost(finished: Run) -> None:
-    ledger = Ledger.read(finished.folder.ledger)
-    stages = [r.stage for r in ledger.records()]
-    assert stages == ["query", "warmup"] + ["finetune"] * SECTIONS["finetune"]["steps"] + ["label"] * STEPS
-    assert 4.97 < ledger.epsilon() <= 5.0
-    without = [r.event for r in ledger.records() if r.stage != "label"]
-    assert epsilon(without, 1e-3) < 4.9  # what was kept for them was not trained with
-    budget = json.loads(finished.folder.budget.read_text())
-    labels = [r.event for r in ledger.records() if r.stage == "label"]
-    assert (budget["label_steps"], budget["label_noise_multiplier"]) == (STEPS, labels[0].noise_multiplier)
-    assert finished.config.label.noise_multiplier == labels[0].noise_multiplier
-
-
-def test_the_synthetic_images_have_its_labels_and_the_published_model_gives_them(finished: Run, tmp_path: Path) -> None:
-    with np.load(finished.folder.synthetic) as arrays:
-        images, labels = arrays["images"], arrays["labels"]
-    model = pf.PrivImage.from_pretrained(finished.folder.model)
-    assert model._labeller is not None and np.array_equal(model._labeller.labels(images), labels)
-    kept = json.loads(finished.folder.labels.read_text())
-    wanted = np.repeat(np.arange(3), 12)
-    assert kept["kept"] == pytest.approx(np.mean(wanted == labels)) and kept["kept"] < 1
-    assert kept["kept_of_class"] == [pytest.approx(np.mean(labels[wanted == c] == c)) for c in range(3)]
-    again = model.sample(9)
-    model.save_pretrained(tmp_path / "again")
-    assert np.array_equal(pf.PrivImage.from_pretrained(tmp_path / "again").sample(9).labels, again.labels)
-    assert np.array_equal(model._labeller.labels(again.images), again.labels)
-    (tmp_path / "again" / "labeller.safetensors").unlink()
-    with pytest.raises(RunError, match=r"labeller.safetensors is missing"):
-        pf.PrivImage.from_pretrained(tmp_path / "again")
-
-
-def test_going_on_with_a_finished_run_charges_nothing_and_keeps_the_labels(finished: Run, tmp_path: Path) -> None:
-    shutil.copytree(finished.folder.path, tmp_path / "a")
-    before = (tmp_path / "a" / "synthetic.npz").read_bytes(), (tmp_path / "a" / "ledger.jsonl").read_bytes()
-    run = run_all(tmp_path / "a", resume=True, label=LABEL)
-    assert before == (run.folder.synthetic.read_bytes(), run.folder.ledger.read_bytes())
-    with run.opened(resume=True):
-        run.finetune()  # alone, it publishes the model anew
-    assert pf.PrivImage.from_pretrained(run.folder.model)._labeller is not None
-    # Otherwise drawn images are labelled by the same layer.
-    run = Run(tiny_config(tmp_path / "a", label=LABEL, sample={"per_class": 4}), public=PUBLIC, private=PRIVATE, test=TEST)
-    with run.opened(resume=True):
-        assert len(run.sample()) == 12
-    assert before[1] == run.folder.ledger.read_bytes()
-
-
-def test_the_python_way_labels_as_well(tmp_path: Path) -> None:
-    model = pf.PrivImage(tiny_config(tmp_path, label=LABEL)).fit(PUBLIC, PRIVATE, out=tmp_path / "a")
-    drawn, found = model.sample(30), pf.PrivImage.from_pretrained(tmp_path / "a" / "model")
-    assert model._labeller is not None and found._labeller is not None
-    assert np.array_equal(drawn.labels, found._labeller.labels(drawn.images))
-    assert model.privacy_spent()["epsilon"] == found.privacy_spent()["epsilon"] <= 5.0
-
-
-def test_a_stage_left_out_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "label", lambda self: None)
-        with pytest.raises(RunError, match=r"the labels are not learned yet; run `privimage label` first"):
-            run_all(tmp_path / "a", label=LABEL)
-    run_all(tmp_path / "a", resume=True, label=LABEL)
-    with pytest.raises(RunError, match=r"started with other settings \(label.steps\)"):
-        run_all(tmp_path / "a", resume=True, label={**LABEL, "steps": 0})
-
-
-def test_a_gan_is_labelled_alike(tmp_path: Path) -> None:
-    sizes = {"latent": 4, "generator_channels": 4, "discriminator_channels": 4, "max_mult": 1, "features": 4}
-    run = run_all(tmp_path / "a", label=LABEL, model={"family": "gan", "gan": sizes}, finetune={"multiplicity": 1})
-    assert Ledger.read(run.folder.ledger).steps_charged("label") == STEPS and run.folder.labels.exists()
-
-
-@pytest.mark.parametrize("at", [1, STEPS])
-def test_an_interrupted_step_is_finished_and_never_repeated(tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    original, taken = NoiseKey.gaussian, 0
-
-    def pressed(self: NoiseKey, shape: Any, *, step: int, stream: Stream, rank: int = 0) -> np.ndarray:
-        if stream == Stream.LABELS and step + 1 == at:
-            signal.raise_signal(signal.SIGINT)
-        return original(self, shape, step=step, stream=stream, rank=rank)
-
-    try:
-        with monkeypatch.context() as patch:
-            patch.setattr(NoiseKey, "gaussian", pressed)
-            with pytest.raises(KeyboardInterrupt):
-                run_all(tmp_path / "a", label=LABEL)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    taken = Ledger.read(tmp_path / "a" / "ledger.jsonl").steps_charged("label")
-    assert taken == at
-    run = run_all(tmp_path / "a", resume=True, label=LABEL)
-    assert Ledger.read(run.folder.ledger).steps_charged("label") == STEPS
-    assert run.folder.load_tensors(run.folder.checkpoint("label"), "x")[1]["steps"] == STEPS
-    assert not run.folder.checkpoint("label-progress").exists() and not run.folder.checkpoint("label-features").exists()
-
-
-def test_a_killed_step_is_paid_for_by_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between its charge and its saving: what is charged stays so, and the budget is kept."""
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            stage, "embedded", lambda found, images, device="cpu": embedded(found, images) if len(images) < 100 else 1 / 0
-        )
-        with pytest.raises(ZeroDivisionError):
-            run_all(tmp_path / "a", label=LABEL)
-    run = run_all(tmp_path / "a", resume=True, label=LABEL)
-    ledger = Ledger.read(run.folder.ledger)
-    assert ledger.steps_charged("label") == STEPS and ledger.epsilon() <= 5.0
-    assert run.folder.load_tensors(run.folder.checkpoint("label"), "x")[1]["steps"] == STEPS - 1
-    assert "1 step repeated" not in build_report(run.folder.path).read_text()  # none more than was planned
-
-
-def test_replays_of_fine_tuning_leave_the_labels_their_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = PrivateOptimizer.step
-
-    def failing(self: PrivateOptimizer) -> None:
-        if self.steps == 5:
-            raise ZeroDivisionError
-        original(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PrivateOptimizer, "step", failing)
-        with pytest.raises(ZeroDivisionError):
-            run_all(tmp_path / "a", label=LABEL)
-    run = run_all(tmp_path / "a", resume=True, label=LABEL)
-    ledger = Ledger.read(run.folder.ledger)
-    taken = int(run.folder.load_tensors(run.folder.checkpoint("finetune"), "x")[1]["steps"])
-    assert taken < SECTIONS["finetune"]["steps"]  # what was repeated is paid for by fine-tuning itself
-    assert ledger.steps_charged("label") == STEPS and ledger.epsilon() <= 5.0
-
-
-def test_a_layer_that_the_ledger_does_not_charge_is_refused(finished: Run, tmp_path: Path) -> None:
-    shutil.copytree(finished.folder.path, tmp_path / "a")
-    ledger = tmp_path / "a" / "ledger.jsonl"
-    ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(keepends=True)[:-1]))
-    with pytest.raises(RunError, match=f"label.safetensors has taken {STEPS} steps, the ledger charges {STEPS - 1}"):
-        run_all(tmp_path / "a", resume=True, label=LABEL)
-
-
-@pytest.mark.parametrize("sections", [{"label": {**LABEL, "steps": 0}}, {"label": LABEL, "privacy": {"train": False}}])
-def test_where_no_labels_are_asked_for_images_keep_theirs(tmp_path: Path, sections: dict[str, Any]) -> None:
-    run = run_all(tmp_path / "a", **sections)
-    assert Ledger.read(run.folder.ledger).steps_charged("label") == 0 and not run.folder.labels.exists()
-    with np.load(run.folder.synthetic) as arrays:
-        assert arrays["labels"].tolist() == np.repeat(np.arange(3), 12).tolist()
-
-
-def test_without_noise_it_is_told_to_be_none(tmp_path: Path) -> None:
-    run = run_all(tmp_path / "a", label=LABEL, privacy={"epsilon": float("inf")})
-    assert [r.event.noise_multiplier for r in Ledger.read(run.folder.ledger).records() if r.stage == "label"] == [0.0] * STEPS
-    assert run.spent()["epsilon"] == "inf"
-    with pytest.raises(ConfigError, match=r"the query and the class means and the labels alone cost ε = inf of 5"):
-        run_all(tmp_path / "b", label={**LABEL, "noise_multiplier": 0.0})
-
-
-def test_labels_that_leave_nothing_are_refused_before_anything_is_spent(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"label.share .*label.steps 0 the labels"):
-        run_all(tmp_path / "a", label={**LABEL, "share": 0.99})
-    assert not (tmp_path / "a" / "ledger.jsonl").exists() or not Ledger.read(tmp_path / "a" / "ledger.jsonl").records()
-
-
-def test_plan_agrees_with_the_run(finished: Run, tmp_path: Path) -> None:
-    plan = Run(replace(tiny_config(tmp_path / "b", label=LABEL)), public=PUBLIC, private=PRIVATE, test=TEST).plan()
-    assert plan.noise_multiplier == dpsgd(finished)[0].noise_multiplier
-    assert plan.label_noise_multiplier == finished.config.label.noise_multiplier
-    assert f"σ₃ = {plan.label_noise_multiplier:.4g} in each of {STEPS} steps" in plan.table() and "drafts" in plan.table()
-
-
-def test_the_report_says_what_was_asked(finished: Run) -> None:
-    page = finished.report().read_text()
-    assert "labels: steps" in page and "% of the images kept the label that they were drawn for" in page
-    assert "DIFFERS" not in page and "FEWER CHARGED" not in page and "DISAGREE" not in page
-    assert "labels.json" in page and "which a classifier labels" in finished.folder.card.read_text()
-    times = json.loads(finished.folder.stages.read_text())
-    assert "seconds" not in times["label"]  # it reads sensitive images
 
 
 @pytest.mark.parametrize(
