@@ -99,6 +99,39 @@ def test_every_call_has_as_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [ROWS, ROWS]
 
 
+def test_rows_are_the_same_in_a_caller_s_low_precision() -> None:
+    made, images = labeller(), bars(20, 3, 5, prefix="digit")
+    with torch.autocast("cpu", torch.bfloat16):
+        low = embedded(made, images)
+    assert torch.equal(low, embedded(made, images))
+
+
+def test_images_of_several_calls_have_their_own_labels() -> None:
+    random = np.random.default_rng(0)
+    rows, labels = random_rows(random, 4096 + 300), torch.from_numpy(random.integers(0, 5, 4096 + 300))
+    head = torch.from_numpy(np.round(random.standard_normal((12, 5)) * 2**16) / 2**16)
+    parts = [clipped_sums(rows[part], labels[part], head) for part in (slice(0, 3000), slice(3000, None))]
+    assert torch.equal(clipped_sums(rows, labels, head), parts[0] + parts[1])
+
+
+def test_every_call_of_a_sum_has_as_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, original = [], torch.Tensor.softmax
+
+    def softmax(self: torch.Tensor, dim: int) -> torch.Tensor:
+        seen.append(len(self))
+        return original(self, dim)
+
+    monkeypatch.setattr(torch.Tensor, "softmax", softmax)
+    random = np.random.default_rng(0)
+    clipped_sums(random_rows(random, 4099), torch.zeros(4099, dtype=torch.int64), torch.zeros(12, 5, dtype=torch.float64))
+    assert len(seen) == 2 and len(set(seen)) == 1
+
+
+def test_a_huge_learning_rate_leaves_a_layer_whose_logits_are_exact(tmp_path: Path) -> None:
+    head = ask(tmp_path, 3.0, key=NoiseKey.from_os(), lr=1e30).head
+    assert 0 < float(head.abs().max()) <= 2**16 and torch.equal((head * 2**16).round(), head * 2**16)
+
+
 def test_an_image_of_no_finite_row_adds_a_bounded_gradient() -> None:
     made = labeller()
     made.mean[0] = float("nan")
@@ -107,14 +140,15 @@ def test_an_image_of_no_finite_row_adds_a_bounded_gradient() -> None:
 
 
 def ask(
-    folder: Path, sigma: float, *, key: NoiseKey, population: int = 200, private: ImageSet = PRIVATE, **changes: Any
-) -> Labeller:
+    folder: Path, sigma: float, *, key: NoiseKey, population: int = 200, private: ImageSet = PRIVATE, weights: str = "these",
+    **changes: Any,
+) -> Labeller:  # fmt: skip
     run = RunFolder(folder)
     run.create()
     config = build_config({"label": {**LABEL, "noise_multiplier": sigma, **changes}}).label
     with Ledger(run.ledger, target_epsilon=None, delta=1e-5, population=population) as ledger:
         return run_label(
-            run, config, model=Drawn(), weights="these", sample=SampleConfig(batch_size=7), private=private,
+            run, config, model=Drawn(), weights=weights, sample=SampleConfig(batch_size=7), private=private,
             population=population, target_epsilon=float("inf"), delta=1e-5, ledger=ledger, noise_key=key, seed=0,
         )  # fmt: skip
 
@@ -203,6 +237,21 @@ def test_each_step_is_charged_before_its_sum(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(stage, "clipped_sums", counted)
     ask(tmp_path, 3.0, key=NoiseKey.from_os())
     assert seen == [1, 2, 3, 4]
+
+
+def test_the_layer_of_another_model_s_images_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor what is half done of it: features and steps are of the model that they were learned for."""
+    learned, learn = [], stage._learn_features
+    monkeypatch.setattr(stage, "_learn_features", lambda *args: [learned.append(1), learn(*args)])
+    ask(tmp_path, 3.0, key=NoiseKey.from_os())
+    ask(tmp_path, 3.0, key=NoiseKey.from_os())
+    assert len(learned) == 1 and Ledger.read(tmp_path / "ledger.jsonl").steps_charged("label") == STEPS
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(NoiseKey, "gaussian", lambda self, shape, *, step, stream, rank=0: 1 / (STEPS + 2 - step) * np.ones(shape))
+        ask(tmp_path, 3.0, key=NoiseKey.from_os(), weights="those")  # fails in its third step
+    assert len(learned) == 2 and RunFolder(tmp_path).checkpoint("label-progress").exists()
+    ask(tmp_path, 3.0, key=NoiseKey.from_os(), weights="others")
+    assert len(learned) == 3 and Ledger.read(tmp_path / "ledger.jsonl").steps_charged("label") == STEPS + 3 + STEPS
 
 
 def test_too_many_images_for_exact_sums_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shutil
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
 from tiny import LABEL, PRIVATE, PUBLIC, SECTIONS, TEST, dpsgd, run_all, tiny_config
 
 import privimage_fast as pf
 from privimage_fast.config import ConfigError
+from privimage_fast.data import ImageSet
+from privimage_fast.data.sheet import class_sheet
 from privimage_fast.dp.accounting import epsilon
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.dp.noise import NoiseKey, Stream
 from privimage_fast.dp.optimizer import PrivateOptimizer
 from privimage_fast.pipeline import Run
 from privimage_fast.report import build_report
-from privimage_fast.stages.folder import RunError
+from privimage_fast.stages import saved as saved_module
+from privimage_fast.stages.folder import RunError, RunFolder
 from privimage_fast.stages.label import embedded
+from privimage_fast.stages.sample import run_sample
+from privimage_fast.stages.saved import load_pretrained, save_pretrained
 
 stage = importlib.import_module("privimage_fast.stages.label")
 
@@ -105,10 +115,14 @@ def test_a_gan_is_labelled_alike(tmp_path: Path) -> None:
     assert Ledger.read(run.folder.ledger).steps_charged("label") == STEPS and run.folder.labels.exists()
 
 
-@pytest.mark.parametrize("at", [1, STEPS])
-def test_an_interrupted_step_is_finished_and_never_repeated(tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+SEEDED: dict[str, Any] = {"label": LABEL, "privacy": {"secure": False}}
+
+
+@contextmanager
+def pressed_in_step(at: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ctrl-C in a step of the layer, after its charge; the block ends in KeyboardInterrupt."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    original, taken = NoiseKey.gaussian, 0
+    original = NoiseKey.gaussian
 
     def pressed(self: NoiseKey, shape: Any, *, step: int, stream: Stream, rank: int = 0) -> np.ndarray:
         if stream == Stream.LABELS and step + 1 == at:
@@ -116,18 +130,232 @@ def test_an_interrupted_step_is_finished_and_never_repeated(tmp_path: Path, at: 
         return original(self, shape, step=step, stream=stream, rank=rank)
 
     try:
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(NoiseKey, "gaussian", pressed)
-            with pytest.raises(KeyboardInterrupt):
-                run_all(tmp_path / "a", label=LABEL)
+            yield
     finally:
         signal.signal(signal.SIGINT, before)
-    taken = Ledger.read(tmp_path / "a" / "ledger.jsonl").steps_charged("label")
-    assert taken == at
-    run = run_all(tmp_path / "a", resume=True, label=LABEL)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run_all(tmp_path_factory.mktemp("seeded") / "a", **SEEDED)
+
+
+@pytest.mark.parametrize("at", [1, 2, STEPS])
+def test_an_interrupted_step_is_finished_and_never_repeated(
+    uninterrupted: Run, tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes out is to the last bit what comes out without an interruption."""
+    with pressed_in_step(at, monkeypatch):
+        run_all(tmp_path / "a", **SEEDED)
+    assert Ledger.read(tmp_path / "a" / "ledger.jsonl").steps_charged("label") == at
+    run = run_all(tmp_path / "a", resume=True, **SEEDED)
     assert Ledger.read(run.folder.ledger).steps_charged("label") == STEPS
-    assert run.folder.load_tensors(run.folder.checkpoint("label"), "x")[1]["steps"] == STEPS
+    (made, described), (expected, _) = (r.folder.load_tensors(r.folder.checkpoint("label"), "x") for r in (run, uninterrupted))
+    assert described["steps"] == STEPS and made.keys() == expected.keys()
+    assert all(torch.equal(made[name], expected[name]) for name in expected)
     assert not run.folder.checkpoint("label-progress").exists() and not run.folder.checkpoint("label-features").exists()
+
+
+def test_images_are_not_drawn_before_their_labels_are_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even where the last step was taken, and only publishing the layer was cut off."""
+    with pressed_in_step(STEPS, monkeypatch):
+        run_all(tmp_path / "a", label=LABEL)
+    run = Run(tiny_config(tmp_path / "a", label=LABEL), public=PUBLIC, private=PRIVATE, test=TEST)
+    with run.opened(resume=True):
+        with pytest.raises(RunError, match="run `privimage label` first"):
+            run.sample()
+        assert not run.folder.synthetic.exists()
+        assert run.label() is not None and len(run.sample()) == 36
+
+
+def test_steps_that_the_ledger_does_not_charge_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pressed_in_step(2, monkeypatch):
+        run_all(tmp_path / "a", label=LABEL)
+    ledger = tmp_path / "a" / "ledger.jsonl"
+    ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(keepends=True)[:-1]))
+    with pytest.raises(RunError, match="label-progress.safetensors has taken 2 steps, the ledger charges 1"):
+        run_all(tmp_path / "a", resume=True, label=LABEL)
+
+
+def test_a_step_may_be_tried_again_in_the_same_open_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a full memory, say; with noise of its own, since the charge before it counts."""
+    run = Run(tiny_config(tmp_path / "a", label=LABEL), public=PUBLIC, private=PRIVATE, test=TEST)
+    with run.opened(resume=False):
+        for made in (run.query, run.select, run.pretrain, run.warmup, run.finetune):
+            made()
+        with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+            patch.setattr(stage, "_descended", Mock(side_effect=torch.OutOfMemoryError))
+            run.label()
+        run.label()
+        assert run.ledger.steps_charged("label") == STEPS and run.ledger.epsilon() <= 5.0
+
+
+def test_drafts_may_be_drawn_otherwise_when_they_are_half_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(stage, "train_classifier", lambda *args, **options: 1 / 0)
+        run_all(tmp_path / "a", label=LABEL)
+    assert len(list((tmp_path / "a" / "checkpoints").glob("label-drafts-*"))) == 1
+    run = run_all(tmp_path / "a", resume=True, label=LABEL, sample={"batch_size": 5})
+    assert not list((run.folder.path / "checkpoints").glob("label-drafts-*"))
+    assert Ledger.read(run.folder.ledger).steps_charged("label") == STEPS
+
+
+def test_drafts_are_other_images_than_the_synthetic_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drafts, original = [], stage.draw_resumably
+
+    def drawn(*args: Any, **options: Any) -> np.ndarray:
+        drafts.append(original(*args, **options))
+        return drafts[-1]
+
+    monkeypatch.setattr(stage, "draw_resumably", drawn)
+    run = run_all(tmp_path / "a", label=LABEL)
+    with np.load(run.folder.synthetic) as arrays:
+        synthetic = {image.tobytes() for image in arrays["images"]}
+    assert len(drafts) == 1 and len(drafts[0]) == 27 and not synthetic & {image.tobytes() for image in drafts[0]}
+
+
+@pytest.mark.parametrize("lost", ["unlinked", "another model's"])
+def test_a_lost_layer_that_the_budget_cannot_pay_for_again_is_an_error(finished: Run, tmp_path: Path, lost: str) -> None:
+    """It has to be learned anew, and all of its budget is charged: no layer without a private step passes for one."""
+    shutil.copytree(finished.folder.path, tmp_path / "a")
+    run = Run(tiny_config(tmp_path / "a", label=LABEL), public=PUBLIC, private=PRIVATE, test=TEST)
+    layer = run.folder.checkpoint("label")
+    tensors, described = run.folder.load_tensors(layer, "x")
+    layer.unlink() if lost == "unlinked" else run.folder.save_tensors(layer, tensors, {**described, "weights": "others"})
+    ledger = run.folder.ledger.read_bytes()
+    with (
+        run.opened(resume=True),
+        pytest.raises(RunError, match=f"allows no step of the layer .*: {STEPS} are charged, but .*gone"),
+    ):
+        run.label()
+    assert run.folder.ledger.read_bytes() == ledger
+    with run.opened(resume=True):
+        run.finetune()  # publishes the model anew, and no labeller as its own that is not
+    assert pf.PrivImage.from_pretrained(run.folder.model)._labeller is None
+
+
+def test_without_a_budget_a_lost_layer_is_learned_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sections: dict[str, Any] = {"label": LABEL, "privacy": {"epsilon": float("inf")}}
+    run = run_all(tmp_path / "a", **sections)
+    run.folder.checkpoint("label").unlink()
+    run_all(tmp_path / "a", resume=True, **sections)
+    assert Ledger.read(run.folder.ledger).steps_charged("label") == 2 * STEPS
+    assert f"label: {STEPS} steps in the ledger are of no layer that is kept" in caplog.text
+
+
+# ------------------------------------------------------------------------------------------- what is published of it
+
+
+def test_a_fit_that_is_cut_off_leaves_the_model_of_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of the second run would go out with the ledger, and so the ε, of the first."""
+    model = pf.PrivImage(tiny_config(tmp_path, label=LABEL)).fit(PUBLIC, PRIVATE, out=tmp_path / "a")
+    model.save_pretrained(tmp_path / "first")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "label", Mock(side_effect=KeyboardInterrupt))
+        model.fit(PUBLIC, PRIVATE, out=tmp_path / "b")
+    model.save_pretrained(tmp_path / "again")
+    names = sorted(path.name for path in (tmp_path / "first").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "again").iterdir()) and "labeller.safetensors" in names
+    for name in names:
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+
+
+def test_a_model_without_a_labeller_leaves_none_of_an_earlier_one(finished: Run, tmp_path: Path) -> None:
+    saved = load_pretrained(finished.folder.model)
+    for labeller in (saved.labeller, None):
+        save_pretrained(
+            saved.model, tmp_path / "m", class_names=saved.class_names, labeller=labeller, ledger="spent", card="card"
+        )
+    assert load_pretrained(tmp_path / "m").labeller is None and not (tmp_path / "m" / "labeller.safetensors").exists()
+    save_pretrained(saved.model, tmp_path / "m", class_names=saved.class_names)
+    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_a_half_saved_model_is_none(finished: Run, tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else weights of one would be taken for what another's ledger says."""
+    saved = load_pretrained(finished.folder.model)
+    shutil.copytree(finished.folder.model, tmp_path / "m")
+    calls = 0
+
+    def failing(original: Any) -> Any:
+        def write(*args: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > at:
+                raise OSError("no space left on device")
+            return original(*args, **options)
+
+        return write
+
+    for owner, name in ((saved_module, "atomic_write_text"), (RunFolder, "save_tensors"), (RunFolder, "write_json")):
+        monkeypatch.setattr(owner, name, failing(getattr(owner, name)))
+    with pytest.raises(OSError, match="no space"):
+        save_pretrained(
+            saved.model, tmp_path / "m", class_names=saved.class_names, labeller=saved.labeller, ledger="spent", card="card"
+        )
+    with pytest.raises(RunError, match="holds no model"):
+        load_pretrained(tmp_path / "m")
+
+
+def test_the_labeller_is_part_of_what_a_model_is_known_by(finished: Run, tmp_path: Path) -> None:
+    """Synthetic images that another layer has labelled are drawn anew."""
+    saved = load_pretrained(finished.folder.model)
+    assert saved.labeller is not None
+    saved.labeller.head += 1
+    save_pretrained(saved.model, tmp_path / "m", class_names=saved.class_names, labeller=saved.labeller)
+    assert load_pretrained(tmp_path / "m").weights != saved.weights
+
+
+def test_labels_as_they_are_drawn_for_can_be_had(finished: Run) -> None:
+    model = pf.PrivImage.from_pretrained(finished.folder.model)
+    assert model.sample(36, relabel=False).labels.tolist() == [i % 3 for i in range(36)] != model.sample(36).labels.tolist()
+
+
+def test_what_was_kept_of_labels_is_not_told_of_images_that_keep_theirs(finished: Run, tmp_path: Path) -> None:
+    shutil.copytree(finished.folder.path, tmp_path / "a")
+    folder, saved = RunFolder(tmp_path / "a"), load_pretrained(finished.folder.model)
+    run_sample(folder, finished.config.sample, model=saved.model, class_names=saved.class_names, weights="others", seed=0)
+    assert not folder.labels.exists()
+
+
+def test_a_class_that_no_image_has_stands_in_the_report(finished: Run, tmp_path: Path) -> None:
+    shutil.copytree(finished.folder.path, tmp_path / "a")
+    with np.load(finished.folder.synthetic) as arrays:
+        kept = dict(arrays)
+    kept["labels"][kept["labels"] == 2] = 1
+    np.savez(tmp_path / "a" / "synthetic.npz", **kept)
+    page = build_report(tmp_path / "a").read_text()
+    assert re.search(r"<td>digit2</td>\s*<td class=\"n\">0</td>", page)
+    assert class_sheet(ImageSet(kept["images"], kept["labels"], PRIVATE.label_names)).height == (
+        class_sheet(ImageSet(kept["images"], np.arange(36) % 3, PRIVATE.label_names)).height
+    )
+
+
+def test_a_plan_that_is_written_has_the_labels_in_it(tmp_path: Path) -> None:
+    run = Run(tiny_config(tmp_path / "b", label=LABEL), public=PUBLIC, private=PRIVATE, test=TEST)
+    plan = run.plan()
+    run.config = run._resolved(None)
+    run.folder.create()
+    run.write_plan(plan)
+    budget = json.loads(run.folder.budget.read_text())
+    assert (budget["label_steps"], budget["label_noise_multiplier"]) == (STEPS, plan.label_noise_multiplier)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"label": {"share": 0.2}}, "what is set of label is not used: label.steps is 0"),
+        ({"label": LABEL, "privacy": {"train": False}}, "label.steps is not used: privacy.train is false"),
+    ],
+)
+def test_settings_without_effect_are_told(
+    tmp_path: Path, sections: dict[str, Any], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    Run(tiny_config(tmp_path / "b", **sections), public=PUBLIC, private=PRIVATE, test=TEST).plan()
+    assert message in caplog.text
 
 
 def test_a_killed_step_is_paid_for_by_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
