@@ -200,7 +200,7 @@ def _stage(stage: str, argv: list[str]) -> None:
     config, flags = _parse_run(stage, argv, f"The stage `{stage}` of a run.")
     from privimage_fast.pipeline import Run
     from privimage_fast.report import outdated_figures
-    from privimage_fast.stages.folder import RunError
+    from privimage_fast.stages.folder import CHARGED_STAGES, RunError
 
     run = Run(config)
     if stage == "report":
@@ -215,8 +215,8 @@ def _stage(stage: str, argv: list[str]) -> None:
         return
     with run.opened(resume=True):
         result = getattr(run, stage)()
-        if stage in ("sample", "evaluate") and (run.folder.path / "report.html").exists():
-            run.report()  # an earlier page would show other images or figures than the folder holds
+        if stage in (*CHARGED_STAGES, "sample", "evaluate") and (run.folder.path / "report.html").exists():
+            run.report()  # an earlier page would show another ε, other images or figures than the folder holds
     if stage == "evaluate":
         if result is None:
             raise RunError("there is nothing to evaluate against: set data.test, or data.holdout before the run")

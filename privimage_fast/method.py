@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -56,13 +55,18 @@ class PrivImage:
     ) -> PrivImage:  # fmt: skip
         """query → select → pretrain → warmup → finetune → label. ``resume`` goes on with an interrupted run in its folder."""
         run = self._bind(public, private, out, semantic_function)
-        with run.opened(resume=resume):
-            run.query()
-            run.select()
-            run.pretrain()
-            run.warmup()
-            model, labeller = run.finetune().drawable.eval(), run.label()
-            run.report()
+        try:
+            with run.opened(resume=resume):
+                run.query()
+                run.select()
+                run.pretrain()
+                run.warmup()
+                model, labeller = run.finetune().drawable.eval(), run.label()
+                run.report()
+        except BaseException as error:
+            if out is None:  # nobody else knows where it is
+                error.add_note(f"what was charged for is in {run.folder.path}; go on with that as out, and resume=True")
+            raise
         # All at once: weights of a run that was cut off must not be saved with the ledger of the one before.
         # Not the run's configuration: N, δ and steps of this set would be taken for those of the next.
         self._run, self._model, self._labeller, self._class_names = run, model, labeller, run.private.label_names
@@ -119,13 +123,13 @@ class PrivImage:
         if self._run is None:
             save_pretrained(self._fitted(), path, class_names=self._class_names, labeller=self._labeller, **self._companions)
         else:
-            self._run.save(self._fitted(), path)
+            self._run.save(self._fitted(), path, self._labeller)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> PrivImage:
         """A model that can be sampled from. Reads safetensors and JSON only."""
         saved = load_pretrained(path)
-        described = json.loads((Path(path) / "config.json").read_text())
+        described = saved.described
         self = cls(sample={"sampler": described["sampler"]} if "sampler" in described else {})
         self._model, self._class_names, self._labeller = saved.model, saved.class_names, saved.labeller
         self._pretrained = described.get("privacy", {})

@@ -19,6 +19,7 @@ from privimage_fast.planning import fill_clusters, fill_warmup, query_noise_mult
 from privimage_fast.stages.clusters import check_clusters
 from privimage_fast.stages.folder import RunError, RunFolder
 from privimage_fast.stages.label import LabelConfig, check_images
+from privimage_fast.stages.sample import plain_ends
 from privimage_fast.stages.select import labels_per_class
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,12 @@ def resolve(c: RunConfig, saved: RunConfig | None, *, images: int, n_classes: in
     model = c.model
     if saved is not None and model.edm.sigma_data is None:  # earlier versions had a number where nothing is said
         model = replace(model, edm=replace(model.edm, sigma_data=saved.model.edm.sigma_data))
+    sampler, known = c.sample.sampler, filled.sample.sampler
+    if None in (sampler.black, sampler.white):
+        # Runs of earlier versions know neither, and keep their images as they are.
+        ends = plain_ends(public) if saved is None else (known.black or 0, known.white or 0)
+        black, white = (end if given is None else given for given, end in zip((sampler.black, sampler.white), ends, strict=True))
+        sampler = replace(sampler, black=black, white=white)
     multiplicity = c.finetune.multiplicity or filled.finetune.multiplicity or c.model.default_multiplicity
     return replace(
         c,
@@ -96,6 +103,7 @@ def resolve(c: RunConfig, saved: RunConfig | None, *, images: int, n_classes: in
         warmup=warmup,
         finetune=replace(c.finetune, steps=steps, multiplicity=multiplicity),
         label=replace(c.label, noise_multiplier=label_noise),
+        sample=replace(c.sample, sampler=sampler),
     )
 
 

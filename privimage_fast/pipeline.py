@@ -7,7 +7,7 @@ import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,12 @@ from privimage_fast.stages.clusters import public_clusters
 from privimage_fast.stages.evaluate import check_evaluation, run_evaluate
 from privimage_fast.stages.finetune import budget_record, run_finetune
 from privimage_fast.stages.folder import RunError, RunFolder, fingerprint, timed
-from privimage_fast.stages.label import has_labeller, load_labeller, run_label
+from privimage_fast.stages.label import kept_labeller, run_label
 from privimage_fast.stages.means import load_means, pictures, run_means
 from privimage_fast.stages.pretrain import run_pretrain
 from privimage_fast.stages.query import SemanticFunction, public_classifier, run_query, semantic_function_of
 from privimage_fast.stages.sample import draw, run_sample, save_sheet
-from privimage_fast.stages.saved import load_pretrained, save_pretrained, weights_fingerprint
+from privimage_fast.stages.saved import load_pretrained, save_pretrained, saved_fingerprint, weights_fingerprint
 from privimage_fast.stages.select import labels_per_class, run_select, selected_subset
 from privimage_fast.stages.warmup import run_warmup
 
@@ -185,6 +185,8 @@ class Run:
             self.config = self._resolved(saved)
             if saved is not None:
                 free = _REOPENABLE if self.config.warms_up or saved.warms_up else (*_REOPENABLE, "warmup.")
+                if saved.relabels and not self.config.relabels:  # what it was charged stays so; images keep their labels
+                    free += ("label.",)
                 if not saved.data.holdout:  # with a share held out, a test set of its own would be trained on more images
                     free += ("data.test",)
                 changed = [k for k in differing_keys(saved, self.config) if not k.startswith(free)]
@@ -377,7 +379,7 @@ class Run:
             randomness=OSRandom() if c.privacy.secure else SeededRandom(c.seed), seed=c.seed, device=self.device,
             autocast=self.autocast, reserved=reserved(c),
         )  # fmt: skip
-        self.save(model.drawable, self.folder.model)
+        self._publish(model.drawable)
         return model
 
     def label(self) -> Labeller | None:
@@ -394,8 +396,7 @@ class Run:
             private=self.private, population=c.privacy.population, target_epsilon=c.privacy.epsilon, delta=c.privacy.delta,
             ledger=self.ledger, noise_key=self.noise_key, seed=c.seed, device=self.device, autocast=self.autocast,
         )  # fmt: skip
-        self.save(model, self.folder.model)
-        atomic_write_text(self.folder.model / "README.md", report.published_card(self.folder.path))  # of labelled images now
+        self._publish(model)
         return labeller
 
     def _keep_public(self, model: ImageModel) -> None:
@@ -405,15 +406,27 @@ class Run:
             population, delta = self.ledger.header.population, self.ledger.header.delta
             record = budget_record(c.finetune, population, c.privacy.epsilon, delta, 0.0, 0, self.ledger)
             self.folder.write_json(self.folder.budget, record)
-        self.save(model.drawable, self.folder.model)
+        self._publish(model.drawable)
 
-    def save(self, model: Drawable, path: str | Path) -> None:
-        """The model, and its labeller where that is trained, with what the run has spent and how it samples."""
-        labelled = self.config.relabels and has_labeller(self.folder, weights_fingerprint(model.state_dict()))
+    def _publish(self, model: Drawable) -> None:
+        """Into model/, with the labeller that is this model's; where all of it is there already, nothing is written."""
+        c, labeller = self.config, None
+        if c.relabels:
+            labeller = kept_labeller(self.folder, c.label, self.private, weights_fingerprint(model.state_dict()))
+        try:
+            there, spent = load_pretrained(self.folder.model), RunFolder(self.folder.model).ledger.read_text()
+        except (RunError, OSError):
+            there, spent = None, ""
+        alike = there is not None and there.weights == saved_fingerprint(model, labeller)
+        if not (alike and there.described.get("sampler") == asdict(c.sample.sampler) and spent == self.folder.ledger.read_text()):
+            self.save(model, self.folder.model, labeller)
+
+    def save(self, model: Drawable, path: str | Path, labeller: Labeller | None) -> None:
+        """The model, and its labeller where it has one, with what the run has spent and how it samples."""
         save_pretrained(
             model, path, class_names=self.private.label_names, privacy=self.spent(), sampler=self.config.sample.sampler,
-            ledger=self.folder.ledger.read_text(), card=report.published_card(self.folder.path),
-            labeller=load_labeller(self.folder, self.config.label, self.private) if labelled else None,
+            ledger=self.folder.ledger.read_text(), labeller=labeller,
+            card=report.published_card(self.folder.path, label_steps=labeller.steps if labeller else None),
         )  # fmt: skip
 
     def sample(self) -> ImageSet:
@@ -423,7 +436,7 @@ class Run:
         if self.config.relabels and saved.labeller is None:
             raise RunError(
                 f"label.steps is set, and {self.folder.model} has no labeller: its labels are not learned yet, or were not "
-                "published; run `privimage label` first"
+                "published; run `privimage label` first, or set it to 0"
             )
         return run_sample(
             self.folder, self.config.sample, model=saved.model, class_names=saved.class_names, weights=saved.weights,

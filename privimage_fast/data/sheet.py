@@ -51,10 +51,12 @@ def image_sheet(
 
 def class_sheet(images: ImageSet, *, columns: int = 12, max_rows: int = 20) -> Image.Image:
     """The first images of each class, a class a row with its name beside it, empty if it has none; small images are enlarged to
-    about 48 px.
+    about 48 px. Of more than ``max_rows`` classes those without images are left out first.
     """
-    rows = [(name, np.flatnonzero(images.labels == c)[:columns]) for c, name in enumerate(images.label_names)][:max_rows]
-    columns = max(len(picks) for _, picks in rows)
+    rows = [(name, np.flatnonzero(images.labels == c)[:columns]) for c, name in enumerate(images.label_names)]
+    if len(rows) > max_rows:
+        rows = ([row for row in rows if len(row[1])] or rows)[:max_rows]
+    columns = max(1, *(len(picks) for _, picks in rows))
     blank = np.zeros((1, *images.images.shape[1:]), np.uint8)
     cells = [np.concatenate([images.images[picks], np.repeat(blank, columns - len(picks), 0)]) for _, picks in rows]
     scale = max(1, 48 // images.resolution)

@@ -41,6 +41,7 @@ class Labeller(nn.Module):
 
     A row is an image's features — of each stage of a classifier, averaged over few places — less their mean and with their
     covariance taken out, as synthetic images have them, with a constant entry, scaled down to a length of at most 1.
+    ``steps``: noised ones that the last layer has taken.
     """
 
     mean: Tensor
@@ -50,6 +51,7 @@ class Labeller(nn.Module):
     def __init__(self, config: ClassifierConfig, *, channels: int, num_classes: int) -> None:
         check_width(config)
         super().__init__()
+        self.steps = 0
         self.classifier = Classifier(config, channels=channels, num_classes=num_classes)
         d = row_entries(config) - 1
         self.register_buffer("mean", torch.zeros(d))

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -40,11 +41,14 @@ def build_card(run_dir: Path) -> Path:
     return _write(Path(run_dir) / "README.md", _card(read_facts(Path(run_dir)), published=False))
 
 
-def published_card(run_dir: Path) -> str:
-    """The card without figures and files that are not private: it says nothing of the sensitive images beyond ε."""
-    facts = read_facts(Path(run_dir))
-    private = [metric for metric in facts.metrics if metric.private]
-    return _card(replace(facts, metrics=private, releases=[r for r in facts.releases if r.covered]), published=True)
+def published_card(run_dir: Path, **facts: Any) -> str:
+    """The card without figures and files that are not private: it says nothing of the sensitive images beyond ε.
+
+    facts: what of :class:`Facts` is to be otherwise than the folder has it, of a model that is about to be written there.
+    """
+    found = replace(read_facts(Path(run_dir)), **facts)
+    private = [metric for metric in found.metrics if metric.private]
+    return _card(replace(found, metrics=private, releases=[r for r in found.releases if r.covered]), published=True)
 
 
 def _card(facts: Facts, *, published: bool) -> str:

@@ -19,7 +19,7 @@ from privimage_fast.report.releases import MEANS, Release, releases
 STAGES = ("query", "select", "pretrain", "warmup", "finetune", "label", "sample", "evaluate")
 READ_REAL_IMAGES = ("query", "warmup", "finetune", "label", "evaluate")  # their running times say something of those images
 CLASSIFIER, FINETUNED = "checkpoints/classifier.safetensors", "checkpoints/finetune.safetensors"
-LABELLED = "checkpoints/label.safetensors"
+LABELLER = "model/labeller.safetensors"
 
 
 @dataclass
@@ -30,7 +30,6 @@ class Facts:
     privacy: Privacy
     query: dict[str, Any] | None
     kept: tuple[float, float] | None  # of the labels that images were drawn for, in all and in the class that keeps fewest
-    labelled: bool  # the published model, or the synthetic set, has the labels of its labeller
     means: dict[str, Any] | None  # of the class means: noise_multiplier, noise_std, max_norm, modes, rounds, trust of each class
     heat: HeatMap | None
     selection: dict[str, Any] | None
@@ -40,7 +39,7 @@ class Facts:
     metrics: list[files.Metric]
     outdated: bool  # the metrics are of an earlier synthetic set
     steps: int | None  # noised steps that the released weights have taken
-    label_steps: int | None  # and those of the layer that labels images
+    label_steps: int | None  # and those of the layer that labels images, None where no layer does
     class_counts: list[tuple[str, int]]
     image_shape: str | None
     timings: list[tuple[str, float | None, bool]]
@@ -118,8 +117,10 @@ class Facts:
 
     @property
     def _labelled(self) -> str:
+        if self.label_steps is None:
+            return ""
         noised = "" if self.privacy.epsilon is not None and math.isinf(self.privacy.epsilon) else " under noise"
-        return f", which a classifier labels whose last layer is trained on the sensitive ones{noised}" if self.labelled else ""
+        return f", which a classifier labels whose last layer is trained on the sensitive ones{noised}"
 
     def source(self, which: str) -> str:
         """A data set's name. Of a path the last part only: a card is published, a home folder should not be."""
@@ -169,7 +170,6 @@ def read_facts(run_dir: Path) -> Facts:
         privacy=privacy,
         query=query,
         kept=reader.shaped("labels.json", lambda: files.kept(reader.json("labels.json"))),
-        labelled=any((run_dir / name).exists() for name in ("labels.json", "model/labeller.safetensors")),
         means=means,
         heat=heat_map(query, selection) if query else None,
         selection=selection,
@@ -179,7 +179,7 @@ def read_facts(run_dir: Path) -> Facts:
         metrics=metrics,
         outdated=bool(metrics) and measured is not None and drawn is not None and measured != drawn,
         steps=reader.shaped(FINETUNED, lambda: files.steps(run_dir / FINETUNED)),
-        label_steps=reader.shaped(LABELLED, lambda: files.steps(run_dir / LABELLED)),
+        label_steps=reader.shaped(LABELLER, lambda: files.steps(run_dir / LABELLER)),
         class_counts=counted[0] if counted else [],
         image_shape=counted[1] if counted else None,
         timings=[(stage, seconds.get(stage), stage in READ_REAL_IMAGES) for stage in STAGES],

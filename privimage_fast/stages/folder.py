@@ -104,14 +104,13 @@ class RunFolder:
                 raise RunError(f"{path} cannot be written ({error}); make room, and go on with --resume") from error
 
     def load_tensors(self, path: Path, stage: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        if not path.exists():
-            raise RunError(f"{path} is missing; run `privimage {stage}` first")
-        try:
-            with safe_open(path, framework="pt") as handle:
-                metadata = json.loads((handle.metadata() or {}).get("privimage", "{}"))
-                return {name: handle.get_tensor(name) for name in handle.keys()}, metadata
-        except Exception as error:
-            raise RunError(f"{path} cannot be read as safetensors ({error}); restore it, or {_begin_again(stage)}") from error
+        with _reading(path, stage) as handle:
+            return {name: handle.get_tensor(name) for name in handle.keys()}, _metadata(handle)
+
+    def described(self, path: Path, stage: str) -> dict[str, Any]:
+        """What was saved beside the tensors, without reading them."""
+        with _reading(path, stage) as handle:
+            return _metadata(handle)
 
     def finished(self, stage: str, fingerprint: str) -> bool:
         """Whether the stage has ended before, with the same inputs."""
@@ -137,6 +136,21 @@ class RunFolder:
 
     def _records(self) -> dict[str, Any]:
         return self.read_json(self.stages, "run") if self.stages.exists() else {}
+
+
+@contextmanager
+def _reading(path: Path, stage: str) -> Iterator[Any]:
+    if not path.exists():
+        raise RunError(f"{path} is missing; run `privimage {stage}` first")
+    try:
+        with safe_open(path, framework="pt") as handle:
+            yield handle
+    except Exception as error:
+        raise RunError(f"{path} cannot be read as safetensors ({error}); restore it, or {_begin_again(stage)}") from error
+
+
+def _metadata(handle: Any) -> dict[str, Any]:
+    return json.loads((handle.metadata() or {}).get("privimage", "{}"))
 
 
 def _begin_again(stage: str) -> str:

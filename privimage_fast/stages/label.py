@@ -38,6 +38,7 @@ from privimage_fast.stages.budget import affordable
 from privimage_fast.stages.folder import RunError, RunFolder, file_fingerprint, fingerprint, timed
 from privimage_fast.stages.interrupt import interrupts_held
 from privimage_fast.stages.sample import SampleConfig, draw_resumably
+from privimage_fast.stages.saved import LABELLER
 
 logger = logging.getLogger(__name__)
 
@@ -121,16 +122,15 @@ def run_label(
     assert config.noise_multiplier is not None
     stamp = fingerprint(config, population, target_epsilon, delta, seed, weights, private.label_names)
     path, features_path, progress_path = (folder.checkpoint(STAGE + part) for part in ("", "-features", "-progress"))
-    if folder.finished(STAGE, stamp) and has_labeller(folder, weights):
-        for left in (features_path, progress_path):  # of an interruption in the last step
-            left.unlink(missing_ok=True)
-        return load_labeller(folder, config, private).to(device)
-    if not (features_path.exists() and folder.load_tensors(features_path, STAGE)[1].get("fingerprint") == stamp):
+    found = kept_labeller(folder, config, private, weights) if folder.finished(STAGE, stamp) else None
+    if found is not None:
+        _remove_parts(folder)  # of an interruption in the last step
+        return found.to(device)
+    if not (features_path.exists() and folder.described(features_path, STAGE).get("fingerprint") == stamp):
         _learn_features(folder, config, model, sample, private, stamp, seed, device, autocast)
     labeller, event = _fresh(config, private), DPSGDEvent(config.noise_multiplier, 1.0, 1)
     labeller.load_state_dict(folder.load_tensors(features_path, STAGE)[0])
     labeller.to(device).eval()
-    rows = torch.empty(len(private), len(labeller.head), device=device)  # before a step is paid for that has no room
     # To the very end: a last step that is charged, but of no file, would be repeated.
     with (
         interrupts_held("the step at hand is finished and saved: it is charged") as interrupted,
@@ -139,18 +139,20 @@ def run_label(
         features, velocity, taken = file_fingerprint(features_path), torch.zeros_like(labeller.head, device="cpu"), 0
         if progress_path.exists():
             tensors, described = folder.load_tensors(progress_path, STAGE)
-            if described.get("features") == features:
+            if described["features"] == features:
                 velocity, taken = tensors["velocity"], int(described["steps"])
                 labeller.head.copy_(tensors["head"])
         lost = ledger.steps_charged(STAGE) - taken
         if lost:
-            logger.warning("label: %d steps in the ledger are of no layer that is kept; they stay charged", lost)
+            logger.warning("label: of the steps in the ledger %d are of no layer that is kept; they stay charged", lost)
         steps = taken + affordable(event, ledger.events(), target_epsilon, delta, config.steps - taken)
         if not steps:
             raise RunError(
                 f"the budget allows no step of the layer that labels images: {lost} are charged, but {path} is gone, or another "
-                "model's. Restore it, or start over with another --out; the model as it is in model/ draws images without it"
+                "model's. Restore it, or go on with --label.steps 0: images then keep the labels that they are drawn for"
             )
+        if steps > taken:  # written to, so that there is room before a step is paid for
+            rows = torch.ones(len(private), len(labeller.head), device=device)
         for step in tqdm(range(taken, steps), desc=STAGE, unit="step", initial=taken, total=steps, leave=False):
             if interrupted():
                 raise KeyboardInterrupt
@@ -168,24 +170,31 @@ def run_label(
             labeller.head.copy_(head)
             # Every one: what is charged and lost would have to be paid for again.
             folder.save_tensors(progress_path, {"head": head, "velocity": velocity}, {"features": features, "steps": step + 1})
-        described = {"fingerprint": stamp, "weights": weights, "steps": steps}
-        folder.save_tensors(path, labeller.state_dict(), described)
-    progress_path.unlink(missing_ok=True)
-    features_path.unlink(missing_ok=True)
+        labeller.steps = steps
+        folder.save_tensors(path, labeller.state_dict(), {"weights": weights, "steps": steps})
+    _remove_parts(folder)
     return labeller
 
 
-def has_labeller(folder: RunFolder, weights: str) -> bool:
-    """Whether the folder keeps the labeller of the model with that fingerprint."""
-    path = folder.checkpoint(STAGE)
-    return path.exists() and folder.load_tensors(path, STAGE)[1].get("weights") == weights
+def kept_labeller(folder: RunFolder, config: LabelConfig, private: ImageSet, weights: str) -> Labeller | None:
+    """That of the model with the fingerprint ``weights``: the folder's, or the one that is published with its model. Of
+    ``private`` channels and classes only are looked at.
+    """
+    for path in (folder.checkpoint(STAGE), folder.model / LABELLER):
+        if path.exists() and (described := folder.described(path, STAGE)).get("weights") == weights:
+            labeller = _fresh(config, private)
+            labeller.load_state_dict(folder.load_tensors(path, STAGE)[0])
+            labeller.steps = int(described["steps"])
+            return labeller.eval()
+    return None
 
 
-def load_labeller(folder: RunFolder, config: LabelConfig, private: ImageSet) -> Labeller:
-    """The one that the folder keeps. Of ``private`` channels and classes only are looked at."""
-    labeller = _fresh(config, private)
-    labeller.load_state_dict(folder.load_tensors(folder.checkpoint(STAGE), STAGE)[0])
-    return labeller.eval()
+def _remove_parts(folder: RunFolder) -> None:
+    """What only an interrupted stage needs."""
+    for part in ("-features", "-progress"):
+        folder.checkpoint(STAGE + part).unlink(missing_ok=True)
+    for drafts in (folder.path / "checkpoints").glob(f"{STAGE}-drafts-*"):
+        shutil.rmtree(drafts)
 
 
 def _fresh(config: LabelConfig, private: ImageSet) -> Labeller:
@@ -232,8 +241,8 @@ def _learn_features(
     they were drawn for.
     """
     labeller = _fresh(config, private)
-    place = folder.path / "checkpoints"
-    parts = place / f"{STAGE}-drafts-{fingerprint(stamp, sample.batch_size, sample.sampler, str(autocast))}"
+    drawn_by = fingerprint(stamp, sample.batch_size, sample.sampler, str(autocast))
+    parts = folder.path / "checkpoints" / f"{STAGE}-drafts-{drawn_by}"
     wanted = np.repeat(np.arange(private.n_classes), config.drafts)
     # Other images than the synthetic ones.
     drafts_seed = int.from_bytes(sha256(f"{STAGE} {seed}".encode()).digest()[:8], "little")
@@ -254,8 +263,6 @@ def _learn_features(
         head, velocity = _descended(head, velocity, clipped_sums(rows, labels, head) / len(rows), _MOST_LR)
     labeller.head.copy_(head)
     folder.save_tensors(folder.checkpoint(f"{STAGE}-features"), labeller.state_dict(), {"fingerprint": stamp})
-    for left in place.glob(f"{STAGE}-drafts-*"):
-        shutil.rmtree(left)
 
 
 def _descended(head: Tensor, velocity: Tensor, gradient: Tensor, lr: float) -> tuple[Tensor, Tensor]:

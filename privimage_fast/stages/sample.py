@@ -22,6 +22,8 @@ from privimage_fast.stages.folder import RunFolder, fingerprint, timed
 
 logger = logging.getLogger(__name__)
 
+_HAZE = 7  # levels of 255
+
 FORMATS = ("npz", "zip", "folder")
 
 
@@ -124,7 +126,23 @@ def draw(
     noise = latents(seed, range(first, first + len(labels)), model.latent_shape).to(device)
     with torch.autocast(kind, autocast, enabled=autocast is not None, cache_enabled=False):
         images = model.draw(torch.from_numpy(labels).to(device), config, noise)
-    return to_uint8(images.float()).cpu().numpy()
+    return cleaned(to_uint8(images.float()).cpu().numpy(), config)
+
+
+def cleaned(images: np.ndarray, config: SamplerConfig) -> np.ndarray:
+    """uint8 images whose nearly black, or nearly white, values are black, or white."""
+    images = np.where(images <= (config.black or 0), np.uint8(0), images)
+    return np.where(images >= 255 - (config.white or 0), np.uint8(255), images)
+
+
+def plain_ends(public: ImageSet) -> tuple[int, int]:
+    """SamplerConfig.black and white for images like the public ones: 0 where their values near that end mean something."""
+    values = public.images[:: max(1, len(public) // 10_000)]
+    at_black, near_black = np.mean(values == 0), np.mean((values > 0) & (values <= _HAZE))
+    at_white, near_white = np.mean(values == 255), np.mean((values < 255) & (values >= 255 - _HAZE))
+    plain = (at >= 0.1 and near <= 0.2 * at for at, near in ((at_black, near_black), (at_white, near_white)))
+    black, white = (_HAZE if end else 0 for end in plain)
+    return black, white
 
 
 def latents(seed: int, indices: Sequence[int], shape: tuple[int, ...]) -> torch.Tensor:
@@ -165,7 +183,7 @@ def _tell_labels(folder: RunFolder, drawn: np.ndarray, found: np.ndarray, class_
         if images < 0.25 * len(found) / count:
             logger.warning(
                 "class %s: only %d of %d synthetic images got its label. Look at samples/after.png: the model may not know this "
-                "class; label.steps 0, in a new run, leaves images the labels that they were drawn for", name, images, len(found),
+                "class; label.steps 0 leaves images the labels that they were drawn for", name, images, len(found),
             )  # fmt: skip
 
 

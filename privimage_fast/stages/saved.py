@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,20 @@ from privimage_fast.models.training import Drawable, prefixed
 from privimage_fast.models.unet import UNetConfig
 from privimage_fast.stages.folder import RunError, RunFolder, fingerprint
 
-_LABELLER = "labeller.safetensors"
+LABELLER = "labeller.safetensors"
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """What a saved model's folder holds. ``weights``: fingerprint of all of them; ``labeller``: of its images, if any."""
+    """What a saved model's folder holds. ``weights``: fingerprint of all of them; ``labeller``: of its images, if any;
+    ``described``: its config.json.
+    """
 
     model: Drawable
     class_names: tuple[str, ...]
     weights: str
     labeller: Labeller | None
+    described: dict[str, Any]
 
 
 def save_pretrained(
@@ -37,8 +41,13 @@ def save_pretrained(
     """Writes model.safetensors and config.json to a folder, and labeller.safetensors where there is one; of a run also what it
     spent, how to sample, the text of its ledger and of its card. A published model without these would be one of which nobody
     knows ε.
+
+    Raises:
+        RunError: the folder is a run's own, whose ledger and card have the same names.
     """
     folder = RunFolder(path)
+    if folder.config.exists() or (folder.path / "checkpoints").exists():
+        raise RunError(f"{folder.path} is a run, and a model saved there would replace its ledger; choose another folder")
     folder.path.mkdir(parents=True, exist_ok=True)
     # Without it the folder holds no model: until all is there, nobody takes weights of one for what another's ledger says.
     (folder.path / "config.json").unlink(missing_ok=True)
@@ -53,10 +62,11 @@ def save_pretrained(
         "class_names": list(class_names),
     }  # fmt: skip
     if labeller is None:
-        (folder.path / _LABELLER).unlink(missing_ok=True)
+        (folder.path / LABELLER).unlink(missing_ok=True)
     else:
         described["labeller"] = labeller.describe()
-        folder.save_tensors(folder.path / _LABELLER, labeller.state_dict(), {})
+        whose = {"weights": weights_fingerprint(model.state_dict()), "steps": labeller.steps}
+        folder.save_tensors(folder.path / LABELLER, labeller.state_dict(), whose)
     if privacy is not None:
         described["privacy"] = privacy
     if sampler is not None:
@@ -69,6 +79,8 @@ def load_pretrained(path: str | Path) -> Pretrained:
     folder = RunFolder(path)
     if not (folder.path / "config.json").exists() and (folder.model / "config.json").exists():
         raise RunError(f"{folder.path} is a run; its model is in {folder.model}")
+    if not (folder.path / "config.json").exists() and RunFolder(folder.path.parent).config.exists():
+        raise RunError(f"{folder.path} holds no whole model: saving it was cut off; `privimage finetune` saves it again")
     if not (folder.path / "config.json").exists():
         raise RunError(f"{folder.path} holds no model: there is no config.json in it; a run's is in its folder model/")
     described = folder.read_json(folder.path / "config.json", "finetune")
@@ -91,15 +103,20 @@ def load_pretrained(path: str | Path) -> Pretrained:
         if described.get("labeller") is not None:
             config = ClassifierConfig(**described["labeller"])
             labeller = Labeller(config, channels=shape["channels"], num_classes=len(names))
-            labels, _ = folder.load_tensors(folder.path / _LABELLER, "label")
+            labels, whose = folder.load_tensors(folder.path / LABELLER, "label")
             labeller.load_state_dict(labels)
+            labeller.steps = int(whose.get("steps", 0))
             labeller.eval()
-            tensors |= prefixed("labeller/", labels)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise RunError(f"{folder.path} does not hold a model of this version: {error}") from error
-    return Pretrained(model.eval(), names, weights_fingerprint(tensors), labeller)
+    return Pretrained(model.eval(), names, saved_fingerprint(model, labeller), labeller, described)
+
+
+def saved_fingerprint(model: Drawable, labeller: Labeller | None) -> str:
+    """Of all weights, by which samples are known as theirs."""
+    return weights_fingerprint(model.state_dict() | (prefixed("labeller/", labeller.state_dict()) if labeller else {}))
 
 
 def weights_fingerprint(tensors: dict[str, Tensor]) -> str:
-    """Of a network's state, by which its samples, and its labeller, are known as its own."""
-    return fingerprint([(name, t.detach().cpu().numpy().tobytes()) for name, t in sorted(tensors.items())])
+    """Of a network's state, by which its labeller is known as its own."""
+    return fingerprint([(name, sha256(t.detach().cpu().contiguous().numpy()).digest()) for name, t in sorted(tensors.items())])

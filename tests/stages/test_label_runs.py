@@ -106,7 +106,7 @@ def test_a_stage_left_out_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             run_all(tmp_path / "a", label=LABEL)
     run_all(tmp_path / "a", resume=True, label=LABEL)
     with pytest.raises(RunError, match=r"started with other settings \(label.steps\)"):
-        run_all(tmp_path / "a", resume=True, label={**LABEL, "steps": 0})
+        run_all(tmp_path / "a", resume=True, label={**LABEL, "steps": 7})
 
 
 def test_a_gan_is_labelled_alike(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_steps_that_the_ledger_does_not_charge_are_refused(tmp_path: Path, monke
         run_all(tmp_path / "a", label=LABEL)
     ledger = tmp_path / "a" / "ledger.jsonl"
     ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(keepends=True)[:-1]))
-    with pytest.raises(RunError, match="label-progress.safetensors has taken 2 steps, the ledger charges 1"):
+    with pytest.raises(RunError, match=r"label-progress.safetensors has taken 2 steps, the ledger charges 1"):
         run_all(tmp_path / "a", resume=True, label=LABEL)
 
 
@@ -216,33 +216,58 @@ def test_drafts_are_other_images_than_the_synthetic_ones(tmp_path: Path, monkeyp
     assert len(drafts) == 1 and len(drafts[0]) == 27 and not synthetic & {image.tobytes() for image in drafts[0]}
 
 
+def test_a_lost_layer_is_taken_from_the_published_model(finished: Run, tmp_path: Path) -> None:
+    shutil.copytree(finished.folder.path, tmp_path / "a")
+    (tmp_path / "a" / "checkpoints" / "label.safetensors").unlink()
+    names = ["ledger.jsonl", "synthetic.npz", "model/config.json", "model/model.safetensors", "model/labeller.safetensors"]
+    before = [(tmp_path / "a" / name).read_bytes() for name in names]
+    run = run_all(tmp_path / "a", resume=True, label=LABEL)
+    assert pf.PrivImage.from_pretrained(run.folder.model)._labeller is not None
+    assert before == [(tmp_path / "a" / name).read_bytes() for name in names]
+
+
 @pytest.mark.parametrize("lost", ["unlinked", "another model's"])
-def test_a_lost_layer_that_the_budget_cannot_pay_for_again_is_an_error(finished: Run, tmp_path: Path, lost: str) -> None:
+def test_a_lost_layer_that_the_budget_cannot_pay_for_again_is_an_error(
+    finished: Run, tmp_path: Path, lost: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """It has to be learned anew, and all of its budget is charged: no layer without a private step passes for one."""
     shutil.copytree(finished.folder.path, tmp_path / "a")
     run = Run(tiny_config(tmp_path / "a", label=LABEL), public=PUBLIC, private=PRIVATE, test=TEST)
-    layer = run.folder.checkpoint("label")
-    tensors, described = run.folder.load_tensors(layer, "x")
-    layer.unlink() if lost == "unlinked" else run.folder.save_tensors(layer, tensors, {**described, "weights": "others"})
+    for layer in (run.folder.checkpoint("label"), run.folder.model / "labeller.safetensors"):
+        tensors, described = run.folder.load_tensors(layer, "x")
+        layer.unlink() if lost == "unlinked" else run.folder.save_tensors(layer, tensors, {**described, "weights": "others"})
     ledger = run.folder.ledger.read_bytes()
-    with (
-        run.opened(resume=True),
-        pytest.raises(RunError, match=f"allows no step of the layer .*: {STEPS} are charged, but .*gone"),
-    ):
-        run.label()
-    assert run.folder.ledger.read_bytes() == ledger
     with run.opened(resume=True):
         run.finetune()  # publishes the model anew, and no labeller as its own that is not
+        with pytest.raises(RunError, match=f"allows no step of the layer .*: {STEPS} are charged.* go on with --label.steps 0"):
+            run.label()
     assert pf.PrivImage.from_pretrained(run.folder.model)._labeller is None
+    card = (run.folder.model / "README.md").read_text()
+    assert "a classifier labels" not in card and "labels' layer" not in card
+    # The way out:
+    run = run_all(tmp_path / "a", resume=True, label={**LABEL, "steps": 0})
+    with np.load(run.folder.synthetic) as arrays:
+        assert arrays["labels"].tolist() == np.repeat(np.arange(3), 12).tolist()
+    assert run.folder.ledger.read_bytes() == ledger and not run.folder.labels.exists()
+    card = run.folder.card.read_text()
+    assert "a classifier labels" not in card and re.search(rf"\| label \|.*\| {STEPS} \|", card)
 
 
 def test_without_a_budget_a_lost_layer_is_learned_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     sections: dict[str, Any] = {"label": LABEL, "privacy": {"epsilon": float("inf")}}
     run = run_all(tmp_path / "a", **sections)
-    run.folder.checkpoint("label").unlink()
+    for layer in (run.folder.checkpoint("label"), run.folder.model / "labeller.safetensors"):
+        layer.unlink()
     run_all(tmp_path / "a", resume=True, **sections)
     assert Ledger.read(run.folder.ledger).steps_charged("label") == 2 * STEPS
-    assert f"label: {STEPS} steps in the ledger are of no layer that is kept" in caplog.text
+    assert f"label: of the steps in the ledger {STEPS} are of no layer that is kept" in caplog.text
+
+
+def test_labels_may_be_given_up_and_what_they_cost_stays_charged(finished: Run, tmp_path: Path) -> None:
+    shutil.copytree(finished.folder.path, tmp_path / "a")
+    run = run_all(tmp_path / "a", resume=True, label={**LABEL, "steps": 0})
+    assert run.spent()["epsilon"] == finished.spent()["epsilon"]
+    assert pf.PrivImage.from_pretrained(run.folder.model)._labeller is None
 
 
 # ------------------------------------------------------------------------------------------- what is published of it
