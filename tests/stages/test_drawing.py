@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from privimage_fast.data import ImageSet
 from privimage_fast.models import replay
 from privimage_fast.models.edm import Denoiser, EDMConfig, SamplerConfig
 from privimage_fast.models.gan import PRESETS, Generator
 from privimage_fast.models.training import ClassMeans
 from privimage_fast.models.unet import UNetConfig
-from privimage_fast.stages.sample import draw, latents
+from privimage_fast.stages.sample import cleaned, draw, latents, plain_ends
 
 LABELS = np.arange(12) % 3
 
@@ -211,3 +212,40 @@ def test_public_training_goes_on_where_nothing_can_be_recorded(caplog: pytest.Lo
         "the network is trained on public images without a CUDA graph, which is slower: out of memory"
     ]
     assert not torch.equal(before, model.unet.image_in.weight) and training.gradients._inputs == []
+
+
+def test_nearly_black_is_black_and_nearly_white_is_white() -> None:
+    images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    assert np.array_equal(cleaned(images, SamplerConfig()), images)
+    assert np.array_equal(cleaned(images, SamplerConfig(black=0, white=0)), images)
+    found = cleaned(images, SamplerConfig(black=7, white=3)).ravel()
+    assert found.dtype == np.uint8 and found[:8].tolist() == [0] * 8 and found[252:].tolist() == [255] * 4
+    assert np.array_equal(found[8:252], np.arange(8, 252))
+
+
+def test_a_drawn_image_is_cleaned() -> None:
+    model = denoiser()
+    plain, clean = (draw(model, LABELS, SamplerConfig(steps=4, black=black), seed=3) for black in (0, 100))
+    assert 0 < plain[plain <= 100].sum() and np.array_equal(clean, np.where(plain <= 100, 0, plain))
+
+
+@pytest.mark.parametrize(
+    ("values", "ends"),
+    [
+        ([0] * 50 + [255] * 50, (7, 7)),
+        ([0] * 50 + [128] * 50, (7, 0)),
+        ([255] * 20 + [128] * 80, (0, 7)),
+        ([0] * 50 + [3] * 20 + [128] * 30, (0, 0)),  # nearly black means something
+        ([0] * 50 + [3] * 8 + [128] * 42, (7, 0)),
+        ([0] * 5 + [128] * 95, (0, 0)),  # hardly any is black
+    ],
+)
+def test_where_public_images_are_plain(values: list[int], ends: tuple[int, int]) -> None:
+    images = np.array(values, np.uint8).reshape(1, 10, 10, 1)
+    assert plain_ends(ImageSet(images, np.zeros(1, np.int64), ("a",))) == ends
+
+
+@pytest.mark.parametrize("value", [-1, 128])
+def test_what_would_swallow_the_image_is_refused(value: int) -> None:
+    with pytest.raises(ValueError, match=rf"sampler.black must be in 0–127, or null, found {value}"):
+        SamplerConfig(black=value)
