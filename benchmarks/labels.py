@@ -1,9 +1,9 @@
 """What learned labels are worth: the same synthetic images with the labels they were drawn for, and with those that `label` gave.
 
-    python benchmarks/labels.py RUN [RUN …] [--seeds 3] [--guidance 1 0.6] [--black 0] [--device cuda] [--out FILE]
+    python benchmarks/labels.py RUN [RUN …] [--seeds 3] [--guidance 1 0.6] [--black 0] [--per-class N] [--out FILE]
 
 RUN is a finished run folder with ``label.steps`` set, whose test images are where its configuration says. Its synthetic images
-are judged with both, or as many that are drawn anew from its model with other guidance or another `sampler.black`. Each set of
+are judged with both, or others that are drawn anew from its model as these options say. Each set of
 labels is judged by the run's own `evaluate` settings, with as many trainings. Figures are of real images: not private.
 """
 
@@ -28,15 +28,17 @@ from privimage_fast.stages.sample import draw
 from privimage_fast.stages.saved import load_pretrained
 
 
-def compared(folder: Path, seeds: int, device: str, guidance: float | None, black: int | None) -> dict[str, Any]:
+def compared(
+    folder: Path, seeds: int, device: str, guidance: float | None, black: int | None, per_class: int | None
+) -> dict[str, Any]:  # fmt: skip
     """Accuracy on real test images of classifiers that saw the images with either labels; mean, and spread over trainings."""
     config = load_config(folder / "config.yaml")
     run = Run(replace(config, out=str(folder)))
     saved = load_pretrained(folder / "model")
     if saved.labeller is None or run.test is None:
         raise SystemExit(f"{folder}: labels were not learned (label.steps), or there are no test images")
-    drawn, sampler = np.repeat(np.arange(len(saved.class_names)), config.sample.per_class), config.sample.sampler
-    if guidance is None and black is None:
+    drawn, sampler = np.repeat(np.arange(len(saved.class_names)), per_class or config.sample.per_class), config.sample.sampler
+    if guidance is None and black is None and per_class is None:
         with np.load(folder / "synthetic.npz", allow_pickle=False) as arrays:
             images, learned = arrays["images"], arrays["labels"]
     else:
@@ -68,12 +70,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="trainings of the judge with each labels (3)")
     parser.add_argument("--guidance", type=float, nargs="+", default=[None], help="draw anew with these")
     parser.add_argument("--black", type=int, help="draw anew with this sample.sampler.black")
+    parser.add_argument("--per-class", type=int, help="draw anew so many of each class")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (auto)")
     parser.add_argument("--out", type=Path, help="also write JSON here")
     a = parser.parse_args()
     rows = []
     for folder, guidance in itertools.product(a.runs, a.guidance):
-        rows.append(compared(folder, a.seeds, device_of(a.device), guidance, a.black))
+        rows.append(compared(folder, a.seeds, device_of(a.device), guidance, a.black, a.per_class))
         print(json.dumps(rows[-1]), flush=True)
         if a.out:
             a.out.write_text(json.dumps(rows, indent=1) + "\n")
