@@ -33,7 +33,7 @@ def compared(
 ) -> dict[str, Any]:  # fmt: skip
     """Accuracy on real test images of classifiers that saw the images with either labels; mean, and spread over trainings."""
     config = load_config(folder / "config.yaml")
-    run = Run(replace(config, out=str(folder)))
+    run = Run(replace(config, out=str(folder), device=device))
     saved = load_pretrained(folder / "model")
     if saved.labeller is None or run.test is None:
         raise SystemExit(f"{folder}: labels were not learned (label.steps), or there are no test images")
