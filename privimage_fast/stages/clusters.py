@@ -139,10 +139,10 @@ def _clusters(
         raise DataError(
             f"embedding: found shape {tuple(rows)} for {min(8, len(public))} images, expected ({min(8, len(public))}, d)"
         )
-    points = batched(embedding, images, device=device).astype(np.float64)
-    centres = kmeans(points, count, random, iterations=iterations)
+    points = batched(embedding, images, device=device)
+    centres = kmeans(points, count, random, iterations=iterations, device=device)
     # Labels by the function that the query will use, so that an image and its cluster agree.
-    found = torch.from_numpy(centres).float()
+    found = torch.from_numpy(centres)
     function = _nearest_centre(embedding, found)
     nearest = batched(lambda x: _best(function(x)), public.images, device=device).astype(np.int64)
     if (nearest < 0).any():
@@ -151,17 +151,21 @@ def _clusters(
     return found[used], labels
 
 
-def kmeans(points: np.ndarray, count: int, random: np.random.Generator, *, iterations: int = _ITERATIONS) -> np.ndarray:
-    """Centres (at most ``count``, d) of points (n, d); one that ends without points is left out."""
-    centres = _seeded(points, count, random)
+def kmeans(
+    points: np.ndarray, count: int, random: np.random.Generator, *, iterations: int = _ITERATIONS, device: str = "cpu"
+) -> np.ndarray:  # fmt: skip
+    """Centres (at most ``count``, d) of points (n, d), in their precision; one that ends without points is left out."""
+    rows = torch.from_numpy(points).to(device)
+    centres = rows[_seeded(rows, count, random)]
     for _ in range(iterations):
-        labels = _nearest(points, centres)
-        used = np.unique(labels)
-        updated = np.stack([points[labels == c].mean(axis=0) for c in used])
-        if updated.shape == centres.shape and np.allclose(updated, centres):
+        labels = _nearest(rows, centres)
+        sums = torch.zeros(centres.shape, dtype=torch.float64, device=device).index_add_(0, labels, rows.double())
+        members = torch.bincount(labels, minlength=len(centres))[:, None]
+        updated = (sums / members)[members[:, 0] > 0].to(rows)
+        if updated.shape == centres.shape and torch.allclose(updated, centres):
             break
         centres = updated
-    return centres
+    return centres.cpu().numpy()
 
 
 def _best(scores: Tensor) -> Tensor:
@@ -181,23 +185,22 @@ def _nearest_centre(embedding: Embedding, centres: Tensor) -> SemanticFunction:
     return scores
 
 
-def _seeded(points: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
+def _seeded(points: Tensor, count: int, random: np.random.Generator) -> list[int]:
     """k-means++ (Arthur & Vassilvitskii 2007): each centre far from those before it."""
     chosen = [int(random.integers(len(points)))]
-    norms = (points**2).sum(1)
-    squared = np.full(len(points), np.inf)
-    for _ in range(1, count):
+    norms = points.square().sum(1)
+    squared = torch.full_like(norms, torch.inf)
+    for draw in random.random(count - 1):
         last = chosen[-1]
-        squared = np.minimum(squared, np.maximum(norms + norms[last] - 2 * (points @ points[last]), 0))
+        squared = torch.minimum(squared, (norms + norms[last] - 2 * (points @ points[last])).clamp_min(0))
         squared[last] = 0
-        total = squared.sum()
-        weights = squared / total if total > 0 else np.full(len(points), 1 / len(points))
-        chosen.append(int(random.choice(len(points), p=weights)))
-    return points[chosen]
+        below = squared.double().cumsum(0).cpu().numpy()
+        total = below[-1]
+        found = np.searchsorted(below, draw * total, side="right") if total > 0 else int(draw * len(points))
+        chosen.append(min(int(found), len(points) - 1))
+    return chosen
 
 
-def _nearest(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    norms = (centres**2).sum(1)
-    return np.concatenate(
-        [(norms - 2 * block @ centres.T).argmin(1) for block in np.array_split(points, max(1, len(points) // 4096))]
-    )
+def _nearest(points: Tensor, centres: Tensor) -> Tensor:
+    norms = centres.square().sum(1)
+    return torch.cat([(norms - 2 * block @ centres.T).argmin(1) for block in points.split(4096)])
