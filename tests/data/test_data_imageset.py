@@ -7,6 +7,7 @@ import pytest
 from data_helpers import random_set
 
 from privimage_fast.data import DataError, ImageSet, Limits, image_sheet
+from privimage_fast.data.sheet import class_sheet
 
 IMAGES = np.zeros((4, 8, 8, 1), np.uint8)
 LABELS = np.array([0, 1, 1, 0])
@@ -84,3 +85,12 @@ def test_sheet_refuses_what_does_not_fit():
         image_sheet(IMAGES, 1, 3)
     with pytest.raises(DataError, match="row labels"):
         image_sheet(IMAGES, 2, 2, row_labels=["a"])
+
+
+def test_a_sheet_of_more_classes_than_rows_shows_those_with_images() -> None:
+    names = tuple(str(c) for c in range(30))
+    images = np.full((3, 8, 8, 1), 200, np.uint8)
+    late = ImageSet(images, np.full(3, 25), names)  # the only class that has any is none of the first twenty
+    assert np.asarray(class_sheet(late)).max() >= 200
+    assert class_sheet(late).height < class_sheet(ImageSet(images, np.array([0, 1, 2]), names[:20])).height
+    assert class_sheet(ImageSet(images[:0], np.zeros(0, np.int64), names)).height > 0

@@ -1,4 +1,4 @@
-"""Labels from a privately trained layer in a run: budget, interruptions, what is published and told."""
+"""Labels from a privately trained layer in a run: budget, interruptions, resuming."""
 
 from __future__ import annotations
 
@@ -21,28 +21,18 @@ from tiny import LABEL, PRIVATE, PUBLIC, SECTIONS, TEST, dpsgd, run_all, tiny_co
 
 import privimage_fast as pf
 from privimage_fast.config import ConfigError
-from privimage_fast.data import ImageSet
-from privimage_fast.data.sheet import class_sheet
 from privimage_fast.dp.accounting import epsilon
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.dp.noise import NoiseKey, Stream
 from privimage_fast.dp.optimizer import PrivateOptimizer
 from privimage_fast.pipeline import Run
 from privimage_fast.report import build_report
-from privimage_fast.stages import saved as saved_module
-from privimage_fast.stages.folder import RunError, RunFolder
+from privimage_fast.stages.folder import RunError
 from privimage_fast.stages.label import embedded
-from privimage_fast.stages.sample import run_sample
-from privimage_fast.stages.saved import load_pretrained, save_pretrained
 
 stage = importlib.import_module("privimage_fast.stages.label")
 
 STEPS = LABEL["steps"]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return run_all(tmp_path_factory.mktemp("label") / "a", label=LABEL)
 
 
 def test_fine_tuning_leaves_what_the_labels_cost(finished: Run) -> None:
@@ -268,119 +258,6 @@ def test_labels_may_be_given_up_and_what_they_cost_stays_charged(finished: Run, 
     run = run_all(tmp_path / "a", resume=True, label={**LABEL, "steps": 0})
     assert run.spent()["epsilon"] == finished.spent()["epsilon"]
     assert pf.PrivImage.from_pretrained(run.folder.model)._labeller is None
-
-
-# ------------------------------------------------------------------------------------------- what is published of it
-
-
-def test_a_fit_that_is_cut_off_leaves_the_model_of_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights of the second run would go out with the ledger, and so the ε, of the first."""
-    model = pf.PrivImage(tiny_config(tmp_path, label=LABEL)).fit(PUBLIC, PRIVATE, out=tmp_path / "a")
-    model.save_pretrained(tmp_path / "first")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Run, "label", Mock(side_effect=KeyboardInterrupt))
-        model.fit(PUBLIC, PRIVATE, out=tmp_path / "b")
-    model.save_pretrained(tmp_path / "again")
-    names = sorted(path.name for path in (tmp_path / "first").iterdir())
-    assert names == sorted(path.name for path in (tmp_path / "again").iterdir()) and "labeller.safetensors" in names
-    for name in names:
-        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
-
-
-def test_a_model_without_a_labeller_leaves_none_of_an_earlier_one(finished: Run, tmp_path: Path) -> None:
-    saved = load_pretrained(finished.folder.model)
-    for labeller in (saved.labeller, None):
-        save_pretrained(
-            saved.model, tmp_path / "m", class_names=saved.class_names, labeller=labeller, ledger="spent", card="card"
-        )
-    assert load_pretrained(tmp_path / "m").labeller is None and not (tmp_path / "m" / "labeller.safetensors").exists()
-    save_pretrained(saved.model, tmp_path / "m", class_names=saved.class_names)
-    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
-
-
-@pytest.mark.parametrize("at", range(4))
-def test_a_half_saved_model_is_none(finished: Run, tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else weights of one would be taken for what another's ledger says."""
-    saved = load_pretrained(finished.folder.model)
-    shutil.copytree(finished.folder.model, tmp_path / "m")
-    calls = 0
-
-    def failing(original: Any) -> Any:
-        def write(*args: Any, **options: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls > at:
-                raise OSError("no space left on device")
-            return original(*args, **options)
-
-        return write
-
-    for owner, name in ((saved_module, "atomic_write_text"), (RunFolder, "save_tensors"), (RunFolder, "write_json")):
-        monkeypatch.setattr(owner, name, failing(getattr(owner, name)))
-    with pytest.raises(OSError, match="no space"):
-        save_pretrained(
-            saved.model, tmp_path / "m", class_names=saved.class_names, labeller=saved.labeller, ledger="spent", card="card"
-        )
-    with pytest.raises(RunError, match="holds no model"):
-        load_pretrained(tmp_path / "m")
-
-
-def test_the_labeller_is_part_of_what_a_model_is_known_by(finished: Run, tmp_path: Path) -> None:
-    """Synthetic images that another layer has labelled are drawn anew."""
-    saved = load_pretrained(finished.folder.model)
-    assert saved.labeller is not None
-    saved.labeller.head += 1
-    save_pretrained(saved.model, tmp_path / "m", class_names=saved.class_names, labeller=saved.labeller)
-    assert load_pretrained(tmp_path / "m").weights != saved.weights
-
-
-def test_labels_as_they_are_drawn_for_can_be_had(finished: Run) -> None:
-    model = pf.PrivImage.from_pretrained(finished.folder.model)
-    assert model.sample(36, relabel=False).labels.tolist() == [i % 3 for i in range(36)] != model.sample(36).labels.tolist()
-
-
-def test_what_was_kept_of_labels_is_not_told_of_images_that_keep_theirs(finished: Run, tmp_path: Path) -> None:
-    shutil.copytree(finished.folder.path, tmp_path / "a")
-    folder, saved = RunFolder(tmp_path / "a"), load_pretrained(finished.folder.model)
-    run_sample(folder, finished.config.sample, model=saved.model, class_names=saved.class_names, weights="others", seed=0)
-    assert not folder.labels.exists()
-
-
-def test_a_class_that_no_image_has_stands_in_the_report(finished: Run, tmp_path: Path) -> None:
-    shutil.copytree(finished.folder.path, tmp_path / "a")
-    with np.load(finished.folder.synthetic) as arrays:
-        kept = dict(arrays)
-    kept["labels"][kept["labels"] == 2] = 1
-    np.savez(tmp_path / "a" / "synthetic.npz", **kept)
-    page = build_report(tmp_path / "a").read_text()
-    assert re.search(r"<td>digit2</td>\s*<td class=\"n\">0</td>", page)
-    assert class_sheet(ImageSet(kept["images"], kept["labels"], PRIVATE.label_names)).height == (
-        class_sheet(ImageSet(kept["images"], np.arange(36) % 3, PRIVATE.label_names)).height
-    )
-
-
-def test_a_plan_that_is_written_has_the_labels_in_it(tmp_path: Path) -> None:
-    run = Run(tiny_config(tmp_path / "b", label=LABEL), public=PUBLIC, private=PRIVATE, test=TEST)
-    plan = run.plan()
-    run.config = run._resolved(None)
-    run.folder.create()
-    run.write_plan(plan)
-    budget = json.loads(run.folder.budget.read_text())
-    assert (budget["label_steps"], budget["label_noise_multiplier"]) == (STEPS, plan.label_noise_multiplier)
-
-
-@pytest.mark.parametrize(
-    ("sections", "message"),
-    [
-        ({"label": {"share": 0.2}}, "what is set of label is not used: label.steps is 0"),
-        ({"label": LABEL, "privacy": {"train": False}}, "label.steps is not used: privacy.train is false"),
-    ],
-)
-def test_settings_without_effect_are_told(
-    tmp_path: Path, sections: dict[str, Any], message: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    Run(tiny_config(tmp_path / "b", **sections), public=PUBLIC, private=PRIVATE, test=TEST).plan()
-    assert message in caplog.text
 
 
 def test_a_killed_step_is_paid_for_by_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
