@@ -55,8 +55,8 @@ def class_sheet(images: ImageSet, *, columns: int = 12, max_rows: int = 20) -> I
     """
     rows = [(name, np.flatnonzero(images.labels == c)[:columns]) for c, name in enumerate(images.label_names)]
     if len(rows) > max_rows:
-        rows = ([row for row in rows if len(row[1])] or rows)[:max_rows]
-    columns = max(1, *(len(picks) for _, picks in rows))
+        rows = [row for row in rows if len(row[1])][:max_rows]
+    columns = max(len(picks) for _, picks in rows)
     blank = np.zeros((1, *images.images.shape[1:]), np.uint8)
     cells = [np.concatenate([images.images[picks], np.repeat(blank, columns - len(picks), 0)]) for _, picks in rows]
     scale = max(1, 48 // images.resolution)
