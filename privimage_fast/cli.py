@@ -214,9 +214,11 @@ def _stage(stage: str, argv: list[str]) -> None:
         print(f"{plan.table()}\n\n{plan.step.table()}")
         return
     with run.opened(resume=True):
-        result = getattr(run, stage)()
-        if stage in (*CHARGED_STAGES, "sample", "evaluate") and (run.folder.path / "report.html").exists():
-            run.report()  # an earlier page would show another ε, other images or figures than the folder holds
+        try:
+            result = getattr(run, stage)()
+        finally:
+            if stage in (*CHARGED_STAGES, "sample", "evaluate") and (run.folder.path / "report.html").exists():
+                run.report()  # an earlier page would show another ε, other images or figures than the folder holds
     if stage == "evaluate":
         if result is None:
             raise RunError("there is nothing to evaluate against: set data.test, or data.holdout before the run")
@@ -355,8 +357,10 @@ def _data(argv: list[str]) -> None:
     what = "Looks at an image set, or converts it. `privimage data prepare --help`: well-known sets."
     parser = argparse.ArgumentParser("privimage data", description=what)
     parser.add_argument("source", help="folder of class folders, zip, npz, IDX, or embedded:mnist|digits|letters|…")
-    parser.add_argument("--resolution", type=int, default=32)
-    parser.add_argument("--channels", type=int, default=3, choices=(1, 3))
+    parser.add_argument("--resolution", type=int, default=32, help="pixels of a side that images are brought to (32)")
+    parser.add_argument(
+        "--channels", type=int, default=3, choices=(1, 3), help="1 grey, 3 colour, to which they are converted (3)"
+    )
     parser.add_argument("--format", default="auto", help="auto, folder, zip, npz or idx")
     parser.add_argument("--skip-bad", action="store_true", help="list and skip unreadable images")
     parser.add_argument("--to", metavar="PATH", help="write it: PATH.npz, PATH.zip, or a folder")

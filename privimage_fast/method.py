@@ -19,7 +19,7 @@ from privimage_fast.planning import Plan
 from privimage_fast.stages.folder import RunError, RunFolder
 from privimage_fast.stages.query import SemanticFunction
 from privimage_fast.stages.sample import draw
-from privimage_fast.stages.saved import load_pretrained, save_pretrained
+from privimage_fast.stages.saved import check_target, load_pretrained, save_pretrained
 
 
 class PrivImage:
@@ -41,6 +41,7 @@ class PrivImage:
         self._run: Run | None = None
         self._model: Drawable | None = None
         self._labeller: Labeller | None = None
+        self._sampler = self.config.sample.sampler
         self._class_names: tuple[str, ...] = ()
         self._pretrained: dict[str, Any] = {}
         self._companions: dict[str, Any] = {}  # what a saved model came with, to be saved with it again
@@ -64,12 +65,13 @@ class PrivImage:
                 model, labeller = run.finetune().drawable.eval(), run.label()
                 run.report()
         except BaseException as error:
-            if out is None:  # nobody else knows where it is
+            if out is None and run.folder.begun:  # nobody else knows where it is
                 error.add_note(f"what was charged for is in {run.folder.path}; go on with that as out, and resume=True")
             raise
         # All at once: weights of a run that was cut off must not be saved with the ledger of the one before.
         # Not the run's configuration: N, δ and steps of this set would be taken for those of the next.
         self._run, self._model, self._labeller, self._class_names = run, model, labeller, run.private.label_names
+        self._sampler = run.config.sample.sampler
         return self
 
     def sample(
@@ -85,14 +87,14 @@ class PrivImage:
             raise ValueError(f"n must be at least 1, found {n}")
         if labels is None:
             labels = np.arange(n) % len(self._class_names)
-        elif len(labels) != n or labels.min() < 0 or labels.max() >= len(self._class_names):
+        labels = np.asarray(labels)
+        if labels.shape != (n,) or labels.min() < 0 or labels.max() >= len(self._class_names):
             raise ValueError(f"labels must be {n} whole numbers in [0, {len(self._class_names)}), found {labels!r}")
         seed = self.config.seed if seed is None else seed
         size, device = self.config.sample.batch_size, device_of(self.config.device)
         autocast = autocast_of(self.config.precision, device)
-        sampler = self.config.sample.sampler
         parts = [
-            draw(model, labels[start : start + size], sampler, seed=seed, first=start, device=device, autocast=autocast)
+            draw(model, labels[start : start + size], self._sampler, seed=seed, first=start, device=device, autocast=autocast)
             for start in range(0, n, size)
         ]
         images = np.concatenate(parts)
@@ -120,6 +122,7 @@ class PrivImage:
 
     def save_pretrained(self, path: str | Path) -> None:
         """Weights as safetensors, configuration, ledger, and the card without figures that are not private."""
+        check_target(path)
         if self._run is None:
             save_pretrained(self._fitted(), path, class_names=self._class_names, labeller=self._labeller, **self._companions)
         else:
@@ -148,6 +151,12 @@ class PrivImage:
         self, public: ImageSet | str, private: ImageSet | str, out: str | Path | None, semantic_function: SemanticFunction | None
     ) -> Run:
         sources = {"public": public, "private": private}
+        for name, source in sources.items():
+            if not isinstance(source, ImageSet | str | Path | list):  # whose text would be pixel values
+                raise TypeError(
+                    f"{name}: give a folder, a file or pf.ImageSet(images, labels, label_names) of uint8 (n, H, W, 1 or 3), "
+                    f"found {type(source).__name__}"
+                )
         sets = {name: s for name, s in sources.items() if isinstance(s, ImageSet)}
         data = replace(self.config.data, **{name: str(s) for name, s in sources.items() if name not in sets})
         if sets:  # in-memory images bring their own size

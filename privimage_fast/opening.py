@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -17,9 +17,10 @@ from privimage_fast.dp.accounting import DPSGDEvent, GaussianEvent, default_delt
 from privimage_fast.dp.ledger import Ledger
 from privimage_fast.planning import fill_clusters, fill_warmup, query_noise_multiplier, questions, reserved
 from privimage_fast.stages.clusters import check_clusters
-from privimage_fast.stages.folder import RunError, RunFolder
+from privimage_fast.stages.folder import RUN_FOLDERS, RunError, RunFolder
 from privimage_fast.stages.label import LabelConfig, check_images
 from privimage_fast.stages.sample import plain_ends
+from privimage_fast.stages.saved import LABELLER
 from privimage_fast.stages.select import labels_per_class
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,8 @@ def resolve(c: RunConfig, saved: RunConfig | None, *, images: int, n_classes: in
         ends = plain_ends(public) if saved is None else (known.black or 0, known.white or 0)
         black, white = (end if given is None else given for given, end in zip((sampler.black, sampler.white), ends, strict=True))
         sampler = replace(sampler, black=black, white=white)
+        if saved is None and (black or white):
+            logger.info("values up to %d are drawn as 0, and from %d as 255, as public images have them", black, 255 - white)
     multiplicity = c.finetune.multiplicity or filled.finetune.multiplicity or c.model.default_multiplicity
     return replace(
         c,
@@ -147,10 +150,6 @@ def check_inputs(c: RunConfig, folder: RunFolder, *, public: ImageSet, private: 
             c.model.build(resolution=c.data.resolution, channels=c.data.channels, num_classes=private.n_classes)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if c.label.steps and not c.privacy.train:
-        logger.warning("label.steps is not used: privacy.train is false, and labels are learned from sensitive images as well")
-    if not c.label.steps and c.label != LabelConfig():
-        logger.warning("what is set of label is not used: label.steps is 0; 100 does")
     if c.model.unused_sizes:
         logger.warning("%s", c.model.unused_sizes)
     if test is not None and test.label_names != private.label_names:
@@ -199,6 +198,10 @@ def check_public_numbers(c: RunConfig, *, images: int) -> None:
         )
     if c.relabels:
         check_images(images)
+        if c.label.noise_multiplier == 0 and math.isfinite(c.privacy.epsilon):
+            raise ConfigError(
+                "label.noise_multiplier is 0: without noise nothing is private. Leave it out, or set privacy.epsilon to .inf"
+            )
     c.finetune.sample_rate(population)
     asked = [*questions(c), *reserved(c)]
     if not asked or math.isinf(c.privacy.epsilon):
@@ -212,6 +215,37 @@ def check_public_numbers(c: RunConfig, *, images: int) -> None:
             "query.share, warmup.share or label.share (or raise their noise_multiplier); warmup.steps 0 leaves the means out, "
             "label.steps 0 the labels"
         )
+
+
+def check_place(out: Path, data: DataConfig) -> None:
+    """Refuses a run folder among images: its sheets would be taken for some of them, and they would be published with it.
+
+    Raises:
+        ConfigError: it is one of the image sets, or lies in one, or holds one, or holds folders or pictures that are no run's.
+    """
+    place = out.resolve()
+    for name in ("public", "private", "test"):
+        given = getattr(data, name)
+        for source in [given] if isinstance(given, str) else given or []:
+            path = Path(source).resolve()
+            if path.exists() and (place == path or place in path.parents or (path.is_dir() and path in place.parents)):
+                raise ConfigError(f"out is {out}, and data.{name} is {source}: a run needs its own; choose another --out")
+    if place.is_dir() and not RunFolder(place).config.exists():
+        strange = [
+            entry.name for entry in place.iterdir()
+            if (entry.is_dir() and entry.name not in RUN_FOLDERS) or entry.suffix.lower() in (".png", ".jpg", ".jpeg")
+        ]  # fmt: skip
+        if strange:
+            raise ConfigError(f"out is {out}, which holds {sorted(strange)[0]} and is no run's folder; choose another --out")
+
+
+def tell_unused(c: RunConfig) -> None:
+    """Warns of settings of learned labels where none are learned."""
+    if c.label.steps and not c.privacy.train:
+        logger.warning("label.steps is not used: privacy.train is false, and labels are learned from sensitive images as well")
+    unused = [f"label.{f.name}" for f in fields(LabelConfig) if getattr(c.label, f.name) != getattr(LabelConfig(), f.name)]
+    if unused and not c.label.steps:
+        logger.warning("%s: not used, since label.steps is 0 and no labels are learned; 100 does", ", ".join(unused))
 
 
 def check_ledger(folder: RunFolder) -> None:
@@ -232,12 +266,13 @@ def check_ledger(folder: RunFolder) -> None:
         if sum(r.stage == stage and r.event == GaussianEvent(sigma) for r in records) < rounds:
             what = "an answer" if rounds == 1 else f"{rounds} answers"
             raise RunError(f"{path} holds {what} with σ = {sigma:g} that the ledger does not charge. {advice}")
-    for name in ("finetune", "finetune-progress", "label", "label-progress"):
-        stage, path = name.partition("-")[0], folder.checkpoint(name)
+    names = ("finetune", "finetune-progress", "label", "label-progress")
+    weights = [(folder.checkpoint(name), name.partition("-")[0]) for name in names]
+    for path, stage in (*weights, (folder.model / LABELLER, "label")):
         charged = sum(r.event.steps for r in records if r.stage == stage and isinstance(r.event, DPSGDEvent))
         if path.exists():
             tensors, metadata = folder.load_tensors(path, stage)
-            taken = int(tensors["steps"]) if name == "finetune-progress" else int(metadata["steps"])
+            taken = int(tensors["steps"] if path.stem == "finetune-progress" else metadata["steps"])
             if taken > charged:
                 raise RunError(f"{path} has taken {taken} steps, the ledger charges {charged}. {advice}")
 

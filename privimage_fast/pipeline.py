@@ -32,10 +32,12 @@ from privimage_fast.opening import (
     check_apart,
     check_inputs,
     check_ledger,
+    check_place,
     check_public_numbers,
     device_of,
     open_source,
     resolve,
+    tell_unused,
 )  # fmt: skip
 from privimage_fast.planning import Plan, make_plan, query_noise_multiplier, reserved
 from privimage_fast.stages.agreement import check_text, question, stand_in_tables
@@ -48,7 +50,7 @@ from privimage_fast.stages.means import load_means, pictures, run_means
 from privimage_fast.stages.pretrain import run_pretrain
 from privimage_fast.stages.query import SemanticFunction, public_classifier, run_query, semantic_function_of
 from privimage_fast.stages.sample import draw, run_sample, save_sheet
-from privimage_fast.stages.saved import load_pretrained, save_pretrained, saved_fingerprint, weights_fingerprint
+from privimage_fast.stages.saved import Pretrained, load_pretrained, save_pretrained, saved_fingerprint, weights_fingerprint
 from privimage_fast.stages.select import labels_per_class, run_select, selected_subset
 from privimage_fast.stages.warmup import run_warmup
 
@@ -163,6 +165,7 @@ class Run:
         """Refuses a folder that holds a run, unless it is to be gone on with, and a path that is no folder."""
         if self.folder.path.exists() and not self.folder.path.is_dir():
             raise RunError(f"{self.folder.path} is a file, but a run needs a folder; choose another --out")
+        check_place(self.folder.path, self.config.data)
         if self.folder.begun and not resume:
             raise RunError(
                 f"{self.folder.path} already holds a run; go on with --resume (in Python resume=True), or choose another --out"
@@ -185,8 +188,7 @@ class Run:
             self.config = self._resolved(saved)
             if saved is not None:
                 free = _REOPENABLE if self.config.warms_up or saved.warms_up else (*_REOPENABLE, "warmup.")
-                if saved.relabels and not self.config.relabels:  # what it was charged stays so; images keep their labels
-                    free += ("label.",)
+                free += self._changeable_labels(saved)
                 if not saved.data.holdout:  # with a share held out, a test set of its own would be trained on more images
                     free += ("data.test",)
                 changed = [k for k in differing_keys(saved, self.config) if not k.startswith(free)]
@@ -198,6 +200,7 @@ class Run:
             check_ledger(self.folder)
             self.check_inputs()
             if saved is None:
+                tell_unused(self.config)
                 self.check_evaluation()
                 check_public_numbers(self.config, images=len(self.private))
             elif self.config.privacy.population != len(self.private):
@@ -212,6 +215,18 @@ class Run:
                 self.__dict__.pop("noise_key", None)  # an interrupted step's place in the noise must not be met again
                 if "ledger" in self.__dict__:
                     self.__dict__.pop("ledger").close()
+
+    def _changeable_labels(self, saved: RunConfig) -> tuple[str, ...]:
+        """Keys of learned labels that may change: they can be given up, and taken up again where they were paid for."""
+        if self.config.relabels:
+            paid = self.folder.ledger.exists() and Ledger.read(self.folder.ledger).steps_charged("label")
+            return ("label.steps",) if paid and not saved.relabels else ()
+        if saved.relabels:
+            logger.warning(
+                "label.steps is 0 now: images get the labels that they are drawn for. What learning others was charged stays "
+                "charged; label.steps %d takes them up again", saved.label.steps,
+            )  # fmt: skip
+        return ("label.",)
 
     def _resolved(self, saved: RunConfig | None) -> RunConfig:
         private = self.private
@@ -386,6 +401,8 @@ class Run:
         """What gives synthetic images their labels; None where they keep those that they are drawn for."""
         c = self.config
         if not c.relabels:
+            if self.ledger.steps_charged("label") and self.folder.model.exists():  # given up: published without
+                self._publish(load_pretrained(self.folder.model).model)
             return None
         if not (self.folder.model.exists() and self.folder.checkpoint("finetune").exists()):
             raise RunError(f"{self.folder.path} holds no fine-tuned model; run `privimage finetune` first")
@@ -429,10 +446,15 @@ class Run:
             card=report.published_card(self.folder.path, label_steps=labeller.steps if labeller else None),
         )  # fmt: skip
 
+    def _drawn_from(self) -> Pretrained:
+        """The published model; without its labeller where labels were given up."""
+        saved = load_pretrained(self.folder.model)
+        return saved if self.config.relabels else replace(saved, labeller=None, weights=saved_fingerprint(saved.model, None))
+
     def sample(self) -> ImageSet:
         if not self.folder.model.exists():
             raise RunError(f"{self.folder.model} is missing; run `privimage finetune` first")
-        saved = load_pretrained(self.folder.model)
+        saved = self._drawn_from()
         if self.config.relabels and saved.labeller is None:
             raise RunError(
                 f"label.steps is set, and {self.folder.model} has no labeller: its labels are not learned yet, or were not "
@@ -451,7 +473,7 @@ class Run:
         c, ledger = self.config, Ledger.read(self.folder.ledger)
         return run_evaluate(
             self.folder, c.evaluate, synthetic=self.sample(), test=self.test, feature_network=self.feature_network(),
-            weights=load_pretrained(self.folder.model).weights, seed=c.seed, device=self.device,
+            weights=self._drawn_from().weights, seed=c.seed, device=self.device,
             private=self.private if c.evaluate.neighbours or c.evaluate.memorisation else None,
             protected=math.isfinite(ledger.epsilon()) and not ledger.seeded,
         )  # fmt: skip

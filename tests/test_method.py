@@ -190,3 +190,16 @@ def test_a_disk_that_is_full_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(folder_module, "save_file", full)
     with pytest.raises(RunError, match=r"classifier\.safetensors cannot be written .*No space.*--resume"):
         run_all(tmp_path / "a")
+
+
+def test_a_fitted_model_draws_what_it_draws_when_it_is_loaded(tmp_path: Path) -> None:
+    """With what the run has filled in, plain black here."""
+    black = PUBLIC.images.copy()
+    black[black < 60] = 0
+    public = pf.ImageSet(black, PUBLIC.labels, PUBLIC.label_names)
+    model = pf.PrivImage(tiny_config(tmp_path)).fit(public, PRIVATE, out=tmp_path / "a")
+    model.save_pretrained(tmp_path / "m")
+    loaded = pf.PrivImage.from_pretrained(tmp_path / "m")
+    drawn = model.sample(9, labels=[0, 1, 2] * 3).images
+    assert loaded.config.sample.sampler.black == 7 and not ((drawn > 0) & (drawn <= 7)).any()
+    assert np.array_equal(drawn, loaded.sample(9, labels=[0, 1, 2] * 3).images)

@@ -48,7 +48,9 @@ def published_card(run_dir: Path, **facts: Any) -> str:
     """
     found = replace(read_facts(Path(run_dir)), **facts)
     private = [metric for metric in found.metrics if metric.private]
-    return _card(replace(found, metrics=private, releases=[r for r in found.releases if r.covered]), published=True)
+    there = {"model/": "model.safetensors", "model/labeller.safetensors": "labeller.safetensors", "ledger.jsonl": "ledger.jsonl"}
+    kept = [replace(r, path=there[r.path]) for r in found.releases if r.path in there]
+    return _card(replace(found, metrics=private, releases=kept), published=True)
 
 
 def _card(facts: Facts, *, published: bool) -> str:

@@ -89,6 +89,11 @@ class Facts:
         """Whether the configuration asks for labels from a privately trained layer."""
         return bool(self.setting("label", "steps")) and self.setting("privacy", "train") is not False
 
+    @property
+    def labels_given_up(self) -> bool:
+        """Whether labels were charged, and nothing here has them."""
+        return not self.relabels and any(charges.stage == "label" for charges in self.privacy.charges)
+
     def setting(self, *keys: str) -> Any:
         """A value of the resolved configuration, None where it is not there."""
         value: Any = self.config

@@ -155,6 +155,8 @@ def read_privacy(
         what = "ε cannot be computed" if isinstance(error, BudgetError) else "the ledger is damaged"
         text = f"The ledger cannot be used, so nothing can be said about ε. {without_folder(str(error), run_dir)}"
         return Privacy(banners=[Banner(f"NO STATEMENT: {what}", text)])
+    if not (config.get("label") or {}).get("steps"):  # none, or given up: what was charged of them is all there will be
+        budget = {**budget, "label_steps": None}
     _compare(privacy, ledger, budget, {"query": query, "warmup": means}, finished)
     privacy.banners = _banners(privacy)
     return privacy

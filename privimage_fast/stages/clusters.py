@@ -156,16 +156,20 @@ def kmeans(
 ) -> np.ndarray:  # fmt: skip
     """Centres (at most ``count``, d) of points (n, d), in their precision; one that ends without points is left out."""
     rows = torch.from_numpy(points).to(device)
+    middle = rows.mean(0)
+    rows = rows - middle  # squared distances are differences of squared lengths: these must not be large beside them
     centres = rows[_seeded(rows, count, random)]
     for _ in range(iterations):
         labels = _nearest(rows, centres)
-        sums = torch.zeros(centres.shape, dtype=torch.float64, device=device).index_add_(0, labels, rows.double())
+        sums = torch.zeros(centres.shape, dtype=torch.float64, device=device)
+        for own, block in zip(labels.split(4096), rows.split(4096), strict=True):
+            sums.index_add_(0, own, block.double())
         members = torch.bincount(labels, minlength=len(centres))[:, None]
         updated = (sums / members)[members[:, 0] > 0].to(rows)
         if updated.shape == centres.shape and torch.allclose(updated, centres):
             break
         centres = updated
-    return centres.cpu().numpy()
+    return (centres + middle).cpu().numpy()
 
 
 def _best(scores: Tensor) -> Tensor:

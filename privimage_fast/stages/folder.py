@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 SENSITIVE_STAGES = ("query", "warmup", "finetune", "label", "evaluate")
 CHARGED_STAGES = SENSITIVE_STAGES[:-1]
+RUN_FOLDERS = ("checkpoints", "samples", "model", "synthetic")
 
 
 class RunError(RuntimeError):

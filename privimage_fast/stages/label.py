@@ -122,9 +122,11 @@ def run_label(
     assert config.noise_multiplier is not None
     stamp = fingerprint(config, population, target_epsilon, delta, seed, weights, private.label_names)
     path, features_path, progress_path = (folder.checkpoint(STAGE + part) for part in ("", "-features", "-progress"))
-    found = kept_labeller(folder, config, private, weights) if folder.finished(STAGE, stamp) else None
+    found = kept_labeller(folder, config, private, weights)
     if found is not None:
         _remove_parts(folder)  # of an interruption in the last step
+        if not folder.recorded(STAGE):
+            folder.record(STAGE, stamp, 0.0)
         return found.to(device)
     if not (features_path.exists() and folder.described(features_path, STAGE).get("fingerprint") == stamp):
         _learn_features(folder, config, model, sample, private, stamp, seed, device, autocast)

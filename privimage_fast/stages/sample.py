@@ -178,7 +178,13 @@ def _tell_labels(folder: RunFolder, drawn: np.ndarray, found: np.ndarray, class_
     """Writes labels.json: which part of the images drawn for each class kept its label. Warns of a class that lost most."""
     count = len(class_names)
     kept = np.bincount(drawn[drawn == found], minlength=count) / np.bincount(drawn, minlength=count)
-    folder.write_json(folder.labels, {"kept": float(np.mean(drawn == found)), "kept_of_class": kept.tolist()})
+    whole = float(np.mean(drawn == found))
+    folder.write_json(folder.labels, {"kept": whole, "kept_of_class": kept.tolist()})
+    if whole < 2 / count:
+        logger.warning(
+            "only %.0f %% of the synthetic images kept the label that they were drawn for, and %.0f %% would by chance: learned "
+            "labels are worth little here; label.steps 0 leaves images theirs", 100 * whole, 100 / count,
+        )  # fmt: skip
     for name, images in zip(class_names, np.bincount(found, minlength=count), strict=True):
         if images < 0.25 * len(found) / count:
             logger.warning(

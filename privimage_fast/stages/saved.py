@@ -16,7 +16,7 @@ from privimage_fast.models.gan import GANConfig, Generator
 from privimage_fast.models.labeller import Labeller
 from privimage_fast.models.training import Drawable, prefixed
 from privimage_fast.models.unet import UNetConfig
-from privimage_fast.stages.folder import RunError, RunFolder, fingerprint
+from privimage_fast.stages.folder import RUN_FOLDERS, RunError, RunFolder, fingerprint
 
 LABELLER = "labeller.safetensors"
 
@@ -41,13 +41,8 @@ def save_pretrained(
     """Writes model.safetensors and config.json to a folder, and labeller.safetensors where there is one; of a run also what it
     spent, how to sample, the text of its ledger and of its card. A published model without these would be one of which nobody
     knows ε.
-
-    Raises:
-        RunError: the folder is a run's own, whose ledger and card have the same names.
     """
     folder = RunFolder(path)
-    if folder.config.exists() or (folder.path / "checkpoints").exists():
-        raise RunError(f"{folder.path} is a run, and a model saved there would replace its ledger; choose another folder")
     folder.path.mkdir(parents=True, exist_ok=True)
     # Without it the folder holds no model: until all is there, nobody takes weights of one for what another's ledger says.
     (folder.path / "config.json").unlink(missing_ok=True)
@@ -72,6 +67,24 @@ def save_pretrained(
     if sampler is not None:
         described["sampler"] = asdict(sampler)
     folder.write_json(folder.path / "config.json", described)
+
+
+def check_target(path: str | Path) -> None:
+    """Refuses to save where something else would be lost or be taken for a part of the model.
+
+    Raises:
+        RunError: a file, a run, the model of a run, or a folder with other files than a model's (hidden ones apart).
+    """
+    folder = RunFolder(path)
+    if folder.path.exists() and not folder.path.is_dir():
+        raise RunError(f"{folder.path} is a file, but a model needs a folder; choose another")
+    for run in (folder, RunFolder(folder.path.parent)):
+        if run.config.exists() and (run is folder or folder.path.name in RUN_FOLDERS):
+            raise RunError(f"{folder.path} is of a run, whose ledger or model would be replaced; choose another folder")
+    own = {"config.json", "model.safetensors", LABELLER, folder.ledger.name, folder.card.name}
+    other = sorted(entry.name for entry in folder.path.glob("*") if entry.name not in own and not entry.name.startswith("."))
+    if other:
+        raise RunError(f"{folder.path} holds {other[0]}, which is no part of a model; choose a folder of its own")
 
 
 def load_pretrained(path: str | Path) -> Pretrained:

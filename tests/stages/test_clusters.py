@@ -394,3 +394,24 @@ def test_stand_ins_strike_out_the_clusters_of_their_own_label(tmp_path: Path) ->
             assert row[home == label].sum() == 0 < row.sum()
     assert stand_in_tables(function, PUBLIC, asked, **everyone | {"votes_per_image": 12}) == []
     assert stand_in_tables(function, UNLABELLED, asked, **everyone) == []
+
+
+def test_kmeans_finds_what_is_there() -> None:
+    random = np.random.default_rng(0)
+    places = random.standard_normal((5, 6)) * 20 + 1000  # far from the origin, beside which they are close
+    points = (places[np.arange(500) % 5] + 0.01 * random.standard_normal((500, 6))).astype(np.float32)
+    found = clusters.kmeans(points, 5, np.random.default_rng(1))
+    assert found.shape == (5, 6) and found.dtype == np.float32
+    nearest = np.abs(places[:, None] - found[None]).max(-1).min(1)
+    assert nearest.max() < 0.02
+    assert np.array_equal(found, clusters.kmeans(points, 5, np.random.default_rng(1)))
+    one = clusters.kmeans(points.astype(np.float64), 1, random)
+    assert one.dtype == np.float64 and np.allclose(one, points.mean(0, dtype=np.float64), rtol=1e-6)
+
+
+def test_kmeans_of_equal_points_leaves_empty_clusters_out() -> None:
+    points = np.ones((40, 3), np.float32)
+    assert np.array_equal(clusters.kmeans(points, 4, np.random.default_rng(0)), points[:1])
+    points[::2] = 5
+    found = clusters.kmeans(points, 6, np.random.default_rng(0))
+    assert sorted(found[:, 0].tolist()) == [1.0, 5.0]

@@ -56,7 +56,7 @@ def test_a_model_without_a_labeller_leaves_none_of_an_earlier_one(finished: Run,
     assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
 
 
-@pytest.mark.parametrize("at", range(4))
+@pytest.mark.parametrize("at", range(5))
 def test_a_half_saved_model_is_none(finished: Run, tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else weights of one would be taken for what another's ledger says."""
     saved = load_pretrained(finished.folder.model)
@@ -87,9 +87,29 @@ def test_a_model_is_not_saved_over_a_run(finished: Run, tmp_path: Path) -> None:
     """Its ledger has the same name."""
     shutil.copytree(finished.folder.path, tmp_path / "a")
     before = (tmp_path / "a" / "ledger.jsonl").read_bytes()
-    with pytest.raises(RunError, match="is a run, and a model saved there would replace its ledger; choose another folder"):
-        pf.PrivImage.from_pretrained(finished.folder.model).save_pretrained(tmp_path / "a")
+    model = pf.PrivImage.from_pretrained(finished.folder.model)
+    for inside in ("", "model", "checkpoints"):
+        with pytest.raises(RunError, match="is of a run, whose ledger or model would be replaced; choose another folder"):
+            model.save_pretrained(tmp_path / "a" / inside)
     assert (tmp_path / "a" / "ledger.jsonl").read_bytes() == before
+
+
+def test_a_model_is_not_saved_among_other_files(finished: Run, tmp_path: Path) -> None:
+    model = pf.PrivImage.from_pretrained(finished.folder.model)
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "digits" / "0.png").touch()
+    with pytest.raises(RunError, match=r"digits holds 0.png, which is no part of a model; choose a folder of its own"):
+        model.save_pretrained(tmp_path / "digits")
+    with pytest.raises(RunError, match=r"0.png is a file, but a model needs a folder"):
+        model.save_pretrained(tmp_path / "digits" / "0.png")
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / ".gitattributes").touch()
+    for _ in range(2):  # and again over itself
+        model.save_pretrained(tmp_path / "m")
+    card = (tmp_path / "m" / "README.md").read_text()
+    listed = re.findall(r"^\| [^|]+ \| (\S+) \| covered", card, re.MULTILINE)
+    assert sorted(listed) == ["labeller.safetensors", "ledger.jsonl", "model.safetensors"]
+    assert all((tmp_path / "m" / name).exists() for name in listed) and "from_pretrained" in card
 
 
 def test_a_published_model_is_left_alone_where_nothing_changed(
@@ -121,6 +141,7 @@ def test_a_model_whose_saving_was_cut_off_says_how_to_save_it_again(finished: Ru
 
 def test_a_fit_that_is_cut_off_says_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Run, "label", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(KeyboardInterrupt) as raised:
         pf.PrivImage(tiny_config(tmp_path, label=LABEL)).fit(PUBLIC, PRIVATE)
     (note,) = raised.value.__notes__
@@ -197,12 +218,12 @@ def test_a_plan_that_is_written_has_the_labels_in_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"label": {"share": 0.2}}, "what is set of label is not used: label.steps is 0"),
+        ({"label": {"share": 0.2}}, "label.share: not used, since label.steps is 0"),
         ({"label": LABEL, "privacy": {"train": False}}, "label.steps is not used: privacy.train is false"),
     ],
 )
 def test_settings_without_effect_are_told(
     tmp_path: Path, sections: dict[str, Any], message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    Run(tiny_config(tmp_path / "b", **sections), public=PUBLIC, private=PRIVATE, test=TEST).plan()
-    assert message in caplog.text
+    with Run(tiny_config(tmp_path / "b", **sections), public=PUBLIC, private=PRIVATE, test=TEST).opened(resume=False):
+        assert caplog.text.count(message) == 1

@@ -27,8 +27,10 @@ from privimage_fast.dp.noise import NoiseKey, Stream
 from privimage_fast.dp.optimizer import PrivateOptimizer
 from privimage_fast.pipeline import Run
 from privimage_fast.report import build_report
-from privimage_fast.stages.folder import RunError
+from privimage_fast.stages.folder import RunError, RunFolder
 from privimage_fast.stages.label import embedded
+from privimage_fast.stages.sample import run_sample
+from privimage_fast.stages.saved import load_pretrained
 
 stage = importlib.import_module("privimage_fast.stages.label")
 
@@ -253,11 +255,66 @@ def test_without_a_budget_a_lost_layer_is_learned_anew(tmp_path: Path, caplog: p
     assert f"label: of the steps in the ledger {STEPS} are of no layer that is kept" in caplog.text
 
 
-def test_labels_may_be_given_up_and_what_they_cost_stays_charged(finished: Run, tmp_path: Path) -> None:
+def test_the_published_layer_is_charged_as_well(finished: Run, tmp_path: Path) -> None:
+    """A ledger of before the labels would be published with a layer that learned from sensitive images after it."""
+    shutil.copytree(finished.folder.path, tmp_path / "a")
+    (tmp_path / "a" / "checkpoints" / "label.safetensors").unlink()
+    ledger = tmp_path / "a" / "ledger.jsonl"
+    ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(keepends=True)[:-STEPS]))
+    published = {path: path.read_bytes() for path in (tmp_path / "a" / "model").iterdir()}
+    with pytest.raises(RunError, match=rf"labeller.safetensors has taken {STEPS} steps, the ledger charges 0"):
+        run_all(tmp_path / "a", resume=True, label=LABEL)
+    assert published == {path: path.read_bytes() for path in (tmp_path / "a" / "model").iterdir()}
+
+
+@pytest.mark.parametrize("stages", [["sample"], ["label", "sample"]])
+def test_each_stage_gives_labels_up(finished: Run, tmp_path: Path, stages: list[str]) -> None:
+    shutil.copytree(finished.folder.path, tmp_path / "a")
+    given_up = tiny_config(tmp_path / "a", label={**LABEL, "steps": 0})
+    run = Run(given_up, public=PUBLIC, private=PRIVATE, test=TEST)
+    with run.opened(resume=True):
+        for stage_name in stages:
+            getattr(run, stage_name)()
+    with np.load(run.folder.synthetic) as arrays:
+        assert arrays["labels"].tolist() == np.repeat(np.arange(3), 12).tolist()
+    assert (load_pretrained(run.folder.model).labeller is None) == ("label" in stages)
+
+
+def test_labels_may_be_given_up_and_what_they_cost_stays_charged(
+    finished: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     shutil.copytree(finished.folder.path, tmp_path / "a")
     run = run_all(tmp_path / "a", resume=True, label={**LABEL, "steps": 0})
     assert run.spent()["epsilon"] == finished.spent()["epsilon"]
     assert pf.PrivImage.from_pretrained(run.folder.model)._labeller is None
+    assert f"label.steps {STEPS} takes them up again" in caplog.text
+    for text in (run.folder.card.read_text(), (run.folder.path / "report.html").read_text()):
+        assert "was charged for: they were given up" in text and "still to do" not in text
+    # And taken up again, at no charge.
+    run = run_all(tmp_path / "a", resume=True, label=LABEL)
+    assert run.folder.ledger.read_bytes() == finished.folder.ledger.read_bytes()
+    with np.load(run.folder.synthetic) as arrays, np.load(finished.folder.synthetic) as expected:
+        assert np.array_equal(arrays["labels"], expected["labels"])
+    assert "they were given up" not in run.folder.card.read_text()
+
+
+def test_labels_cannot_be_had_of_a_run_that_kept_nothing_for_them(tmp_path: Path) -> None:
+    run_all(tmp_path / "a", label={"drafts": 9})
+    run_all(tmp_path / "a", resume=True)  # what is not used may be left out
+    with pytest.raises(RunError, match=r"started with other settings \(.*label.steps"):
+        run_all(tmp_path / "a", resume=True, label=LABEL)
+
+
+def test_a_layer_that_tells_nothing_is_told_of(finished: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree(finished.folder.path, tmp_path / "a")
+    saved = load_pretrained(finished.folder.model)
+    assert saved.labeller is not None
+    saved.labeller.head.zero_()
+    run_sample(
+        RunFolder(tmp_path / "a"), finished.config.sample, model=saved.model, class_names=saved.class_names, weights="others",
+        seed=0, labeller=saved.labeller,
+    )  # fmt: skip
+    assert "only 33 % of the synthetic images kept the label that they were drawn for, and 33 % would by chance" in caplog.text
 
 
 def test_a_killed_step_is_paid_for_by_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,7 +371,7 @@ def test_without_noise_it_is_told_to_be_none(tmp_path: Path) -> None:
     run = run_all(tmp_path / "a", label=LABEL, privacy={"epsilon": float("inf")})
     assert [r.event.noise_multiplier for r in Ledger.read(run.folder.ledger).records() if r.stage == "label"] == [0.0] * STEPS
     assert run.spent()["epsilon"] == "inf"
-    with pytest.raises(ConfigError, match=r"the query and the class means and the labels alone cost ε = inf of 5"):
+    with pytest.raises(ConfigError, match=r"label.noise_multiplier is 0: without noise nothing is private"):
         run_all(tmp_path / "b", label={**LABEL, "noise_multiplier": 0.0})
 
 
