@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from privimage_fast.config import ConfigError, DataConfig, RunConfig
+from privimage_fast.config import ConfigError, DataConfig, RunConfig, differing_keys
 from privimage_fast.data import DataError, ImageSet, Limits, images_in_both, join, open_image_set
 from privimage_fast.dp.accounting import DPSGDEvent, GaussianEvent, default_delta, epsilon
 from privimage_fast.dp.ledger import Ledger
@@ -24,6 +24,9 @@ from privimage_fast.stages.saved import LABELLER
 from privimage_fast.stages.select import labels_per_class
 
 logger = logging.getLogger(__name__)
+
+# Keys that may change when a run folder is opened again: nothing that was trained or charged depends on them.
+_REOPENABLE = ("out", "device", "precision", "sample.", "evaluate.")
 
 
 def open_source(data: DataConfig, name: str, source: str | None = None) -> ImageSet:
@@ -82,6 +85,9 @@ def resolve(c: RunConfig, saved: RunConfig | None, *, images: int, n_classes: in
     label_noise = filled.label.noise_multiplier if c.label.noise_multiplier is None else c.label.noise_multiplier
     if label_noise is None and c.relabels:
         label_noise = query_noise_multiplier(c.privacy.epsilon, delta, c.label.share) * math.sqrt(c.label.steps)
+    label = replace(c.label, noise_multiplier=label_noise)
+    if saved is not None and not label.steps:  # the rest is not used, and is kept for whoever takes labels up again
+        label = replace(saved.label, steps=0)
     steps = c.finetune.steps or filled.finetune.steps
     if steps is None and c.privacy.train:
         steps = c.finetune.total_steps(population)
@@ -105,7 +111,7 @@ def resolve(c: RunConfig, saved: RunConfig | None, *, images: int, n_classes: in
         select=replace(c.select, labels_per_class=each),
         warmup=warmup,
         finetune=replace(c.finetune, steps=steps, multiplicity=multiplicity),
-        label=replace(c.label, noise_multiplier=label_noise),
+        label=label,
         sample=replace(c.sample, sampler=sampler),
     )
 
@@ -214,6 +220,31 @@ def check_public_numbers(c: RunConfig, *, images: int) -> None:
             f"{names} alone cost ε = {spent:.4g} of {c.privacy.epsilon:g}, and nothing is left to fine-tune with: lower "
             "query.share, warmup.share or label.share (or raise their noise_multiplier); warmup.steps 0 leaves the means out, "
             "label.steps 0 the labels"
+        )
+
+
+def check_reopened(folder: RunFolder, c: RunConfig, saved: RunConfig) -> None:
+    """Whether a run may go on with the resolved configuration ``c``: what was trained or charged has to be as it was begun.
+    Learned labels may be given up, and taken up again where they were paid for.
+
+    Raises:
+        RunError: naming the keys that differ.
+    """
+    free = _REOPENABLE if c.warms_up or saved.warms_up else (*_REOPENABLE, "warmup.")
+    if not saved.data.holdout:  # with a share held out, a test set of its own would be trained on more images
+        free += ("data.test",)
+    if saved.label.steps and not c.label.steps:
+        free += ("label.steps",)
+        logger.warning(
+            "label.steps is 0 now: images get the labels that they are drawn for. What others were charged stays charged; "
+            "label.steps %d takes them up again", saved.label.steps,
+        )  # fmt: skip
+    elif folder.ledger.exists() and not saved.label.steps and Ledger.read(folder.ledger).steps_charged("label"):
+        free += ("label.steps",)
+    changed = [key for key in differing_keys(saved, c) if not key.startswith(free)]
+    if changed:
+        raise RunError(
+            f"{folder.path} was started with other settings ({', '.join(changed)}); restore them, or choose another --out"
         )
 
 

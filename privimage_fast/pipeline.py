@@ -34,6 +34,7 @@ from privimage_fast.opening import (
     check_ledger,
     check_place,
     check_public_numbers,
+    check_reopened,
     device_of,
     open_source,
     resolve,
@@ -55,9 +56,6 @@ from privimage_fast.stages.select import labels_per_class, run_select, selected_
 from privimage_fast.stages.warmup import run_warmup
 
 logger = logging.getLogger(__name__)
-
-# Keys that may change when a run folder is opened again: nothing that was trained or charged depends on them.
-_REOPENABLE = ("out", "device", "precision", "sample.", "evaluate.")
 
 
 class Run:
@@ -187,16 +185,7 @@ class Run:
             check_apart(public=self.public, private=self.private, test=self.test)
             self.config = self._resolved(saved)
             if saved is not None:
-                free = _REOPENABLE if self.config.warms_up or saved.warms_up else (*_REOPENABLE, "warmup.")
-                free += self._changeable_labels(saved)
-                if not saved.data.holdout:  # with a share held out, a test set of its own would be trained on more images
-                    free += ("data.test",)
-                changed = [k for k in differing_keys(saved, self.config) if not k.startswith(free)]
-                if changed:
-                    raise RunError(
-                        f"{self.folder.path} was started with other settings ({', '.join(changed)}); "
-                        "restore them, or choose another --out"
-                    )
+                check_reopened(self.folder, self.config, saved)
             check_ledger(self.folder)
             self.check_inputs()
             if saved is None:
@@ -215,18 +204,6 @@ class Run:
                 self.__dict__.pop("noise_key", None)  # an interrupted step's place in the noise must not be met again
                 if "ledger" in self.__dict__:
                     self.__dict__.pop("ledger").close()
-
-    def _changeable_labels(self, saved: RunConfig) -> tuple[str, ...]:
-        """Keys of learned labels that may change: they can be given up, and taken up again where they were paid for."""
-        if self.config.relabels:
-            paid = self.folder.ledger.exists() and Ledger.read(self.folder.ledger).steps_charged("label")
-            return ("label.steps",) if paid and not saved.relabels else ()
-        if saved.relabels:
-            logger.warning(
-                "label.steps is 0 now: images get the labels that they are drawn for. What learning others was charged stays "
-                "charged; label.steps %d takes them up again", saved.label.steps,
-            )  # fmt: skip
-        return ("label.",)
 
     def _resolved(self, saved: RunConfig | None) -> RunConfig:
         private = self.private

@@ -284,7 +284,7 @@ def test_labels_may_be_given_up_and_what_they_cost_stays_charged(
     finished: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(finished.folder.path, tmp_path / "a")
-    run = run_all(tmp_path / "a", resume=True, label={**LABEL, "steps": 0})
+    run = run_all(tmp_path / "a", resume=True)  # without any of its keys
     assert run.spent()["epsilon"] == finished.spent()["epsilon"]
     assert pf.PrivImage.from_pretrained(run.folder.model)._labeller is None
     assert f"label.steps {STEPS} takes them up again" in caplog.text
