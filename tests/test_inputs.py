@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tiny import PRIVATE, PUBLIC, SECTIONS, TEST, bars, run_all, tiny_config
 
+import privimage_fast as pf
 from privimage_fast.cli import main
 from privimage_fast.config import ConfigError, build_config, parse_value
-from privimage_fast.data import ImageSet, save_npz
+from privimage_fast.data import ImageSet, save_folder, save_npz
 from privimage_fast.pipeline import Run
 from privimage_fast.stages.folder import RunError
 
@@ -143,3 +145,34 @@ def test_values_that_are_no_yaml_are_refused_by_key(capsys: pytest.CaptureFixtur
 def test_negative_seeds_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} must not be negative, found -1"):
         build_config({name: -1})
+
+
+@pytest.mark.parametrize("out", ["digits", "digits/run", "."])
+def test_a_run_is_not_put_among_images(tmp_path: Path, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sheets would be taken for sensitive images, and these be published with it."""
+    save_folder(PRIVATE, tmp_path / "digits")
+    save_npz(PUBLIC, tmp_path / "letters.npz")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    sections = {"data": {**SECTIONS["data"], "public": "letters.npz", "private": "digits"}}
+    with (
+        pytest.raises(ConfigError, match=rf"out is {out}, and data.\w+ is \S+: a run needs its own; choose another --out"),
+        Run(tiny_config(Path(out), **sections)).opened(resume=False),
+    ):
+        pass
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_of_pictures_is_no_run_s(tmp_path: Path) -> None:
+    save_folder(PRIVATE, tmp_path / "digits")
+    with pytest.raises(ConfigError, match=r"which holds digit0 and is no run's folder"):
+        run_all(tmp_path / "digits")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "my-notes.txt").touch()  # does no harm
+    run_all(tmp_path / "a")
+
+
+@pytest.mark.parametrize("found", [PRIVATE.images, (PRIVATE.images, PRIVATE.labels)], ids=["array", "pair"])
+def test_arrays_are_refused_without_their_pixels(found: Any) -> None:
+    with pytest.raises(TypeError, match=r"^private: give a folder, a file or pf.ImageSet\(.*\) .*, found (ndarray|tuple)$"):
+        pf.PrivImage().fit(PUBLIC, found)
