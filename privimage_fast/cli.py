@@ -67,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         again = "the same command" if argv[0] == "compare" else "the same command with --resume"
         print(
-            f"\nprivimage: interrupted; if it had begun (its folder is there), {again} goes on from what was saved last. Steps "
-            "that are charged and of no file, if any, are charged again when they are repeated",
+            f"\nprivimage: interrupted. If its folder is there, {again} goes on from what was saved last; private steps after "
+            "that, if any, are repeated and charged anew",
             file=sys.stderr,
         )
         return 130
@@ -437,8 +437,9 @@ def _doctor(argv: list[str]) -> None:
          else f"not built: {info.cuda_status}"),
         ("CUDA device", info.cuda_device or "none found by torch"),
     ]  # fmt: skip
-    for name, where in sorted(info.reference_ops.items()):
-        rows.append((f"op {name}", f"plain torch for {where}"))
+    for where in sorted(set(info.reference_ops.values())):
+        names = ", ".join(sorted(name for name, place in info.reference_ops.items() if place == where))
+        rows.append(("plain torch, slower", f"for {where}: {names}"))
     for name, value in rows:
         print(f"{name:<28} {value}")
 

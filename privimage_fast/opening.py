@@ -25,6 +25,8 @@ from privimage_fast.stages.select import labels_per_class
 
 logger = logging.getLogger(__name__)
 
+_NAMED = 5  # classes that an error names: of hundreds nobody reads all
+
 # Keys that may change when a run folder is opened again: nothing that was trained or charged depends on them.
 _REOPENABLE = ("out", "device", "precision", "sample.", "evaluate.")
 
@@ -159,10 +161,14 @@ def check_inputs(c: RunConfig, folder: RunFolder, *, public: ImageSet, private: 
     if c.model.unused_sizes:
         logger.warning("%s", c.model.unused_sizes)
     if test is not None and test.label_names != private.label_names:
-        odd = sorted(set(test.label_names) ^ set(private.label_names))
+        odd = [
+            f"only {name} has {', '.join(names[:_NAMED])}" + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+            for name, one, other in (("data.test", test, private), ("data.private", private, test))
+            if (names := sorted(set(one.label_names) - set(other.label_names)))
+        ]  # fmt: skip
         raise ConfigError(
-            f"data.test has other classes than data.private: {', '.join(odd) or 'the same names in another order'}; the test "
-            "set needs the same class folders (or label_names)"
+            f"data.test has other classes than data.private: {'; '.join(odd) or 'the same names in another order'}. The test set "
+            "needs the same class folders (or label_names)"
         )
     if c.select.mode == "semantic" and not folder.query.exists():
         check_clusters(c.query, public)

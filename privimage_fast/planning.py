@@ -10,10 +10,13 @@ from dataclasses import dataclass, replace
 import torch
 from scipy.optimize import brentq
 from scipy.stats import norm
+from torch import Tensor
 
 from privimage_fast.config import ConfigError, RunConfig
 from privimage_fast.dp.accounting import DPSGDEvent, GaussianEvent, epsilon, solve_noise_multiplier
-from privimage_fast.dp.engine import accumulate_clipped
+from privimage_fast.dp.graphs import CapturedStep
+from privimage_fast.dp.noise import NoiseKey
+from privimage_fast.dp.optimizer import PrivateOptimizer, UpdateRule
 from privimage_fast.dp.planner import Plan as StepPlan
 from privimage_fast.dp.sampling import expected_padded
 from privimage_fast.models.labeller import row_entries
@@ -173,7 +176,7 @@ def _step_seconds(
 ) -> _Seconds:  # fmt: skip
     """Times each part on random images (fastest of several). Changes the model's weights.
 
-    The private step is timed as it is without CUDA graphs, so for a GPU somewhat too long.
+    The private step is the one that will run: from CUDA graphs on a GPU, where launches would otherwise be most of its time.
     micro_batch: images of a private step that fit in its memory.
     """
     rows = _TIMED_ROWS.get(torch.device(device).type, _TIMED_ROWS["cpu"])
@@ -190,7 +193,6 @@ def _step_seconds(
     # One step of a sampler tells what all of them take.
     sampler = replace(config.sample.sampler, steps=2)
     passes = [model.drawable.network_evaluations(options) for options in (config.sample.sampler, sampler)]
-    sums = {name: torch.zeros_like(p) for name, p in private.module.named_parameters()}
 
     def draw() -> None:
         noise = torch.randn(drawn, *model.drawable.latent_shape, generator=random)
@@ -200,15 +202,17 @@ def _step_seconds(
         on_device = (images[:many].to(device), labels[:many].to(device))
         public.step(*on_device, random if device == "cpu" else torch.Generator(device), 1e-6).item()
 
-    def private_step() -> None:
-        args = [t.to(device) for t in private.batch(images[:count], labels[:count], random)]
-        accumulate_clipped(
-            private.module, private.loss, args, sums, max_grad_norm=1.0, multiplicity=private.rows, memory_budget=budget
-        )[0].sum().item()  # fmt: skip
+    def private_batch() -> list[Tensor]:
+        return [t.to(device) for t in private.batch(images[:count], labels[:count], random)]
+
+    def private_accumulate() -> None:
+        captured.accumulate(private_batch())[0].sum().item()
 
     def after_steps() -> None:
         for step in range(private.round):
+            captured.step()
             private.after_step(step, 0)
+        optimizer.flat.data[0].item()  # waits for the GPU
 
     with _casting(device, autocast):
         drawing = _best(draw) / drawn * passes[0] / passes[1]
@@ -216,9 +220,14 @@ def _step_seconds(
     with _casting(device, autocast if model.low_precision else None):
         training = _best(public_step) / many
         public.finish()
-        # In the memory that fine-tuning will have, and not the fastest way whatever it takes.
-        budget = config.finetune.memory_budget(torch.device(device))
-        return _Seconds(drawing, training, _best(private_step) / count, _best(after_steps) / private.round)
+    optimizer = PrivateOptimizer(
+        private.module, max_grad_norm=1.0, noise_multiplier=1.0, expected_batch_size=count, multiplicity=private.rows,
+        update=UpdateRule("adam", lr=1e-6), ema_decay=0.5 if private.averages else 0.0, noise_key=NoiseKey.from_seed(0),
+        # That which fine-tuning will have, and not the fastest way whatever it takes.
+        memory_budget=config.finetune.memory_budget(torch.device(device)),
+    )  # fmt: skip
+    captured = CapturedStep(optimizer, private.loss, private_batch(), autocast=autocast if model.low_precision else None)
+    return _Seconds(drawing, training, _best(private_accumulate) / count, _best(after_steps) / private.round)
 
 
 def _best(work: Callable[[], None], enough: float = 1.0) -> float:

@@ -18,9 +18,10 @@ ALLOWED = {
     "dp": {"ops"},
     "utils": {"dp"},  # these two: import paths for scripts written for Opacus
     "validators": {"dp"},
-    "data": set(),
-    "models": {"dp", "ops"},
-    "stages": {"models", "data", "dp", "ops"},
+    "progress": set(),
+    "data": {"progress"},
+    "models": {"dp", "ops", "progress"},
+    "stages": {"models", "data", "dp", "ops", "progress"},
     "report": {"data", "dp"},
     "config": {"stages", "models"},
     "planning": {"config", "stages", "models", "dp"},

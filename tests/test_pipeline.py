@@ -309,8 +309,11 @@ def test_the_whole_state_of_the_loss_draws_is_secret() -> None:
 
 def test_what_would_stop_a_later_stage_is_found_before_anything_is_spent(tmp_path: Path) -> None:
     other = pf.ImageSet(TEST.images, TEST.labels, ("digit0", "digit1", "three"))
-    with pytest.raises(ConfigError, match=r"other classes than data\.private: digit2, three"):
+    with pytest.raises(ConfigError, match=r"private: only data\.test has three; only data\.private has digit2\. The test"):
         run_all(tmp_path / "a", test=other)
+    many = pf.ImageSet(TEST.images, TEST.labels, (*TEST.label_names, *(f"x{i}" for i in range(9))))
+    with pytest.raises(ConfigError, match=r"private: only data\.test has x0, x1, x2, x3, x4 and 4 more\. The test"):
+        run_all(tmp_path / "a", test=many)
     with pytest.raises(ConfigError, match=r"no file nowhere\.onnx"):
         run_all(tmp_path / "b", query={**SECTIONS["query"], "onnx": "nowhere.onnx"})
     (tmp_path / "file").write_text("")
@@ -418,7 +421,7 @@ def test_the_plan_times_each_part_with_rows_of_its_own(
 def test_the_plan_times_what_the_run_will_do(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In its precision, of which a GAN bears the low one for drawing only, and within the memory that fine-tuning will have."""
     seen: list[tuple[str, bool]] = []
-    budgets: list[int | None] = []
+    steps: list[planning.CapturedStep] = []
 
     def best(work: Callable[[], None], enough: float = 1.0) -> float:
         seen.append((work.__name__, torch.is_autocast_enabled("cpu")))
@@ -426,16 +429,22 @@ def test_the_plan_times_what_the_run_will_do(family: str, tmp_path: Path, monkey
         work()
         return 1.0
 
-    def clipped(*args: Any, memory_budget: int | None = None, **options: Any) -> Any:
-        budgets.append(memory_budget)
-        return torch.zeros(1), torch.zeros(1)
+    class Seen(planning.CapturedStep):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            steps.append(self)
 
     monkeypatch.setattr(planning, "_best", best)
-    monkeypatch.setattr(planning, "accumulate_clipped", clipped)
+    monkeypatch.setattr(planning, "CapturedStep", Seen)
     gan = {"family": "gan", "preset": "custom", "gan": {"generator_channels": 8, "discriminator_channels": 8, "latent": 8}}
     options: dict[str, Any] = {"model": gan} if family == "gan" else {}
     config = tiny_config(tmp_path / "a", precision="bfloat16", finetune={"memory_budget_mib": 700}, **options)
-    Run(config, public=PUBLIC, private=PRIVATE, test=TEST).plan()
+    plan = Run(config, public=PUBLIC, private=PRIVATE, test=TEST).plan()
     low = family == "diffusion"
-    assert seen == [("draw", True), ("public_step", low), ("private_step", low), ("after_steps", low)]
-    assert budgets == [700 * 2**20]
+    # The step sees to its precision itself, as in the run.
+    assert seen == [("draw", True), ("public_step", low), ("private_accumulate", False), ("after_steps", False)]
+    (step,) = steps
+    assert step._autocast == (torch.bfloat16 if low else None)
+    assert step.optimizer.memory_budget == 700 * 2**20
+    assert step.samples == min(64 // step.optimizer.multiplicity, plan.step.physical_batch_size)
+    assert step.optimizer.steps > 0  # it was noised and taken, not only summed

@@ -6,13 +6,13 @@ import json
 from collections import Counter
 
 import numpy as np
-from tqdm import tqdm
 
 from privimage_fast.data.convert import IMAGE_SUFFIXES, decode_image, resample, to_channels
 from privimage_fast.data.errors import DataError, Faults
 from privimage_fast.data.imageset import ImageSet, check_label_names
 from privimage_fast.data.limits import Limits
 from privimage_fast.data.tree import Tree, is_safe_name, suffix
+from privimage_fast.progress import progress_bar
 
 MANIFEST = "dataset.json"
 
@@ -30,8 +30,8 @@ def read_tree(
     limits.check_set(len(entries), resolution, channels, tree.path)
     images = np.empty((len(entries), resolution, resolution, channels), np.uint8)
     kept = []
-    for row, (member, _) in enumerate(tqdm(entries, desc=f"reading {name}", unit="image", disable=not progress,
-                                           leave=False, delay=1.0)):  # fmt: skip
+    bar = progress_bar(entries, desc=f"reading {name}", unit="image", disable=not progress, delay=1.0)
+    for row, (member, _) in enumerate(bar):
         try:
             pixels = decode_image(tree.read(member), max_pixels=limits.max_pixels)
         except DataError as error:

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from privimage_fast.models.edm import to_float
+from privimage_fast.progress import progress_bar
 
 ARCHITECTURES = ("cnn", "resnet", "wrn")
 
@@ -185,8 +185,8 @@ def train_classifier(
     steps = config.epochs * -(-len(images) // config.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=max(2, steps))
     best, best_state = -1.0, None
-    progress = tqdm(range(config.epochs), desc=description, unit="epoch", leave=False)
-    for _ in progress:
+    bar = progress_bar(range(config.epochs), desc=description, unit="epoch")
+    for _ in bar:
         model.train()
         for x, y in _batches(images, labels, config, torch_random, device):
             optimizer.zero_grad(set_to_none=True)
@@ -195,7 +195,7 @@ def train_classifier(
             schedule.step()
         if validation is not None:
             accuracy = classifier_accuracy(model, *validation, device=device)
-            progress.set_postfix(accuracy=f"{accuracy:.3f}")
+            bar.set_postfix(accuracy=f"{accuracy:.3f}", refresh=False)
             if accuracy >= best:
                 best, best_state = accuracy, {k: v.clone() for k, v in model.state_dict().items()}
     if best_state is not None:

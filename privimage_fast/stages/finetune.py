@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from privimage_fast.data import ImageSet
 from privimage_fast.dp.accounting import DPSGDEvent, Event, solve_noise_multiplier
@@ -31,6 +30,7 @@ from privimage_fast.dp.rules import UncoveredParameterError
 from privimage_fast.dp.sampling import MicroBatch, PoissonSampler, SecretRandom, even_micro_batch, mersenne_state, micro_batches
 from privimage_fast.models.edm import to_float
 from privimage_fast.models.training import ImageModel, PrivateTraining, averaging_decay, below, prefixed
+from privimage_fast.progress import progress_bar
 from privimage_fast.stages.budget import affordable
 from privimage_fast.stages.folder import RunError, RunFolder, fingerprint, timed
 from privimage_fast.stages.interrupt import interrupts_held
@@ -241,7 +241,7 @@ def _train(
     device = optimizer.flat.data.device
     sampler = PoissonSampler(len(pixels), event.sample_rate, randomness)
     path = folder.checkpoint("finetune-progress")
-    progress = tqdm(range(optimizer.steps, steps), desc=STAGE, unit="step", initial=optimizer.steps, total=steps, leave=False)
+    bar = progress_bar(range(optimizer.steps, steps), desc=STAGE, unit="step", initial=optimizer.steps, total=steps)
 
     def save() -> None:
         tensors = optimizer.state_dict() | prefixed("training/", training.state_dict())
@@ -249,7 +249,7 @@ def _train(
 
     if 0 < steps <= optimizer.steps:  # the budget ended before this call; what the last steps were paid for is used all the same
         training.after_step(steps - 1, seed, last=True)
-    for step in progress:
+    for step in bar:
         if interrupted():
             save()
             raise KeyboardInterrupt

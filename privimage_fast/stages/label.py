@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
+import time
 from dataclasses import dataclass, field
 from hashlib import sha256
 
@@ -23,7 +24,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from privimage_fast.data import ImageSet
 from privimage_fast.data.split import train_test_split
@@ -34,6 +34,7 @@ from privimage_fast.dp.precision import full_precision
 from privimage_fast.models.classifier import ClassifierConfig, batched, train_classifier
 from privimage_fast.models.labeller import HEAD_BITS, ROW_BITS, ROWS, Labeller, check_width
 from privimage_fast.models.training import Drawable
+from privimage_fast.progress import progress_bar
 from privimage_fast.stages.budget import affordable
 from privimage_fast.stages.folder import RunError, RunFolder, file_fingerprint, fingerprint, timed
 from privimage_fast.stages.interrupt import interrupts_held
@@ -129,7 +130,9 @@ def run_label(
             folder.record(STAGE, stamp, 0.0)
         return found.to(device)
     if not (features_path.exists() and folder.described(features_path, STAGE).get("fingerprint") == stamp):
+        began = time.perf_counter()  # of drafts, not of sensitive images: it may be told
         _learn_features(folder, config, model, sample, private, stamp, seed, device, autocast)
+        logger.info("%s: features from drafts: %.0f s", STAGE, time.perf_counter() - began)
     labeller, event = _fresh(config, private), DPSGDEvent(config.noise_multiplier, 1.0, 1)
     labeller.load_state_dict(folder.load_tensors(features_path, STAGE)[0])
     labeller.to(device).eval()
@@ -155,7 +158,7 @@ def run_label(
             )
         if steps > taken:  # written to, so that there is room before a step is paid for
             rows = torch.ones(len(private), len(labeller.head), device=device)
-        for step in tqdm(range(taken, steps), desc=STAGE, unit="step", initial=taken, total=steps, leave=False):
+        for step in progress_bar(range(taken, steps), desc=STAGE, unit="step", initial=taken, total=steps):
             if interrupted():
                 raise KeyboardInterrupt
             ledger.charge(event, stage=STAGE)  # before the data is touched
@@ -207,7 +210,7 @@ def embedded(labeller: Labeller, images: ImageSet, device: str = "cpu", out: Ten
     """Rows (n, d) float32 of images, each of length at most 1. Calls of one shape, the last filled up with blank images."""
     if out is None:
         out = torch.empty(len(images), len(labeller.head), device=device)
-    for start in tqdm(range(0, len(images), ROWS), desc=f"{STAGE}: features", unit="batch", leave=False):
+    for start in progress_bar(range(0, len(images), ROWS), desc=f"{STAGE}: features", unit="batch"):
         part = images.images[start : start + ROWS]
         filled = np.zeros((ROWS, *part.shape[1:]), part.dtype)
         filled[: len(part)] = part

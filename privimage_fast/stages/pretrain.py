@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from privimage_fast.data import ImageSet
 from privimage_fast.models.edm import to_float
 from privimage_fast.models.training import ImageModel, PublicTraining, step_generator
+from privimage_fast.progress import progress_bar
 from privimage_fast.stages.folder import RunFolder, fingerprint, set_fingerprint, timed
 from privimage_fast.stages.interrupt import interrupts_held
 
@@ -118,13 +118,13 @@ def train_resumably(
             training.load_state_dict(tensors)
             start = int(metadata["steps"])
     saved = time.perf_counter()
-    progress = tqdm(range(start, steps), desc=stage, unit="step", initial=start, total=steps, leave=False)
+    bar = progress_bar(range(start, steps), desc=stage, unit="step", initial=start, total=steps)
 
     def save(done: int) -> None:
         folder.save_tensors(path, training.state_dict(), {"fingerprint": stamp, "steps": done})
 
     with interrupts_held("the step at hand is finished and saved") as interrupted:
-        for number in progress:
+        for number in bar:
             if interrupted():
                 save(number)
                 raise KeyboardInterrupt
@@ -132,7 +132,7 @@ def train_resumably(
             with torch.autocast(kind, autocast, enabled=autocast is not None):
                 loss = step(random, lr * min(1.0, (number + 1) / max(1, warmup)))
             if number % 20 == 0:
-                progress.set_postfix(loss=f"{loss.item():.3f}")
+                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             if time.perf_counter() - saved > checkpoint_seconds:
                 save(number + 1)
                 saved = time.perf_counter()

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from scipy.stats import binom
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from privimage_fast.data import ImageSet, train_test_split
 from privimage_fast.dp.accounting import GaussianEvent
@@ -28,6 +27,7 @@ from privimage_fast.dp.noise import NoiseKey, Stream
 from privimage_fast.dp.precision import full_precision
 from privimage_fast.models.classifier import Classifier, ClassifierConfig, batched, train_classifier
 from privimage_fast.models.edm import to_float
+from privimage_fast.progress import progress_bar
 from privimage_fast.stages.folder import RunError, RunFolder, fingerprint, set_fingerprint, timed
 from privimage_fast.stages.interrupt import interrupts_held
 
@@ -155,7 +155,7 @@ def vote(
     filled up with blank ones: another shape could round otherwise, and so one image more could move the votes of others.
     """
     table = np.zeros((images.n_classes, n_labels))
-    for start in tqdm(range(0, len(images), _VOTERS), desc="query", unit="batch", leave=False):
+    for start in progress_bar(range(0, len(images), _VOTERS), desc="query", unit="batch"):
         part = slice(start, start + _VOTERS)
         voters = images.images[part]
         rows = np.zeros((_VOTERS, *voters.shape[1:]), voters.dtype)

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from privimage_fast.data import ImageSet, atomic_path, class_sheet, save_folder, save_npz, save_zip
 from privimage_fast.models.edm import SamplerConfig, to_uint8
 from privimage_fast.models.labeller import Labeller
 from privimage_fast.models.training import Drawable
+from privimage_fast.progress import progress_bar
 from privimage_fast.stages.folder import RunFolder, fingerprint, timed
 
 logger = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def draw_resumably(
     """
     parts.mkdir(exist_ok=True)
     images = []
-    for i, start in enumerate(tqdm(range(0, len(labels), config.batch_size), desc=description, unit="batch", leave=False)):
+    for i, start in enumerate(progress_bar(range(0, len(labels), config.batch_size), desc=description, unit="batch")):
         path = parts / f"{i}.npy"
         if not path.exists():
             part = draw(
