@@ -21,7 +21,7 @@ ptxas:            ## registers and spills of every CUDA kernel
 clean:
 	rm -rf build _build* *.egg-info
 
-bench:            ## every benchmark, then README's tables and plots from the raw results; 20 minutes on two idle cores
+bench:            ## every benchmark, then the tables and plots of README and docs/measured.md; 20 minutes on two idle cores
 	for name in ops dp_step growth; do \
 	  pytest benchmarks/test_$$name.py -o addopts= -q --benchmark-json=benchmarks/results/$$name.json \
 	    --benchmark-columns=median,iqr,rounds --benchmark-sort=name || exit 1; \

@@ -1,15 +1,17 @@
-"""README's tables and plots, from the raw results.
+"""Tables and plots of README and docs/measured.md, from the raw results.
 
-    python benchmarks/table.py [--results benchmarks/results] [--readme README.md] [--images docs/images]
+    python benchmarks/table.py [--results benchmarks/results] [--pages README.md docs/measured.md] [--images docs/images]
 
-A table goes between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is the stem of a file in the results. Ratios are taken
-round by round and given as median (quartiles).
+A table goes between ``<!-- table: NAME -->`` and ``<!-- end -->`` wherever these stand. Ratios are taken round by round and given
+as median (quartiles), in README's short tables as medians alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import os
 import re
 import statistics
 from collections import defaultdict
@@ -56,7 +58,7 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _source(result: Entry, path: str) -> str:
+def _source(result: Entry, link: str) -> str:
     machine, commit = result["machine_info"], result["commit_info"]
     versions = machine["versions"]
     cpu = machine["cpu"].get("brand_raw", "unknown CPU")
@@ -64,7 +66,7 @@ def _source(result: Entry, path: str) -> str:
     return (
         f"\n*{cpu}, {machine['threads']} threads{waits}, kernels {machine['privimage_fast']['isa']}; torch {versions['torch']}, "
         f"Opacus {versions['opacus']}, diffusers {versions['diffusers']}; {result['datetime'][:10]}, commit {commit['id'][:10]}"
-        f"{' with changes' if commit['dirty'] else ''}; raw: [{Path(path).name}]({path})*"
+        f"{' with changes' if commit['dirty'] else ''}; raw: [{Path(link).name}]({link})*"
     )
 
 
@@ -100,6 +102,27 @@ def dp_step(result: Entry) -> str:
     table = _markdown(["network, parameters", "plain: time; memory", *(f"{title} ÷ plain" for title, _ in names)], rows)
     notes = "".join(f"\n- {', '.join(cases)}: {text}" for text, cases in footnotes.items())
     return table + ("\n\nRefused:" + notes if notes else "") + "\n"
+
+
+def dp_step_short(result: Entry) -> str:
+    """The same in times alone: K = 1 beside Opacus, and the larger K, which Opacus does not have."""
+    rows: dict[str, list[str]] = {}
+    for name, group in _entries(result, "test_step").items():
+        network, _, multiplicity = name.rpartition(", K=")
+        plain = fastest(group, "plain", "plain-channels-last")
+
+        def times(*subjects: str, group: dict[str, Entry] = group, plain: Entry = plain) -> str:
+            found = [s for s in subjects if s in group]
+            return f"{ratio(fastest(group, *found), plain)[0]:.2f}" if found else "–"
+
+        ours = times("ours", "ours-channels-last")
+        row = rows.setdefault(f"{network}, {plain['extra_info']['parameters'] / 1e6:.1f} M", ["–"] * 4)
+        if multiplicity == "1":
+            row[:] = [ours, row[1], *(times(f"opacus-{w}", f"opacus-{w}-channels-last") for w in ("hooks", "ghost"))]
+        else:
+            row[1] = f"{ours} (K = {multiplicity})"
+    head = ["DP step ÷ plain step, time", "ours, K = 1", "ours, K > 1", "Opacus hooks, K = 1", "Opacus ghost, K = 1"]
+    return _markdown(head, [[name, *row] for name, row in rows.items()]) + "\n"
 
 
 def ops(result: Entry) -> str:
@@ -179,10 +202,32 @@ def plot_growth(result: Entry, path: Path) -> None:
     pyplot.close(figure)
 
 
-TABLES: dict[str, Callable[[Entry], str]] = {"dp_step": dp_step, "ops": ops, "growth": growth}
+# Table → file of results, and what makes it.
+TABLES: dict[str, tuple[str, Callable[[Entry], str]]] = {
+    "dp_step_short": ("dp_step", dp_step_short),
+    "dp_step": ("dp_step", dp_step),
+    "ops": ("ops", ops),
+    "growth": ("growth", growth),
+}
 
 
-# The baselines' names with the diffusion model and with the GAN.
+def gpu_short(result: Entry) -> str:
+    """Steps of the 3.7 M U-Net, the DP step from CUDA graphs beside the plain ones."""
+    rows = []
+    for k in (1, 8):
+        steps = {
+            row["what"].removesuffix(f", K={k}"): row for row in result["parts"].get("steps", [])
+            if "median" in row and row["what"].endswith(f", K={k}")
+        }  # fmt: skip
+        if "DP captured" not in steps:
+            continue
+        ours = steps["DP captured"]
+        ratios = [f"{ours['median'] / steps[n]['median']:.2f}" if n in steps else "–" for n in ("plain", "plain compiled")]
+        rows.append([str(k), f"{ours['rows/s']:,.0f}", *ratios])
+    head = ["K", "rows a second, DP step", "÷ the plain step's time, with the same kernels", "÷ torch.compile's plain step"]
+    return _markdown(head, rows) + "\n"
+
+
 def gpu(result: Entry, before: Entry | None) -> str:
     """Steps of the 3.7 M U-Net, beside what they were in an earlier run; kernels as shares of what the device reaches."""
     seconds = {row["what"]: row["median"] for row in result["parts"].get("steps", []) if "median" in row}
@@ -207,14 +252,19 @@ def gpu(result: Entry, before: Entry | None) -> str:
         ):  # as fast as those that are stored; see the JSON
             rate = f"{row['TFLOP/s']:.0f} TFLOP/s" if "TFLOP/s" in row else f"{row['GB/s']:,.0f} GB/s"
             shares.append([row["what"], rate, f"{row[of]:.2f} of {'a matrix product' if of.endswith('GEMM') else 'a copy'}"])
-    source = (
+    return "\n\n".join([table, _markdown(["kernel", "rate", "share"], shares)]) + "\n"
+
+
+def _gpu_source(result: Entry, link: str, earlier: str | None = None) -> str:
+    before = f", earlier [{Path(earlier).name}]({earlier})" if earlier else ""
+    return (
         f"\n*{result['device']}; torch {result['torch']}, CUDA {result['cuda']}; {result['datetime'][:10]}, commit "
         f"{(result['commit'] or 'unknown')[:10]}{' with changes' if result['dirty'] else ''}; raw: "
-        "[gpu.json](benchmarks/results/gpu.json), earlier [gpu-before.json](benchmarks/results/gpu-before.json)*\n"
+        f"[{Path(link).name}]({link}){before}*"
     )
-    return "\n\n".join([table, _markdown(["kernel", "rate", "share"], shares)]) + "\n" + source
 
 
+# The baselines' names with the diffusion model and with the GAN.
 VARIANTS = {
     "**the selected subset, class means**": ("privimage-means", "privimage-gan-means"),
     "**a subset chosen by clusters, class means**": ("privimage-clusters-means", "privimage-clusters-gan-means"),
@@ -268,41 +318,63 @@ def _mean(values: Sequence[float]) -> str:
     return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
-def fill(text: str, name: str, table: str) -> str:
-    """``text`` with the table between its markers. Raises ValueError where they are missing."""
-    pattern = re.compile(rf"(<!-- table: {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
-    if not pattern.search(text):
-        raise ValueError(f"no '<!-- table: {name} -->' … '<!-- end -->' in the page; put the markers where the table should go")
-    return pattern.sub(lambda m: m[1] + table + m[2], text)
+class Pages:
+    """The pages that tables go into, as they will be."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.texts = {path: path.read_text() for path in paths}
+
+    def fill(self, name: str, table: str, source: Callable[..., str] | None = None, *raw: Path) -> None:
+        """Writes a table between its markers; ``source(*links)`` goes under it, with links to ``raw`` from where the page is.
+
+        Raises:
+            ValueError: no page has the markers.
+        """
+        pattern = re.compile(rf"(<!-- table: {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+        found = [path for path, text in self.texts.items() if pattern.search(text)]
+        if not found:
+            raise ValueError(
+                f"no '<!-- table: {name} -->' … '<!-- end -->' in {', '.join(map(str, self.texts))}; put the markers where the "
+                "table should go"
+            )
+        for path in found:
+            links = [Path(os.path.relpath(r, path.parent)).as_posix() for r in raw]
+            content = table + (source(*links) + "\n" if source else "")
+            self.texts[path] = pattern.sub(lambda m, content=content: m[1] + content + m[2], self.texts[path])
+            print(f"{name}: table written to {path}")
+
+    def save(self) -> None:
+        for path, text in self.texts.items():
+            path.write_text(text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument("--pages", type=Path, nargs="+", default=[Path("README.md"), Path("docs/measured.md")])
     parser.add_argument("--images", type=Path, default=Path("docs/images"))
     options = parser.parse_args()
-    page = options.readme.read_text()
-    for name, make in TABLES.items():
-        source = options.results / f"{name}.json"
-        if not source.exists():
-            print(f"{source} is not there: its table stays as it is")
+    pages = Pages(options.pages)
+    for name, (stem, make) in TABLES.items():
+        raw = options.results / f"{stem}.json"
+        if not raw.exists():
+            print(f"{raw} is not there: table {name} stays as it is")
             continue
-        result = json.loads(source.read_text())
-        page = fill(page, name, make(result) + _source(result, source.as_posix()) + "\n")
+        result = json.loads(raw.read_text())
+        pages.fill(name, make(result), functools.partial(_source, result), raw)
         if name == "growth":
             options.images.mkdir(parents=True, exist_ok=True)
             plot_growth(result, options.images / "growth.png")
-        print(f"{source}: table written to {options.readme}")
     measured, earlier = options.results / "gpu.json", options.results / "gpu-before.json"
     if measured.exists():
+        result = json.loads(measured.read_text())
         before = json.loads(earlier.read_text()) if earlier.exists() else None
-        page = fill(page, "gpu", gpu(json.loads(measured.read_text()), before))
-        print(f"{measured}: table written to {options.readme}")
+        source = functools.partial(_gpu_source, result)
+        pages.fill("gpu_short", gpu_short(result), source, measured)
+        pages.fill("gpu", gpu(result, before), source, measured, *([earlier] if before else []))
     if (options.results / "grids").is_dir():
-        page = fill(page, "grids", grids(options.results / "grids") + "\n")
-        print(f"{options.results / 'grids'}: table written to {options.readme}")
-    options.readme.write_text(page)
+        pages.fill("grids", grids(options.results / "grids") + "\n")
+    pages.save()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """One DP step beside the plain step and beside Opacus: time in turns in one process, peak memory in a process each.
 
-make bench          # writes benchmarks/results/dp_step.json; table.py makes README's table of it
+make bench          # writes benchmarks/results/dp_step.json; table.py makes tables of it
 """
 
 from __future__ import annotations

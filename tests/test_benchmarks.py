@@ -1,4 +1,4 @@
-"""The benchmarks run, and README's tables can be made of what they write: one tiny case each, no time is looked at."""
+"""The benchmarks run, and the pages' tables can be made of what they write: one tiny case each, no time is looked at."""
 
 from __future__ import annotations
 
@@ -59,28 +59,58 @@ def test_raw_results_say_where_they_come_from(results: Path) -> None:
     assert all("wrong gradients of channels-last" in reason for reason in one.values())
 
 
-def test_tables_are_written_between_the_markers_of_the_readme(results: Path) -> None:
-    readme = results / "README.md"
-    before = (ROOT / "README.md").read_text()
-    readme.write_text(before)
+def test_tables_are_written_between_the_markers_of_both_pages(results: Path) -> None:
+    pages = [results / "README.md", results / "docs" / "measured.md"]
+    pages[1].parent.mkdir(exist_ok=True)
+    before = [(ROOT / page.relative_to(results)).read_text() for page in pages]
+    for page, text in zip(pages, before, strict=True):
+        page.write_text(text)
     command = [sys.executable, str(BENCHMARKS / "table.py"), "--results", str(results)]
-    command += ["--readme", str(readme), "--images", str(results / "images")]
+    command += ["--pages", *map(str, pages), "--images", str(results / "images")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.count("table written") == 3
-    page = readme.read_text()
-    assert "| tiny U-Net, K=1, " in page
-    assert "no multiplicity" in page
-    assert "| 3→4, 3×3, 6², K=1 | " in page
-    assert "| rows | 4: " in page
+    assert done.stdout.count("table written") == 4
+    readme, measured = (page.read_text() for page in pages)
+    assert "| tiny U-Net, 0.0 M | " in readme
+    assert "raw: [dp_step.json](dp_step.json)" in readme
+    assert "| tiny U-Net, K=1, " in measured
+    assert "no multiplicity" in measured
+    assert "raw: [dp_step.json](../dp_step.json)" in measured  # links lead there from where the page is
+    assert "| 3→4, 3×3, 6², K=1 | " in measured
+    assert "| rows | 4: " in measured
     assert (results / "images" / "growth.png").stat().st_size > 1000
-    # Nothing outside the markers moved.
-    assert page.split("<!-- table: dp_step -->")[0] == before.split("<!-- table: dp_step -->")[0]
-    assert page.rsplit("<!-- end -->", 1)[1] == before.rsplit("<!-- end -->", 1)[1]
+    for old, new, first in zip(before, (readme, measured), ("dp_step_short", "dp_step"), strict=True):  # nothing else moved
+        assert new.split(f"<!-- table: {first} -->")[0] == old.split(f"<!-- table: {first} -->")[0]
+        assert new.rsplit("<!-- end -->", 1)[1] == old.rsplit("<!-- end -->", 1)[1]
 
-    readme.write_text(page.replace("<!-- table: ops -->", ""))
+    pages[1].write_text(measured.replace("<!-- table: ops -->", ""))
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0
     assert "no '<!-- table: ops -->'" in done.stderr
+    assert pages[0].read_text() == readme
+
+
+def test_tables_of_a_gpu_are_of_its_file_and_of_the_one_before(tmp_path: Path) -> None:
+    step = {"rows": 8, "rows/s": 100.0, "median": 0.5}
+    steps = [
+        {"what": "plain, K=8", **step}, {"what": "plain compiled, K=8", **step, "median": 0.8},
+        {"what": "DP captured, K=8", **step, "median": 0.6, "÷ plain": 1.2},
+    ]  # fmt: skip
+    kernels = [{"what": "weighted sum", "GB/s": 2000, "share of copy": 0.9}]
+    result = {
+        "parts": {"steps": steps, "kernels": kernels}, "device": "GPU", "torch": "2", "cuda": "13", "commit": "abc",
+        "dirty": False, "datetime": "2026-11-27T00:00",
+    }  # fmt: skip
+    for name in ("gpu", "gpu-before"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table: gpu_short -->\n<!-- end -->\n<!-- table: gpu -->\n<!-- end -->\n")
+    command = [sys.executable, str(BENCHMARKS / "table.py"), "--results", str(tmp_path), "--pages", str(page)]
+    subprocess.run(command, capture_output=True, text=True, check=True)
+    text = page.read_text()
+    assert "| 8 | 100 | 1.20 | 0.75 |" in text
+    assert "| DP captured, K=8 | 8 | 100 | 100 (8) | 1.20 | 0.75 |" in text
+    assert "| weighted sum | 2,000 GB/s | 0.90 of a copy |" in text
+    assert text.count("[gpu.json](gpu.json)") == 2 and text.count("[gpu-before.json](gpu-before.json)") == 1
 
 
 def on_public_images(script: str, sets: dict[str, int], folder: Path, *options: str) -> dict[str, Any]:
@@ -159,6 +189,9 @@ def test_the_table_takes_the_faster_layout_and_says_what_was_refused(monkeypatch
     cells = [f"{v:.2f} ({v:.2f}–{v:.2f})" for v in (1.5, 2.0, 6.0, 8.0)]
     assert lines[-1] == "- net, K=1: Opacus ghost, channels last: wrong"
     assert lines[2] == f"| net, K=1, 1.0 M | 1000 ms | {' | '.join(cells)} |"
+    more = [entry | {"group": "net, K=8"} for entry in entries if not entry["extra_info"]["subject"].startswith("opacus")]
+    short = table.dp_step_short({"benchmarks": [*more, *entries]}).splitlines()  # in one row, whichever ran first
+    assert short[2:] == ["| net, 1.0 M | 1.50 | 1.50 (K = 8) | 6.00 | 8.00 |"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
