@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import re
@@ -293,8 +294,10 @@ def grids(folder: Path) -> str:
     """Accuracy of each variant in each finished comparison at the base's ratio, at ε = 10 and 1: mean ± deviation (runs)."""
     columns: dict[str, dict[str, list[float]]] = {}
     for name, title in GRIDS.items():
-        path = folder / name / "results.json"
-        for run in json.loads(path.read_text())["runs"] if path.exists() else []:
+        # Cells that were run later lie in folders below.
+        later = sorted((folder / name).glob("*/results.json"))
+        paths = [path for path in (folder / name / "results.json", *later) if path.exists()]
+        for run in itertools.chain.from_iterable(json.loads(path.read_text())["runs"] for path in paths):
             accuracy = next(v for key, v in run["metrics"].items() if key.startswith("accuracy, trained on synthetic, tested"))
             settings, variant, epsilon = run["settings"], run["variant"], run["settings"]["privacy.epsilon"]
             if epsilon == "inf":  # whatever it is set beside
