@@ -107,7 +107,7 @@ def test_built_in_variants_are_configuration(name: str) -> None:
     changes = built_in_variants()[name]
     assert build_config(changes) != build_config({}) or name == "privimage-means"
     assert build_config(changes).warms_up is ("-means" in name)
-    assert build_config(changes).relabels is name.endswith("-labels")
+    assert build_config(changes).relabels is name.endswith("-means-labels")
 
 
 GRIDS = sorted((Path(__file__).parents[1] / "benchmarks" / "grids").glob("*.yaml"))
@@ -133,6 +133,24 @@ def test_the_grids_of_labels_are_the_runs_of_other_grids_but_for_these(path: Pat
             assert changes.count(["out", "label.steps"]) == 1
 
 
+@pytest.mark.parametrize("path", [p for p in GRIDS if p.stem.endswith("labelled-baselines-cpu")], ids=lambda p: p.stem)
+def test_baselines_with_labels_differ_from_the_method_by_who_chooses_them_alone(path: Path) -> None:
+    cells = {(c.variant, c.seed): c.config for c in load_comparison(path).cells}
+    for means in ("", "-means"):
+        for seed in range(3):
+            method, blind, whole = (cells[f"{name}{means}", seed] for name in ("privimage", "blind-labels", "all-labels"))
+            assert differing_keys(method, blind) == ["out", "query.noise_multiplier"]
+            assert set(differing_keys(blind, whole)) == {
+                "out",
+                "select.labels_per_class",
+                "select.ratio",
+                "select.max_image_ratio",
+            }
+            assert blind.query.noise_multiplier == 1e6  # no vote of some thousands is seen in it
+            assert epsilon([GaussianEvent(1e6)], 1e-5) < 1e-3
+    assert {c.privacy.epsilon for c in cells.values()} == {10}
+
+
 @pytest.mark.parametrize("path", [p for p in GRIDS if p.stem.endswith("-28-cpu")], ids=lambda p: p.stem)
 def test_the_grids_of_full_size_are_of_one_model_at_both_budgets(path: Path) -> None:
     cells = load_comparison(path).cells
@@ -151,6 +169,7 @@ def test_the_grids_of_a_small_budget_have_three_seeds(name: str, more: list[str]
 
 PARTS = (  # show one thing each
     "ratio-cpu", "epsilon-1-cpu", "fashion-epsilon-1-cpu", "mnist-28-cpu", "fashion-28-cpu", "labels-cpu", "fashion-labels-cpu",
+    "labelled-baselines-cpu", "fashion-labelled-baselines-cpu",
 )  # fmt: skip
 
 
