@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import json
 import os
 import re
@@ -294,10 +293,11 @@ def grids(folder: Path) -> str:
     """Accuracy of each variant in each finished comparison at the base's ratio, at ε = 10 and 1: mean ± deviation (runs)."""
     columns: dict[str, dict[str, list[float]]] = {}
     for name, title in GRIDS.items():
-        # Cells that were run later lie in folders below.
-        later = sorted((folder / name).glob("*/results.json"))
-        paths = [path for path in (folder / name / "results.json", *later) if path.exists()]
-        for run in itertools.chain.from_iterable(json.loads(path.read_text())["runs"] for path in paths):
+        # Cells that were run later lie in folders below; of one that was run again there the last counts.
+        paths = [folder / name / "results.json", *sorted((folder / name).glob("*/results.json"))]
+        found = [json.loads(path.read_text())["runs"] for path in paths if path.exists()]
+        runs = {run["name"]: run for part in found for run in part}
+        for run in runs.values():
             accuracy = next(v for key, v in run["metrics"].items() if key.startswith("accuracy, trained on synthetic, tested"))
             settings, variant, epsilon = run["settings"], run["variant"], run["settings"]["privacy.epsilon"]
             if epsilon == "inf":  # whatever it is set beside
@@ -326,6 +326,7 @@ class Pages:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.texts = {path: path.read_text() for path in paths}
+        self.done: list[str] = []
 
     def fill(self, name: str, table: str, source: Callable[..., str] | None = None, *raw: Path) -> None:
         """Writes a table between its markers; ``source(*links)`` goes under it, with links to ``raw`` from where the page is.
@@ -344,11 +345,12 @@ class Pages:
             links = [Path(os.path.relpath(r, path.parent)).as_posix() for r in raw]
             content = table + (source(*links) + "\n" if source else "")
             self.texts[path] = pattern.sub(lambda m, content=content: m[1] + content + m[2], self.texts[path])
-            print(f"{name}: table written to {path}")
+            self.done.append(f"{name}: table written to {path}")
 
     def save(self) -> None:
         for path, text in self.texts.items():
             path.write_text(text)
+        print("\n".join(self.done))
 
 
 def main() -> None:

@@ -65,12 +65,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             commands[argv[0]](argv[1:])
         sys.stdout.flush()
     except KeyboardInterrupt:
-        again = "the same command" if argv[0] == "compare" else "the same command with --resume"
-        print(
-            f"\nprivimage: interrupted. If its folder is there, {again} goes on from what was saved last; private steps after "
-            "that, if any, are repeated and charged anew",
-            file=sys.stderr,
-        )
+        note = ""
+        if argv[0] in ("run", "demo", "compare", *STAGES):
+            again = "the same command" if argv[0] in ("compare", *STAGES) else "the same command with --resume"
+            note = (
+                f". If its folder is there, {again} goes on from what was saved last; private steps after that, if any, are "
+                "repeated and charged anew"
+            )
+        print(f"\nprivimage: interrupted{note}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # of `privimage … | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at exit must not fail again
@@ -438,10 +440,11 @@ def _doctor(argv: list[str]) -> None:
         ("CUDA device", info.cuda_device or "none found by torch"),
     ]  # fmt: skip
     for where in sorted(set(info.reference_ops.values())):
-        names = ", ".join(sorted(name for name, place in info.reference_ops.items() if place == where))
-        rows.append(("plain torch, slower", f"for {where}: {names}"))
+        names = [name for name, place in sorted(info.reference_ops.items()) if place == where]
+        for row, few in enumerate(names[i : i + 4] for i in range(0, len(names), 4)):
+            rows.append((f"plain torch for {where}" if row == 0 else "", ", ".join(few)))
     for name, value in rows:
-        print(f"{name:<28} {value}")
+        print(f"{name:<32} {value}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from privimage_fast.dp.planner import Plan as StepPlan
 from privimage_fast.dp.sampling import expected_padded
 from privimage_fast.models.labeller import row_entries
 from privimage_fast.models.replay import forget
-from privimage_fast.models.training import ImageModel
+from privimage_fast.models.training import ImageModel, PrivateTraining
 from privimage_fast.stages.finetune import plan_finetune
 from privimage_fast.stages.query import QueryConfig
 from privimage_fast.stages.warmup import WarmupConfig, lowest_level
@@ -176,37 +176,67 @@ def _step_seconds(
 ) -> _Seconds:  # fmt: skip
     """Times each part on random images (fastest of several). Changes the model's weights.
 
-    The private step is the one that will run: from CUDA graphs on a GPU, where launches would otherwise be most of its time.
+    What a GPU will replay from CUDA graphs is timed so: of small networks launches are most of an eager step.
     micro_batch: images of a private step that fit in its memory.
     """
     rows = _TIMED_ROWS.get(torch.device(device).type, _TIMED_ROWS["cpu"])
     private = config.finetune.training(model)
-    public = model.public_training(
-        lr=1e-6, ema_decay=config.pretrain.ema_decay, label_dropout=config.pretrain.label_dropout
-    )  # fmt: skip
     # Each part with as many rows as it has at a time: of eight images alone the calls, not the images, would be timed.
     count, many = max(1, min(rows // private.rows, micro_batch)), min(rows, config.pretrain.batch_size)
     drawn = min(rows, config.sample.batch_size)
-    random = torch.Generator().manual_seed(0)
-    images = torch.rand((max(count, many), model.channels, model.resolution, model.resolution), generator=random) * 2 - 1
-    labels = torch.zeros(max(count, many, drawn), dtype=torch.int64)
+    random = torch.Generator(device).manual_seed(0)
+    shape = (max(count, many), model.channels, model.resolution, model.resolution)
+    images = torch.rand(shape, generator=random, device=device) * 2 - 1  # where the run has them as well
+    labels = torch.zeros(max(count, many, drawn), dtype=torch.int64, device=device)
     # One step of a sampler tells what all of them take.
     sampler = replace(config.sample.sampler, steps=2)
     passes = [model.drawable.network_evaluations(options) for options in (config.sample.sampler, sampler)]
 
     def draw() -> None:
-        noise = torch.randn(drawn, *model.drawable.latent_shape, generator=random)
-        model.drawable.draw(labels[:drawn].to(device), sampler, noise.to(device)).sum().item()
+        noise = torch.randn(drawn, *model.drawable.latent_shape, generator=random, device=device)
+        model.drawable.draw(labels[:drawn], sampler, noise).sum().item()
+
+    with _casting(device, autocast):
+        drawing = _best(draw) / drawn * passes[0] / passes[1]
+    forget(model.drawable)
+    low = autocast if model.low_precision else None
+    public = _public_seconds(model, config, images[:many], labels[:many], random, low)
+    if not (config.privacy.train and config.finetune.steps):
+        return _Seconds(drawing, public, 0.0, 0.0)
+    return _Seconds(drawing, public, *_private_seconds(config, private, images[:count], labels[:count], random, low))
+
+
+def _public_seconds(
+    model: ImageModel, config: RunConfig, images: Tensor, labels: Tensor, random: torch.Generator, autocast: torch.dtype | None
+) -> float:  # fmt: skip
+    """Of an image, in a step of public training; its state is gone afterwards."""
+    c = config.pretrain
+    public = model.public_training(lr=1e-6, ema_decay=c.ema_decay, label_dropout=c.label_dropout)
 
     def public_step() -> None:
-        on_device = (images[:many].to(device), labels[:many].to(device))
-        public.step(*on_device, random if device == "cpu" else torch.Generator(device), 1e-6).item()
+        public.step(images, labels, random, 1e-6).item()
 
-    def private_batch() -> list[Tensor]:
-        return [t.to(device) for t in private.batch(images[:count], labels[:count], random)]
+    with _casting(str(images.device), autocast):
+        seconds = _best(public_step) / len(images)
+        public.finish()
+    return seconds
+
+
+def _private_seconds(
+    config: RunConfig, private: PrivateTraining, images: Tensor, labels: Tensor, random: torch.Generator,
+    autocast: torch.dtype | None,
+) -> tuple[float, float]:  # fmt: skip
+    """Of an image, in a private step, and of what a step takes beside its images."""
+    optimizer = PrivateOptimizer(
+        private.module, max_grad_norm=1.0, noise_multiplier=1.0, expected_batch_size=len(images), multiplicity=private.rows,
+        update=UpdateRule("adam", lr=1e-6), ema_decay=0.5 if private.averages else 0.0, noise_key=NoiseKey.from_seed(0),
+    )  # fmt: skip
+    # Of what weights and their state leave, as in the run, and not the fastest way whatever it takes.
+    optimizer.memory_budget = config.finetune.memory_budget(images.device)
+    captured = CapturedStep(optimizer, private.loss, private.batch(images, labels, random), autocast=autocast)
 
     def private_accumulate() -> None:
-        captured.accumulate(private_batch())[0].sum().item()
+        captured.accumulate(private.batch(images, labels, random))[0].sum().item()
 
     def after_steps() -> None:
         for step in range(private.round):
@@ -214,20 +244,7 @@ def _step_seconds(
             private.after_step(step, 0)
         optimizer.flat.data[0].item()  # waits for the GPU
 
-    with _casting(device, autocast):
-        drawing = _best(draw) / drawn * passes[0] / passes[1]
-    forget(model.drawable)
-    with _casting(device, autocast if model.low_precision else None):
-        training = _best(public_step) / many
-        public.finish()
-    optimizer = PrivateOptimizer(
-        private.module, max_grad_norm=1.0, noise_multiplier=1.0, expected_batch_size=count, multiplicity=private.rows,
-        update=UpdateRule("adam", lr=1e-6), ema_decay=0.5 if private.averages else 0.0, noise_key=NoiseKey.from_seed(0),
-        # That which fine-tuning will have, and not the fastest way whatever it takes.
-        memory_budget=config.finetune.memory_budget(torch.device(device)),
-    )  # fmt: skip
-    captured = CapturedStep(optimizer, private.loss, private_batch(), autocast=autocast if model.low_precision else None)
-    return _Seconds(drawing, training, _best(private_accumulate) / count, _best(after_steps) / private.round)
+    return _best(private_accumulate) / len(images), _best(after_steps) / private.round
 
 
 def _best(work: Callable[[], None], enough: float = 1.0) -> float:

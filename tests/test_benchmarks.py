@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import math
 import os
@@ -236,17 +237,22 @@ def test_comparisons_are_means_over_seeds_at_the_ratio_of_the_base(tmp_path: Pat
     def run(variant: str, accuracy: float, epsilon: float | str = 10.0, ratio: float | None = 0.1, preset: str = "small") -> Any:
         settings = {"privacy.epsilon": epsilon, "select.max_image_ratio": ratio, "model.preset": preset}
         metrics = {"accuracy, trained on synthetic, tested on real": accuracy, "Fréchet distance FD-x": 3.0}
-        return {"variant": variant, "settings": settings, "metrics": metrics}
+        return {"name": str(next(number)), "variant": variant, "settings": settings, "metrics": metrics}
 
+    number = itertools.count()
     runs = [run("privimage", 0.5), run("privimage", 0.6), run("privimage", 0.99, ratio=0.01), run("privimage", 0.3, epsilon=1.0)]
     runs += [run("pdp-diffusion", 0.2, ratio=None), run("non-private", 0.7, epsilon="inf")]
     runs += [run("privimage-means", 0.81, epsilon="inf"), run("privimage-means", 0.99, preset="base")]
     (tmp_path / "mnist-cpu").mkdir()
     (tmp_path / "mnist-cpu" / "results.json").write_text(json.dumps({"runs": runs}))
+    (tmp_path / "mnist-cpu" / "later").mkdir()  # one cell more, and one that was run again
+    later = [run("random", 0.4), runs[3] | {"metrics": run("privimage", 0.35)["metrics"]}]
+    (tmp_path / "mnist-cpu" / "later" / "results.json").write_text(json.dumps({"runs": later}))
     assert table.grids(tmp_path).splitlines() == [
         "| public images used | MNIST +D, ε = 10 | MNIST +D, ε = 1 |",
         "| --- | --- | --- |",
-        "| the selected subset (PrivImage as published) | 55.0 ± 7.1 | 30.0 |",
+        "| the selected subset (PrivImage as published) | 55.0 ± 7.1 | 35.0 |",
+        "| as many public images, blindly | 40.0 | – |",
         "| all public images (PDP-Diffusion) | 20.0 | – |",
         "| the selected subset, the same steps without noise: *not private* | 70.0 | – |",
         "| the same with class means: *not private* | 81.0 | – |",

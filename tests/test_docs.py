@@ -30,5 +30,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_of_commands_are_there(page: Path) -> None:
-    for name in re.findall(r"benchmarks/(?:jobs|grids)/[\w-]+\.yaml", page.read_text()):
-        assert name.endswith("NAME.yaml") or (ROOT / name).is_file(), f"{page.name} names {name}"
+    text = page.read_text()
+    known = {path.name for folder in ("jobs", "grids") for path in (ROOT / "benchmarks" / folder).glob("*.yaml")}
+    for name in re.findall(r"(?:jobs/|grids/|`)([\w-]+-(?:cpu|gpu|4k|60k|28|colour)(?:-gan)?\.yaml)", text):
+        assert name in known, f"{page.name} names {name}"
+    for name in re.findall(r"benchmarks/\w+\.py", text):
+        assert (ROOT / name).is_file(), f"{page.name} names {name}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 from emulated import RATES, emulate
 from safetensors.torch import load_file
-from tiny import run_all
+from tiny import PRIVATE, PUBLIC, run_all, tiny_config
 
-from privimage_fast.dp import planner
+from privimage_fast import planning
+from privimage_fast.dp import graphs, planner
 from privimage_fast.ops import native
+from privimage_fast.pipeline import Run
 
 pytestmark = pytest.mark.skipif(native._C is None, reason="the extension is not built")
 
@@ -54,3 +57,43 @@ def test_a_run_on_the_kernels_is_the_cpus(family: str, tmp_path: Path, monkeypat
             torch.testing.assert_close(ours[key], cpus[key], rtol=1e-2, atol=2e-4, msg=lambda m, k=key, n=name: f"{n}, {k}: {m}")
     images = [np.load(run.folder.synthetic)["images"].astype(float) for run in (found, plain)]
     assert np.abs(images[0] - images[1]).mean() < 1
+
+
+@pytest.mark.parametrize("family", ["diffusion", "gan"])
+def test_the_plan_times_the_step_from_its_graphs(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its accumulate and its noised step, each replayed as often as it is timed, with the budget that the run's state leaves."""
+    replayed: list[str] = []
+
+    def record(run: Callable[[], Any], device: torch.device, *, warm_up: Callable[[], None]) -> Callable[[], Any]:
+        warm_up()
+
+        def replay() -> Any:
+            replayed.append(run.__name__.strip("_"))
+            return run()
+
+        return replay
+
+    def best(work: Callable[[], None], enough: float = 1.0) -> float:
+        replayed.append(work.__name__)
+        work()
+        return 1.0
+
+    monkeypatch.setattr(planner, "machine_rates", lambda *key: RATES)
+    monkeypatch.setattr(planning, "_best", best)
+    emulate(monkeypatch)
+    monkeypatch.setattr(graphs, "record", record)
+    monkeypatch.setattr(graphs, "_on_gpu", lambda device: True)
+    sections: dict[str, Any] = {}
+    if family == "gan":
+        small = {"latent": 8, "generator_channels": 8, "discriminator_channels": 8, "max_mult": 2, "features": 8}
+        sections = {"model": {"family": "gan", "gan": small, "adversarial": {"discriminator_steps": 2}}}
+    plan = Run(tiny_config(tmp_path / "a", **sections), public=PUBLIC, private=PRIVATE).plan()
+    rounds = 2 if family == "gan" else 1  # the GAN's generator is trained after every second of them
+    assert replayed == ["draw", "public_step", "private_accumulate", "accumulate", "after_steps", *["launch"] * rounds]
+    assert plan.finetune_seconds > plan.steps  # a second for what follows, and parts of seconds for images
+
+
+def test_a_plan_without_private_steps_times_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "_private_seconds", lambda *args: pytest.fail("there is no such step"))
+    plan = Run(tiny_config(tmp_path / "a", privacy={"train": False}), public=PUBLIC, private=PRIVATE).plan()
+    assert plan.finetune_seconds == 0 < plan.pretrain_seconds

@@ -15,7 +15,8 @@ from privimage_fast.stages.folder import fingerprint
 def describe(comparison: Comparison, wanted: Callable[[Cell], bool] = lambda cell: True) -> str:
     """The runs, one a line, with σ and rough minutes, then the sum; pre-training that is shared counts once.
 
-    Classifiers are left out of the times, and a semantic subset is taken to be the same at every ε: the noise decides that.
+    Classifiers are left out of the times, and a semantic subset is taken to be the same at every ε, and of a seed with every run
+    that asks with the same σ₁: the noise decides that.
     """
     plans: dict[str, Plan] = {}
     read = read_sets()

@@ -66,7 +66,10 @@ class Cell:
         c = self.config
         seed = c.seed if c.public_seed is None else c.public_seed
         of_seed = c.seed if c.select.mode == "random" or c.select.max_image_ratio is not None else seed
-        labels = (clusters_key(c.query), c.query.votes_per_image, c.privacy.epsilon if c.query.clusters == "auto" else None)
+        labels = (
+            clusters_key(c.query), c.query.votes_per_image, c.query.noise_multiplier,
+            c.privacy.epsilon if c.query.clusters == "auto" else None,
+        )  # fmt: skip
         return fingerprint(labels, c.select, c.model, c.pretrain, c.data.public, seed, of_seed)
 
 

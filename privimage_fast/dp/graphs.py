@@ -58,7 +58,9 @@ class CapturedStep:
         if rows == 0 or rows % optimizer.multiplicity:
             raise ValueError(f"stand_in has {rows} rows; expected at least one sample of {optimizer.multiplicity} adjacent rows")
         self._weight = torch.ones(rows // optimizer.multiplicity, device=self._device)
-        self._run_accumulate, self._run_step = self._accumulate, optimizer.step
+        # Recorded ones; None runs eagerly. (Bound methods of its own would keep the optimizer until the garbage collector comes.)
+        self._run_accumulate: Callable[[], tuple[Tensor, Tensor]] | None = None
+        self._run_step: Callable[[], Any] | None = None
         self._armed: ops.ArmedStep | None = None
         if capture or (capture is None and _on_gpu(self._device)):
             try:
@@ -69,7 +71,7 @@ class CapturedStep:
                 if capture:
                     raise
                 logger.warning("the private step runs without CUDA graphs, which is slower: %s", error)
-                self._run_accumulate, self._run_step, self._armed = self._accumulate, optimizer.step, None
+                self._run_accumulate, self._run_step, self._armed = None, None, None
         self._frozen = self._settings()
 
     @property
@@ -105,7 +107,7 @@ class CapturedStep:
             to.copy_(given, non_blocking=not given.is_pinned())  # the caller may write over a pinned batch
         if self._armed is not None:
             self.optimizer.sum_pending()  # an eager micro-batch before this one; a replay does not look
-        return self._run_accumulate()
+        return (self._run_accumulate or self._accumulate)()
 
     def step(self) -> None:
         """:meth:`PrivateOptimizer.step`: noise, update, EMA. An error drops what was accumulated."""
@@ -114,7 +116,7 @@ class CapturedStep:
             if self._armed is not None:
                 self.optimizer.sum_pending()  # or the graph would leave it to the next step, and another batch's charge
                 self._armed.arm(**self.optimizer.next_step())
-            self._run_step()
+            (self._run_step or self.optimizer.step)()
         except BaseException:
             self.optimizer.discard()  # a next step would add them to another batch, and count a sample twice
             raise

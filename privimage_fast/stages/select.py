@@ -55,7 +55,8 @@ def labels_per_class(config: SelectConfig, *, n_labels: int, n_classes: int, clu
 
     ``clusters``: the labels are clusters.
     """
-    k = config.labels_per_class or max(1, round(n_labels * config.ratio / n_classes))
+    # A ratio never asks for more than can be dealt out evenly: a whole set of 98 labels is 9 for each of ten classes.
+    k = config.labels_per_class or max(1, min(round(n_labels * config.ratio / n_classes), n_labels // n_classes))
     # The whole set, or none of it, is taken without labels.
     if k * n_classes > n_labels and config.mode in ("semantic", "random"):
         found = f"the public images fall into {n_labels} clusters" if clusters else f"the public set has {n_labels}"

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -394,3 +396,17 @@ def test_a_pass_neither_copies_from_the_host_nor_reads_a_value(strategy: str, mo
             model, DenoisingLoss(3), args, sums, max_grad_norm=1.0, multiplicity=3, strategy=strategy, sample_weight=weight
         )
     assert norms.device.type == "meta"
+
+
+def test_what_runs_eagerly_keeps_nothing_alive() -> None:
+    """A plan's network and its state would lie beside the run's until the garbage collector comes."""
+    captured = CapturedStep(optimizer(), losses, batch(2))
+    captured.accumulate(batch(2))
+    captured.step()
+    there = weakref.ref(captured.optimizer)
+    gc.disable()
+    try:
+        del captured
+        assert there() is None
+    finally:
+        gc.enable()

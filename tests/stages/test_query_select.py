@@ -200,6 +200,11 @@ def test_ordered_is_the_published_rule_and_optimal_wins_more_votes() -> None:
     assert assign_labels(counts, 2, "ordered") == [[0, 1], [3, 2]]
 
 
+@pytest.mark.parametrize(("labels", "k"), [(98, 9), (62, 6), (26, 2), (10, 1)])
+def test_the_whole_set_is_as_many_labels_a_class_as_can_be_dealt_evenly(labels: int, k: int) -> None:
+    assert labels_per_class(SelectConfig(ratio=1.0), n_labels=labels, n_classes=10) == k
+
+
 @pytest.mark.parametrize(("ratio", "labels", "classes", "k"), [(0.05, 1000, 10, 5), (0.01, 1000, 100, 1), (0.001, 52, 10, 1)])
 def test_never_zero_labels_a_class(ratio: float, labels: int, classes: int, k: int) -> None:
     assert labels_per_class(SelectConfig(ratio=ratio), n_labels=labels, n_classes=classes) == k
