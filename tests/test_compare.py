@@ -135,17 +135,16 @@ def test_the_grids_of_labels_are_the_runs_of_other_grids_but_for_these(path: Pat
 
 @pytest.mark.parametrize("path", [p for p in GRIDS if p.stem.endswith("labelled-baselines-cpu")], ids=lambda p: p.stem)
 def test_baselines_with_labels_differ_from_the_method_by_who_chooses_them_alone(path: Path) -> None:
-    cells = {(c.variant, c.seed): c.config for c in load_comparison(path).cells}
+    found = load_comparison(path).cells
+    cells, keys = {(c.variant, c.seed): c.config for c in found}, {(c.variant, c.seed): c.training_key for c in found}
     for means in ("", "-means"):
         for seed in range(3):
-            method, blind, whole = (cells[f"{name}{means}", seed] for name in ("privimage", "blind-labels", "all-labels"))
+            names = [(f"{name}{means}", seed) for name in ("privimage", "blind-labels", "all-labels")]
+            assert len({keys[name] for name in names}) == 3  # neither learns what another does
+            method, blind, whole = (cells[name] for name in names)
             assert differing_keys(method, blind) == ["out", "query.noise_multiplier"]
-            assert set(differing_keys(blind, whole)) == {
-                "out",
-                "select.labels_per_class",
-                "select.ratio",
-                "select.max_image_ratio",
-            }
+            choice = {"select.labels_per_class", "select.ratio", "select.max_image_ratio"}
+            assert set(differing_keys(blind, whole)) == {"out", *choice}
             assert blind.query.noise_multiplier == 1e6  # no vote of some thousands is seen in it
             assert epsilon([GaussianEvent(1e6)], 1e-5) < 1e-3
     assert {c.privacy.epsilon for c in cells.values()} == {10}
