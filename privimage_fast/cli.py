@@ -157,12 +157,20 @@ def _run(argv: list[str], *, command: str = "run", base: str | None = None) -> N
     config, flags = _parse_run(command, argv, "The whole method, from two image sets to a private synthetic set.", base=base)
     from privimage_fast.pipeline import Run
     from privimage_fast.report import summary_table
+    from privimage_fast.stages.folder import RunError
 
     run = Run(config)
-    if not flags.dry_run:
-        run.check_new(resume=flags.resume)
-        if flags.resume and not run.folder.begun:
-            print(f"{run.folder.path} holds no run to go on with: a new one begins there", file=sys.stderr)
+    if flags.resume and not run.folder.config.exists():  # after a slip in --out a second run would be paid for
+        raise RunError(
+            f"{run.folder.path} holds no run to go on with; give the --out of the one that was begun, or leave --resume out to "
+            "begin one there"
+        )
+    run.check_new(resume=flags.resume or flags.dry_run)
+    if flags.dry_run and run.folder.begun:
+        if flags.resume:
+            run.check_reopened()
+        else:
+            print(f"note: {run.folder.path} already holds a run: this one needs another --out", file=sys.stderr)
     plan = None
     if flags.dry_run or not flags.resume:
         print("planning: steps are tried on made-up images", file=sys.stderr)
@@ -171,7 +179,10 @@ def _run(argv: list[str], *, command: str = "run", base: str | None = None) -> N
         print(plan.table())
     if flags.dry_run:
         assert plan is not None
-        print(f"\n{plan.step.table()}\n\nnothing was spent, and nothing written")
+        print(
+            "\nLayers of a micro-batch, and the way in which each one's per-image gradients are had (T·K: positions of all rows "
+            f"of an image):\n{plan.step.table()}\n\nnothing was spent, and nothing written"
+        )
         return
     with run.opened(resume=flags.resume):
         if plan is not None:
@@ -280,9 +291,12 @@ def _compare(argv: list[str]) -> None:
 
 
 def _keys(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser("privimage keys", description="Configuration keys, their defaults and their meaning.")
+    parser.add_argument("section", nargs="*", help="of these sections only: data, privacy, query …")
+    a = parser.parse_args(argv)
     from privimage_fast.config import documented_yaml
 
-    print(documented_yaml(), end="")
+    print(documented_yaml(a.section), end="")
 
 
 # ------------------------------------------------------------------------------------------------------ without data

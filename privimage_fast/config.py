@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -402,15 +403,24 @@ def nest(dotted: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def documented_yaml() -> str:
-    """The defaults as YAML, each key with what the docstring of its dataclass says of it."""
-    return "\n".join(_documented(RunConfig(), "")) + "\n"
+def documented_yaml(sections: Sequence[str] = ()) -> str:
+    """The defaults as YAML, each key with what the docstring of its dataclass says of it; of ``sections`` only, if given.
+
+    Raises:
+        ConfigError: a section that there is not.
+    """
+    names = [f.name for f in fields(RunConfig)]
+    if unknown := [section for section in sections if section not in names]:
+        raise ConfigError(f"no section {unknown[0]!r} of keys; there are {', '.join(names)}")
+    return "\n".join(_documented(RunConfig(), "", sections or names)) + "\n"
 
 
-def _documented(config: Any, indent: str) -> list[str]:
+def _documented(config: Any, indent: str, names: Sequence[str] | None = None) -> list[str]:
     notes = _argument_notes(type(config))
     lines = []
     for f in fields(config):
+        if names is not None and f.name not in names:
+            continue
         value = getattr(config, f.name)
         note = notes.get(f.name)
         if is_dataclass(value):

@@ -102,8 +102,6 @@ def resolve(c: RunConfig, saved: RunConfig | None, *, images: int, n_classes: in
         ends = plain_ends(public) if saved is None else (known.black or 0, known.white or 0)
         black, white = (end if given is None else given for given, end in zip((sampler.black, sampler.white), ends, strict=True))
         sampler = replace(sampler, black=black, white=white)
-        if saved is None and (black or white):
-            logger.info("values up to %d are drawn as 0, and from %d as 255, as public images have them", black, 255 - white)
     multiplicity = c.finetune.multiplicity or filled.finetune.multiplicity or c.model.default_multiplicity
     return replace(
         c,
@@ -142,8 +140,8 @@ def check_apart(*, public: ImageSet, private: ImageSet, test: ImageSet | None) -
                 f"{why}; give another {name} set, or take them out of one of the two"
             )
         logger.warning(
-            "data.%s and data.private have %d different images in common, pixel for pixel: %s. The run goes on; take them "
-            "out of one of the two if they are not blank", name, shared, why,
+            "data.%s and data.private have %d images in common, pixel for pixel: %s. The run goes on, for it is at most one in a "
+            "hundred; take them out of one of the two if they are not blank", name, shared, why,
         )  # fmt: skip
 
 
@@ -266,7 +264,9 @@ def check_place(out: Path, data: DataConfig) -> None:
         for source in [given] if isinstance(given, str) else given or []:
             path = Path(source).resolve()
             if path.exists() and (place == path or place in path.parents or (path.is_dir() and path in place.parents)):
-                raise ConfigError(f"out is {out}, and data.{name} is {source}: a run needs its own; choose another --out")
+                raise ConfigError(
+                    f"out is {out}, and data.{name} is {source}: a run needs a folder of its own; choose another --out"
+                )
     if place.is_dir() and not RunFolder(place).config.exists():
         strange = [
             entry.name for entry in place.iterdir()
@@ -276,8 +276,13 @@ def check_place(out: Path, data: DataConfig) -> None:
             raise ConfigError(f"out is {out}, which holds {sorted(strange)[0]} and is no run's folder; choose another --out")
 
 
-def tell_unused(c: RunConfig) -> None:
-    """Warns of settings of learned labels where none are learned."""
+def tell_settings(c: RunConfig, given: RunConfig) -> None:
+    """Of a new run: what changes its images that the configuration did not ask for, and warns of what is not used."""
+    ends = (("black", "values up to {} are drawn as 0"), ("white", "the {} highest values are drawn as 255"))
+    for name, what in ends:
+        value = getattr(c.sample.sampler, name)
+        if value and getattr(given.sample.sampler, name) is None:
+            logger.info("sample.sampler.%s is %d: %s, as public images have them; 0 leaves them", name, value, what.format(value))
     if c.label.steps and not c.privacy.train:
         logger.warning("label.steps is not used: privacy.train is false, and labels are learned from sensitive images as well")
     unused = [f"label.{f.name}" for f in fields(LabelConfig) if getattr(c.label, f.name) != getattr(LabelConfig(), f.name)]

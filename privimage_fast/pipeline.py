@@ -38,7 +38,7 @@ from privimage_fast.opening import (
     device_of,
     open_source,
     resolve,
-    tell_unused,
+    tell_settings,
 )  # fmt: skip
 from privimage_fast.planning import Plan, make_plan, query_noise_multiplier, reserved
 from privimage_fast.stages.agreement import check_text, question, stand_in_tables
@@ -169,6 +169,11 @@ class Run:
                 f"{self.folder.path} already holds a run; go on with --resume (in Python resume=True), or choose another --out"
             )
 
+    def check_reopened(self) -> None:
+        """As :func:`opening.check_reopened`, of the run that is in the folder."""
+        saved = load_config(self.folder.config)
+        check_reopened(self.folder, self._resolved(saved), saved)
+
     @contextmanager
     def opened(self, *, resume: bool) -> Iterator[Run]:
         """Locks the folder, resolves the configuration against what is there, and saves it.
@@ -183,13 +188,13 @@ class Run:
             if saved is not None and saved.data.test and not self.config.data.test:  # given to `evaluate` meanwhile
                 self.config = replace(self.config, data=replace(self.config.data, test=saved.data.test))
             check_apart(public=self.public, private=self.private, test=self.test)
-            self.config = self._resolved(saved)
+            given, self.config = self.config, self._resolved(saved)
             if saved is not None:
                 check_reopened(self.folder, self.config, saved)
             check_ledger(self.folder)
             self.check_inputs()
             if saved is None:
-                tell_unused(self.config)
+                tell_settings(self.config, given)
                 self.check_evaluation()
                 check_public_numbers(self.config, images=len(self.private))
             elif self.config.privacy.population != len(self.private):
@@ -469,7 +474,9 @@ class Run:
     def all(self) -> Path:
         """Every stage in order; those that are done already return at once."""
         for stage in (self.query, self.select, self.pretrain, self.warmup, self.finetune, self.label, self.sample):
-            logger.info("%s", stage.__name__)
+            name = stage.__name__
+            if name != "label" or self.config.relabels:
+                logger.info("%s%s", name, ": done before" if self.folder.recorded(name) else "")
             stage()
         logger.info("evaluate")
         try:

@@ -29,7 +29,8 @@ class _Lines:
 def progress_bar(steps: Iterable[T], *, delay: float = 0.0, **options: Any) -> tqdm[T]:
     """A bar over ``steps`` that goes when they are done, first shown after ``delay`` seconds; ``options`` are tqdm's."""
     if not _is_watched():
-        options |= {"mininterval": _SECONDS_IN_A_LOG, "maxinterval": _SECONDS_IN_A_LOG, "file": _Lines(), "ncols": 100}
+        # Looked at in every step: tqdm would otherwise guess how many to leave out, and write what it saw last when it is late.
+        options |= {"mininterval": _SECONDS_IN_A_LOG, "miniters": 1, "file": _Lines(), "ncols": 100}
         delay = max(delay, _SECONDS_IN_A_LOG)  # what is done before that needs no line
     return tqdm(steps, leave=False, delay=delay, **options)
 

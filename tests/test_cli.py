@@ -86,6 +86,9 @@ def test_help_version_doctor_keys_and_a_near_miss(capsys: pytest.CaptureFixture[
     out = capsys.readouterr().out
     assert build_config(yaml.safe_load(out)) == RunConfig()
     assert "epsilon: 10.0  # target ε" in out and "steps: null  # noised steps; null derives them from `epochs`." in out
+    assert main(["keys", "privacy", "label"]) == 0
+    assert list(yaml.safe_load(capsys.readouterr().out)) == ["privacy", "label"]
+    assert main(["keys", "privcy"]) == 2 and "no section 'privcy'" in capsys.readouterr().err
     for line in out.splitlines():  # a key that is no section says what it is
         assert line.rstrip().endswith(":") or "  # " in line, line
     assert main(["smaple"]) == 2
@@ -179,10 +182,26 @@ def test_stage_by_stage_is_the_whole_run(config: Path, capsys: pytest.CaptureFix
     assert "holds no run" not in capsys.readouterr().err
     # A slip in --out would otherwise begin a second paid run unseen.
     elsewhere = config.parent / "slip"
-    main(["run", "--config", str(config), "--resume", "--out", str(elsewhere), "--data.private", "nowhere"])
-    assert f"{elsewhere} holds no run to go on with: a new one begins there" in capsys.readouterr().err
+    assert main(["run", "--config", str(config), "--resume", "--out", str(elsewhere)]) == 2
+    assert f"{elsewhere} holds no run to go on with; give the --out of" in capsys.readouterr().err and not elsewhere.exists()
     assert main(["finetune", "--out", str(tmp_path / "out"), "--finetune.lr", "0.3"]) == 2
     assert "finetune.lr" in capsys.readouterr().err
+
+
+def test_a_dry_run_refuses_what_the_run_would(config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    images = yaml.safe_load(config.read_text())["data"]["private"]
+    assert main(["run", "--config", str(config), "--dry-run", "--out", images]) == 2
+    assert "is a file, but a run needs a folder" in capsys.readouterr().err
+    assert main(["run", "--config", str(config), "--dry-run", "--out", str(Path(images).parent)]) == 2
+    assert "a run needs a folder of its own" in capsys.readouterr().err
+    assert main(["query", "--config", str(config)]) == 0
+    assert main(["run", "--config", str(config), "--dry-run", "--resume", "--privacy.epsilon", "3"]) == 2
+    assert "was started with other settings (privacy.epsilon" in capsys.readouterr().err
+    before = sorted((tmp_path / "out").rglob("*"))
+    assert main(["run", "--config", str(config), "--dry-run", "--privacy.epsilon", "3"]) == 0  # of another run to come
+    assert "already holds a run: this one needs another --out" in capsys.readouterr().err
+    assert main(["run", "--config", str(config), "--dry-run", "--resume"]) == 0
+    assert "note:" not in capsys.readouterr().err and sorted((tmp_path / "out").rglob("*")) == before
 
 
 def test_figures_of_an_earlier_synthetic_set_are_marked_until_they_are_renewed(

@@ -39,7 +39,7 @@ def test_the_sensitive_set_as_another_is_refused_before_anything(
         run = Run(tiny_config(tmp_path / f"{count}"), **{**sets, name: mixed})
         if count == 1:
             with run.opened(resume=False):
-                assert f"data.{name} and data.private have 1 different images in common" in caplog.text
+                assert f"data.{name} and data.private have 1 images in common" in caplog.text
         else:
             with (
                 pytest.raises(ConfigError, match=rf"data\.{name} and data\.private have 2 images in common"),
@@ -156,7 +156,7 @@ def test_a_run_is_not_put_among_images(tmp_path: Path, out: str, monkeypatch: py
     before = sorted(tmp_path.rglob("*"))
     sections = {"data": {**SECTIONS["data"], "public": "letters.npz", "private": "digits"}}
     with (
-        pytest.raises(ConfigError, match=rf"out is {out}, and data.\w+ is \S+: a run needs its own; choose another --out"),
+        pytest.raises(ConfigError, match=rf"out is {out}, and data.\w+ is \S+: a run needs a folder of its own"),
         Run(tiny_config(Path(out), **sections)).opened(resume=False),
     ):
         pass
