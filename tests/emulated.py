@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
+from privimage_fast.dp import graphs
 from privimage_fast.dp.rates import Rates
 from privimage_fast.ops import cuda, native
 
@@ -29,3 +32,20 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     monkeypatch.setattr(cuda, "supports", supports)
     monkeypatch.setattr(native, "supports", lambda op, tensors: not hasattr(cuda, op) and on_cpu(op, tensors))
     return used
+
+
+def replay(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What would be recorded in a CUDA graph is run again instead of replayed from here on; the list says what was."""
+    done: list[str] = []
+
+    def record(run: Callable[[], Any], device: torch.device, *, warm_up: Callable[[], None]) -> Callable[[], Any]:
+        warm_up()
+
+        def again() -> Any:
+            done.append(run.__name__.strip("_"))
+            return run()
+
+        return again
+
+    monkeypatch.setattr(graphs, "record", record)
+    return done

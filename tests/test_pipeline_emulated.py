@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from emulated import RATES, emulate
+from emulated import RATES, emulate, replay
 from safetensors.torch import load_file
 from tiny import PRIVATE, PUBLIC, run_all, tiny_config
 
@@ -62,16 +62,7 @@ def test_a_run_on_the_kernels_is_the_cpus(family: str, tmp_path: Path, monkeypat
 @pytest.mark.parametrize("family", ["diffusion", "gan"])
 def test_the_plan_times_the_step_from_its_graphs(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its accumulate and its noised step, each replayed as often as it is timed, with the budget that the run's state leaves."""
-    replayed: list[str] = []
-
-    def record(run: Callable[[], Any], device: torch.device, *, warm_up: Callable[[], None]) -> Callable[[], Any]:
-        warm_up()
-
-        def replay() -> Any:
-            replayed.append(run.__name__.strip("_"))
-            return run()
-
-        return replay
+    replayed = replay(monkeypatch)
 
     def best(work: Callable[[], None], enough: float = 1.0) -> float:
         replayed.append(work.__name__)
@@ -81,7 +72,6 @@ def test_the_plan_times_the_step_from_its_graphs(family: str, tmp_path: Path, mo
     monkeypatch.setattr(planner, "machine_rates", lambda *key: RATES)
     monkeypatch.setattr(planning, "_best", best)
     emulate(monkeypatch)
-    monkeypatch.setattr(graphs, "record", record)
     monkeypatch.setattr(graphs, "_on_gpu", lambda device: True)
     sections: dict[str, Any] = {}
     if family == "gan":

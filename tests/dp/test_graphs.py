@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from emulated import replay
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -67,25 +68,10 @@ def optimizer(module: nn.Module | None = None, **options: Any) -> PrivateOptimiz
     return PrivateOptimizer(module, **{**given, **options})
 
 
-Record = Callable[..., Callable[[], Any]]
-
-
 @pytest.fixture
 def replayed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Stands in for the recording; the list says what was replayed."""
-    done: list[str] = []
-
-    def record(run: Callable[[], Any], device: torch.device, *, warm_up: Callable[[], None]) -> Callable[[], Any]:
-        warm_up()
-
-        def replay() -> Any:
-            done.append(run.__name__.strip("_"))
-            return run()
-
-        return replay
-
-    monkeypatch.setattr(graphs, "record", record)
-    return done
+    return replay(monkeypatch)
 
 
 def states_equal(a: PrivateOptimizer, b: PrivateOptimizer) -> bool:
