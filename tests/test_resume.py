@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import PRIVATE, PUBLIC, SECTIONS, STEPS, TEST, dpsgd, run_all, tiny_config, wait_for_lines, write_run
@@ -211,3 +213,34 @@ def test_a_holdout_beside_test_images_is_told_to_be_unused(tmp_path: Path, caplo
     data = {**SECTIONS["data"], "holdout": 0.5}
     run = Run(tiny_config(tmp_path / "a", data=data), public=PUBLIC, private=PRIVATE, test=TEST)
     assert len(run.private) == len(PRIVATE) and "data.holdout is not used" in caplog.text
+
+
+def test_a_run_that_goes_on_says_what_was_done_and_nothing_of_labels_it_does_not_learn(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    run_all(tmp_path / "a", test=None)
+    assert "query" in caplog.messages and not any("done before" in m or m.startswith("label") for m in caplog.messages)
+    caplog.clear()
+    run_all(tmp_path / "a", resume=True, test=None)
+    done = [f"{stage}: done before" for stage in ("query", "select", "pretrain", "warmup", "finetune", "sample")]
+    assert [m for m in caplog.messages if m.endswith("done before")] == done
+
+
+@pytest.mark.parametrize("black", [None, 0, 7])
+def test_values_that_are_drawn_as_black_are_told_once_where_nobody_asked_for_it(
+    black: int | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    images = np.maximum(PUBLIC.images, 60)
+    images[:, :, :2] = 0  # a quarter of the values, and none near it
+    sampler = {"steps": 3} | ({} if black is None else {"black": black})
+    config = tiny_config(tmp_path / "a", sample={"sampler": sampler})
+    run = Run(config, public=replace(PUBLIC, images=images), private=PRIVATE)
+    run.plan()
+    assert "sample.sampler" not in caplog.text
+    with run.opened(resume=False):
+        pass
+    told = [m for m in caplog.messages if "sample.sampler.black is 7: values up to 7 are drawn as 0" in m]
+    assert len(told) == (black is None) and "white" not in caplog.text
+    assert run.config.sample.sampler.black == (7 if black is None else black)
