@@ -274,27 +274,37 @@ VARIANTS = {
     ),
     "as many public images, blindly; class means": ("random-means", "random-gan-means"),
     "all public images, class means": ("pdp-means", "pdp-gan-means"),
+    "as many public labels, dealt to the classes blindly; class means": ("blind-labels-means",),
+    "all public labels, dealt to the classes blindly; class means": ("all-labels-means",),
     "no public images, class means": ("dpdm-means", "dpgan-means"),
     "the selected subset (PrivImage as published)": ("privimage", "privimage-gan"),
     "a subset chosen by clusters": ("privimage-clusters", "privimage-clusters-gan"),
     "a subset of as many clusters as the noise bears": ("privimage-auto-clusters", "privimage-auto-clusters-gan"),
     "as many public images, blindly": ("random", "random-gan"),
     "all public images (PDP-Diffusion)": ("pdp-diffusion", "pdp-gan"),
+    "as many public labels, dealt to the classes blindly": ("blind-labels",),
+    "all public labels, dealt to the classes blindly": ("all-labels",),
     "no pre-training (DPDM, DPGAN)": ("dpdm", "dpgan"),
     "the subset, never fine-tuned": ("public-only", "public-only-gan"),
     "the clusters' subset, never fine-tuned": ("public-only-clusters", "public-only-clusters-gan"),
     "the selected subset, the same steps without noise: *not private*": ("non-private", "non-private-gan"),
     "the same with class means: *not private*": ("privimage-means, no noise", "privimage-gan-means, no noise"),
 }
-GRIDS = {"mnist-cpu": "MNIST +D", "mnist-gan-cpu": "MNIST +G", "fashion-cpu": "F-MNIST +D", "fashion-gan-cpu": "F-MNIST +G"}
+# Column → the grids that it is made of.
+GRIDS = {
+    "MNIST +D": ("mnist-cpu", "labelled-baselines-cpu"),
+    "MNIST +G": ("mnist-gan-cpu",),
+    "F-MNIST +D": ("fashion-cpu", "fashion-labelled-baselines-cpu"),
+    "F-MNIST +G": ("fashion-gan-cpu",),
+}
 
 
 def grids(folder: Path) -> str:
     """Accuracy of each variant in each finished comparison at the base's ratio, at ε = 10 and 1: mean ± deviation (runs)."""
     columns: dict[str, dict[str, list[float]]] = {}
-    for name, title in GRIDS.items():
-        # Cells that were run later lie in folders below; of one that was run again there the last counts.
-        paths = [folder / name / "results.json", *sorted((folder / name).glob("*/results.json"))]
+    for title, names in GRIDS.items():
+        # Cells that were run later lie in folders below, or in the next grid; of one that was run again the last counts.
+        paths = [p for n in names for p in (folder / n / "results.json", *sorted((folder / n).glob("*/results.json")))]
         found = [json.loads(path.read_text())["runs"] for path in paths if path.exists()]
         runs = {run["name"]: run for part in found for run in part}
         for run in runs.values():
@@ -307,8 +317,8 @@ def grids(folder: Path) -> str:
             if usual and accuracy is not None and epsilon in (1, 10):
                 columns.setdefault(f"{title}, ε = {epsilon:g}", defaultdict(list))[variant].append(100 * accuracy)
     rows = []
-    for label, names in VARIANTS.items():
-        found = [next((c[n] for n in names if n in c), []) for c in columns.values()]
+    for label, variants in VARIANTS.items():
+        found = [next((c[n] for n in variants if n in c), []) for c in columns.values()]
         if any(found):
             rows.append([label, *map(_mean, found)])
     return _markdown(["public images used", *columns], rows)

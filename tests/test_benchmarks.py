@@ -248,12 +248,15 @@ def test_comparisons_are_means_over_seeds_at_the_ratio_of_the_base(tmp_path: Pat
     (tmp_path / "mnist-cpu" / "later").mkdir()  # one cell more, and one that was run again
     later = [run("random", 0.4), runs[3] | {"metrics": run("privimage", 0.35)["metrics"]}]
     (tmp_path / "mnist-cpu" / "later" / "results.json").write_text(json.dumps({"runs": later}))
+    (tmp_path / "labelled-baselines-cpu").mkdir()  # another grid of the same column
+    (tmp_path / "labelled-baselines-cpu" / "results.json").write_text(json.dumps({"runs": [run("blind-labels", 0.25)]}))
     assert table.grids(tmp_path).splitlines() == [
         "| public images used | MNIST +D, ε = 10 | MNIST +D, ε = 1 |",
         "| --- | --- | --- |",
         "| the selected subset (PrivImage as published) | 55.0 ± 7.1 | 35.0 |",
         "| as many public images, blindly | 40.0 | – |",
         "| all public images (PDP-Diffusion) | 20.0 | – |",
+        "| as many public labels, dealt to the classes blindly | 25.0 | – |",
         "| the selected subset, the same steps without noise: *not private* | 70.0 | – |",
         "| the same with class means: *not private* | 81.0 | – |",
     ]
