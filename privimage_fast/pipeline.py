@@ -25,7 +25,6 @@ from privimage_fast.dp.noise import NoiseKey
 from privimage_fast.dp.sampling import OSRandom, SeededRandom
 from privimage_fast.models.classifier import Classifier
 from privimage_fast.models.labeller import Labeller
-from privimage_fast.models.replay import forget
 from privimage_fast.models.training import Drawable, ImageModel
 from privimage_fast.opening import (
     autocast_of,
@@ -40,7 +39,7 @@ from privimage_fast.opening import (
     resolve,
     tell_settings,
 )  # fmt: skip
-from privimage_fast.planning import Plan, make_plan, query_noise_multiplier, reserved
+from privimage_fast.planning import Plan, make_plan, planned_budget, query_noise_multiplier, reserved
 from privimage_fast.stages.agreement import check_text, question, stand_in_tables
 from privimage_fast.stages.clusters import public_clusters
 from privimage_fast.stages.evaluate import check_evaluation, run_evaluate
@@ -50,7 +49,7 @@ from privimage_fast.stages.label import kept_labeller, run_label
 from privimage_fast.stages.means import load_means, pictures, run_means
 from privimage_fast.stages.pretrain import run_pretrain
 from privimage_fast.stages.query import SemanticFunction, public_classifier, run_query, semantic_function_of
-from privimage_fast.stages.sample import draw, run_sample, save_sheet
+from privimage_fast.stages.sample import run_sample, save_public_sheets, save_sheet
 from privimage_fast.stages.saved import Pretrained, load_pretrained, save_pretrained, saved_fingerprint, weights_fingerprint
 from privimage_fast.stages.select import labels_per_class, run_select, selected_subset
 from privimage_fast.stages.warmup import run_warmup
@@ -316,27 +315,16 @@ class Run:
             device=self.device, autocast=self.autocast,
         )  # fmt: skip
         if not (self.folder.samples / "before.png").exists():
-            self._sheets_before(model.drawable, indices, labels)
+            save_public_sheets(
+                self.folder, c.sample.sampler, model=model.drawable, public=self.public, indices=indices, labels=labels,
+                class_names=self.private.label_names, seed=c.seed, device=self.device, autocast=self.autocast,
+            )  # fmt: skip
         return model
 
     def _subset(self) -> tuple[np.ndarray, np.ndarray]:
         """Indices of the chosen public images, and the classes they stand for."""
         selection = self.folder.read_json(self.folder.selection, "select")
         return selected_subset(selection, self.asked, self.private.label_names)
-
-    def _sheets_before(self, model: Drawable, indices: np.ndarray, labels: np.ndarray) -> None:
-        """What the model draws, and what it was shown, before it has seen a sensitive image."""
-        names = self.private.label_names
-        wanted = np.repeat(np.arange(min(20, len(names))), 12)
-        before = draw(
-            model, wanted, self.config.sample.sampler, seed=self.config.seed, device=self.device, autocast=self.autocast
-        )
-        forget(model)  # fine-tuning moves the weights, and needs the memory
-        save_sheet(self.folder, "before", ImageSet(before, wanted, names, name="before"))
-        if len(indices) and labels.max() < len(names):
-            order = np.random.default_rng(self.config.seed).permutation(len(indices))
-            chosen = ImageSet(self.public.images[indices[order]], labels[order], names, name="public")
-            save_sheet(self.folder, "public", chosen)
 
     def warmup(self) -> ImageModel:
         """Noisy class means, and training on them; where none are asked for, the model as it was pre-trained."""
@@ -499,13 +487,7 @@ class Run:
 
     def write_plan(self, plan: Plan) -> None:
         """budget.json as planned; fine-tuning replaces it by what it uses."""
-        c = self.config
-        record = budget_record(
-            c.finetune, plan.population, plan.epsilon, plan.delta, plan.noise_multiplier, plan.steps,
-            query_noise_multiplier=plan.query_noise_multiplier, means_noise_multiplier=plan.means_noise_multiplier,
-            means_rounds=plan.means_rounds if plan.means_noise_multiplier is not None else None, later=reserved(c),
-        )  # fmt: skip
-        self.folder.write_json(self.folder.budget, record)
+        self.folder.write_json(self.folder.budget, planned_budget(self.config, plan))
 
 
 def _json_number(value: float) -> float | str:

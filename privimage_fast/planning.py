@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from scipy.optimize import brentq
@@ -22,7 +23,7 @@ from privimage_fast.dp.sampling import expected_padded
 from privimage_fast.models.labeller import row_entries
 from privimage_fast.models.replay import forget
 from privimage_fast.models.training import ImageModel, PrivateTraining
-from privimage_fast.stages.finetune import plan_finetune
+from privimage_fast.stages.finetune import budget_record, plan_finetune
 from privimage_fast.stages.query import QueryConfig
 from privimage_fast.stages.warmup import WarmupConfig, lowest_level
 
@@ -146,6 +147,15 @@ def make_plan(
         finetune_seconds=(seconds.private * images_a_step + seconds.after_step) * steps,
         label_seconds=seconds.draw * c.label.drafts * n_classes if c.relabels else 0.0,
         sample_seconds=seconds.draw * images,
+    )  # fmt: skip
+
+
+def planned_budget(c: RunConfig, plan: Plan) -> dict[str, Any]:
+    """The content of budget.json as planned, of a resolved configuration."""
+    return budget_record(
+        c.finetune, plan.population, plan.epsilon, plan.delta, plan.noise_multiplier, plan.steps,
+        query_noise_multiplier=plan.query_noise_multiplier, means_noise_multiplier=plan.means_noise_multiplier,
+        means_rounds=plan.means_rounds if plan.means_noise_multiplier is not None else None, later=reserved(c),
     )  # fmt: skip
 
 

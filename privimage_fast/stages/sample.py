@@ -16,6 +16,7 @@ import torch
 from privimage_fast.data import ImageSet, atomic_path, class_sheet, save_folder, save_npz, save_zip
 from privimage_fast.models.edm import SamplerConfig, to_uint8
 from privimage_fast.models.labeller import Labeller
+from privimage_fast.models.replay import forget
 from privimage_fast.models.training import Drawable
 from privimage_fast.progress import progress_bar
 from privimage_fast.stages.folder import RunFolder, fingerprint, timed
@@ -152,6 +153,23 @@ def latents(seed: int, indices: Sequence[int], shape: tuple[int, ...]) -> torch.
         key = np.array([seed % 2**64, i], dtype=np.uint64)
         np.random.Generator(np.random.Philox(key=key)).standard_normal(dtype=np.float32, out=row)
     return torch.from_numpy(rows).view(-1, *shape)
+
+
+def save_public_sheets(
+    folder: RunFolder, sampler: SamplerConfig, *, model: Drawable, public: ImageSet, indices: np.ndarray, labels: np.ndarray,
+    class_names: tuple[str, ...], seed: int, device: str = "cpu", autocast: torch.dtype | None = None,
+) -> None:  # fmt: skip
+    """What the model draws before it has seen a sensitive image (before.png), and what it was shown (public.png).
+
+    indices: of the chosen public images; labels: the classes they stand for.
+    """
+    wanted = np.repeat(np.arange(min(20, len(class_names))), 12)
+    before = draw(model, wanted, sampler, seed=seed, device=device, autocast=autocast)
+    forget(model)  # fine-tuning moves the weights, and needs the memory
+    save_sheet(folder, "before", ImageSet(before, wanted, class_names, name="before"))
+    if len(indices) and labels.max() < len(class_names):
+        order = np.random.default_rng(seed).permutation(len(indices))
+        save_sheet(folder, "public", ImageSet(public.images[indices[order]], labels[order], class_names, name="public"))
 
 
 def save_sheet(folder: RunFolder, name: str, images: ImageSet) -> None:
